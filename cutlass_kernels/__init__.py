@@ -1,0 +1,1 @@
+"""CUTLASS-generated kernels and everything that needs nvcc."""

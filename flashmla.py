@@ -1,0 +1,1 @@
+from flashmla_ops import ops  # noqa

@@ -1,0 +1,78 @@
+"""Every error this library raises on purpose: it names the argument, what was expected and what came.
+
+The C++ kernels sit below torch's dispatcher, which turns any C++ exception into a plain ``RuntimeError``. All our errors
+therefore derive from ``RuntimeError`` and share one message form, so that ``except RuntimeError`` catches an operator's
+error wherever it was found (eager, fake tensor, compiled), and `typed` restores the class where Python code of ours is
+the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+
+class FlashMLAError(RuntimeError):
+    """Base class of the errors of this library."""
+
+
+class ArgumentError(FlashMLAError, ValueError):
+    """An argument that an operator cannot take.
+
+    Attributes: ``op`` (operator name), ``argument``, ``expected`` and ``actual`` (text).
+    """
+
+    def __init__(self, op: str, argument: str, expected: str, actual: object) -> None:
+        self.op, self.argument, self.expected, self.actual = op, argument, expected, str(actual)
+        super().__init__(f"flashmla::{op}: argument '{argument}': expected {expected}, got {actual}")
+
+
+class NotDifferentiableError(FlashMLAError):
+    """A gradient is required of an operator that has no backward."""
+
+    def __init__(self, op: str, argument: str) -> None:
+        self.op, self.argument = op, argument
+        super().__init__(
+            f"flashmla::{op}: argument '{argument}' requires a gradient, but the operator has no backward;"
+            " call it under torch.no_grad() or detach the argument"
+        )
+
+
+class BuildError(FlashMLAError):
+    """The C++ kernels could not be compiled or loaded."""
+
+
+class UnsupportedModelError(FlashMLAError, TypeError):
+    """A model, layer or cache that an integration does not know how to serve."""
+
+
+class OutOfPagesError(FlashMLAError, MemoryError):
+    """The page pool has fewer free pages than were asked for. Nothing was allocated."""
+
+
+_ARGUMENT = re.compile(r"flashmla::(\w+): argument '([^']+)': expected (.*), got (.*)", re.DOTALL)
+_GRADIENT = re.compile(r"flashmla::(\w+): argument '([^']+)' requires a gradient")
+
+
+def from_message(message: str) -> FlashMLAError | None:
+    """The typed error that an operator's message describes, or None if the message is not one of ours."""
+    if found := _ARGUMENT.search(message):
+        return ArgumentError(*(part.strip() for part in found.groups()))
+    if found := _GRADIENT.search(message):
+        return NotDifferentiableError(*found.groups())
+    return None
+
+
+@contextlib.contextmanager
+def typed() -> Iterator[None]:
+    """Re-raise an operator's RuntimeError as the typed error it describes."""
+    try:
+        yield
+    except FlashMLAError:
+        raise
+    except RuntimeError as error:
+        known = from_message(str(error))
+        if known is None:
+            raise
+        raise known from error

@@ -1,0 +1,84 @@
+"""``flashmla::append_``: write new rows into a paged cache, in place. The only operator that mutates anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import reference
+from flashmla_ops.errors import ArgumentError
+from flashmla_ops.ops._library import (
+    define,
+    refuse_gradient,
+    require,
+    require_contiguous_rows,
+    require_device,
+    require_dims,
+    require_dtype,
+    require_float,
+)
+
+OP = "append_"
+
+
+def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str, rows_name: str) -> None:
+    refuse_gradient(OP, **{cache_name: cache, rows_name: rows})
+    require_dims(OP, cache_name, cache, "[n_pages, page_size, h_kv, d]")
+    require_float(OP, cache_name, cache)
+    require_contiguous_rows(OP, cache_name, cache)
+    _, page_size, h_kv, d = cache.shape
+    require(OP, cache_name, page_size >= 1, "page_size of at least 1", page_size)
+    require_dims(OP, rows_name, rows, "[n, h_kv, d]")
+    require_dtype(OP, rows_name, rows, cache.dtype)
+    require_device(OP, rows_name, rows, cache.device)
+    require(OP, rows_name, rows.size(1) == h_kv, f"{h_kv} KV heads, as {cache_name}", rows.size(1))
+    require(OP, rows_name, rows.size(2) == d, f"rows of {d} elements, as {cache_name}", rows.size(2))
+    require_dims(OP, "slot_mapping", slot_mapping, "[n]")
+    require_dtype(OP, "slot_mapping", slot_mapping, torch.int64)
+    require_device(OP, "slot_mapping", slot_mapping, cache.device)
+    require(OP, rows_name, rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
+
+
+def check_slots(cache: Tensor, slot_mapping: Tensor) -> None:
+    """Raise if a slot lies past the end of the cache. Runs before anything is written."""
+    slots = cache.size(0) * cache.size(1)
+    for i, slot in enumerate(slot_mapping.tolist()):
+        if slot >= slots:
+            raise ArgumentError(OP, "slot_mapping", f"slots below {slots}", f"{slot} at [{i}]")
+
+
+def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
+    check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
+
+
+def append_reference(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
+    append_fake(kv_cache, rows, slot_mapping)
+    check_slots(kv_cache, slot_mapping)
+    reference.append(kv_cache, rows, slot_mapping)
+
+
+def append_two_fake(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
+    check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
+    check(k_cache, k_rows, slot_mapping, cache_name="k_cache", rows_name="k_rows")
+    for dim in range(2):
+        same = k_cache.size(dim) == kv_cache.size(dim)
+        require(OP, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim))
+
+
+def append_two_reference(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
+    append_two_fake(kv_cache, k_cache, rows, k_rows, slot_mapping)
+    check_slots(kv_cache, slot_mapping)
+    reference.append(kv_cache, rows, slot_mapping)
+    reference.append(k_cache, k_rows, slot_mapping)
+
+
+define(
+    f"{OP}(Tensor(a!) kv_cache, Tensor rows, Tensor slot_mapping) -> ()",
+    fake=append_fake,
+    reference=append_reference,
+)
+define(
+    f"{OP}.two(Tensor(a!) kv_cache, Tensor(b!) k_cache, Tensor rows, Tensor k_rows, Tensor slot_mapping) -> ()",
+    fake=append_two_fake,
+    reference=append_two_reference,
+)

@@ -1,0 +1,183 @@
+"""``flashmla::decode``: attention of a few query tokens a sequence over a paged cache, read in place.
+
+    value = kv_cache[page, t, head, 0 : d_v]
+    key   = kv_cache[page, t, head, qk_start :] ++ k_cache[page, t, head, :]
+
+so one operator serves MLA (absorbed, one KV head, ``qk_start`` 0) and GQA or MHA (``[V, K]`` rows, or V and K apart).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import reference
+from flashmla_ops.errors import ArgumentError
+from flashmla_ops.layouts import ROW_FORMATS
+from flashmla_ops.ops._library import (
+    define,
+    refuse_gradient,
+    require,
+    require_contiguous_rows,
+    require_device,
+    require_dims,
+    require_dtype,
+    require_float,
+)
+from flashmla_ops.ops.schedule import check_schedule
+from flashmla_ops.reference.schedule import schedule_numel
+
+ARGUMENTS = (
+    "Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor block_table, Tensor cache_seqlens, SymInt d_v,"
+    " SymInt qk_start=0, float? softmax_scale=None, bool causal=False, Tensor? schedule=None,"
+    ' str row_format="native", Tensor? attn_sink=None'
+)
+
+
+def check(
+    q: Tensor,
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    d_v: int,
+    qk_start: int,
+    schedule: Tensor | None,
+    row_format: str,
+    attn_sink: Tensor | None,
+) -> None:
+    """The preconditions that shapes, strides and dtypes decide. The C++ kernel checks the same, with the same words."""
+    op = "decode"
+    refuse_gradient(op, q=q, kv_cache=kv_cache, k_cache=k_cache, attn_sink=attn_sink)
+    require(op, "row_format", row_format in ROW_FORMATS, f"one of {', '.join(ROW_FORMATS)}", row_format)
+    require_dims(op, "q", q, "[b, s_q, h_q, d_qk]")
+    require_float(op, "q", q)
+    b, s_q, h_q, d_qk = q.shape
+    require(op, "q", s_q >= 1, "at least 1 query token (s_q)", s_q)
+    require_dims(op, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
+    require_dtype(op, "kv_cache", kv_cache, q.dtype)
+    require_device(op, "kv_cache", kv_cache, q.device)
+    require_contiguous_rows(op, "kv_cache", kv_cache)
+    _, page_size, h_kv, d = kv_cache.shape
+    require(op, "kv_cache", page_size >= 1, "page_size of at least 1", page_size)
+    require(op, "kv_cache", h_kv >= 1, "at least 1 KV head (h_kv)", h_kv)
+    require(op, "q", h_q % h_kv == 0, f"query heads in multiples of the {h_kv} KV heads", h_q)
+    require(op, "d_v", d_v >= 1 and d_v <= d, f"a value in [1, {d}]", d_v)
+    require(op, "qk_start", qk_start >= 0 and qk_start <= d, f"a value in [0, {d}]", qk_start)
+    d_k = 0
+    if k_cache is not None:
+        require_dims(op, "k_cache", k_cache, "[n_pages, page_size, h_kv, d_k]")
+        require_dtype(op, "k_cache", k_cache, q.dtype)
+        require_device(op, "k_cache", k_cache, q.device)
+        require_contiguous_rows(op, "k_cache", k_cache)
+        for dim in range(3):
+            same = k_cache.size(dim) == kv_cache.size(dim)
+            require(op, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim))
+        d_k = k_cache.size(3)
+    d_key = d - qk_start + d_k
+    require(op, "q", d_qk == d_key and d_qk >= 1, f"d_qk {d_key}, the length of a key", d_qk)
+    require_dims(op, "block_table", block_table, "[b, max_pages]")
+    require_dtype(op, "block_table", block_table, torch.int32)
+    require_device(op, "block_table", block_table, q.device)
+    require(op, "block_table", block_table.size(0) == b, f"{b} sequences, as q", block_table.size(0))
+    require_dims(op, "cache_seqlens", cache_seqlens, "[b]")
+    require_dtype(op, "cache_seqlens", cache_seqlens, torch.int32)
+    require_device(op, "cache_seqlens", cache_seqlens, q.device)
+    require(op, "cache_seqlens", cache_seqlens.size(0) == b, f"{b} sequences, as q", cache_seqlens.size(0))
+    if attn_sink is not None:
+        require_dims(op, "attn_sink", attn_sink, "[h_q]")
+        require_dtype(op, "attn_sink", attn_sink, torch.float32)
+        require_device(op, "attn_sink", attn_sink, q.device)
+        require(op, "attn_sink", attn_sink.size(0) == h_q, f"{h_q} heads, as q", attn_sink.size(0))
+    if schedule is not None:
+        require_dims(op, "schedule", schedule, "[n]")
+        require_dtype(op, "schedule", schedule, torch.int32)
+        require_device(op, "schedule", schedule, q.device)
+        smallest = schedule_numel(b, 1)
+        require(op, "schedule", schedule.size(0) >= smallest, f"at least {smallest} elements", schedule.size(0))
+
+
+def decode_fake(
+    q: Tensor,
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    schedule: Tensor | None = None,
+    row_format: str = "native",
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink)
+    b, s_q, h_q, _ = q.shape
+    return q.new_empty((b, s_q, h_q, d_v)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
+
+
+def decode_reference(
+    q: Tensor,
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    schedule: Tensor | None = None,
+    row_format: str = "native",
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink)
+    capacity = block_table.size(1) * kv_cache.size(1)
+    for i, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ArgumentError("decode", "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
+    if schedule is not None:
+        check_schedule(schedule, cache_seqlens, q.size(1), q.size(2), kv_cache.size(2))
+    out, lse = reference.decode(
+        q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink
+    )
+    return out.to(q.dtype), lse.to(torch.float32)
+
+
+def check_out(q: Tensor, d_v: int, out: Tensor, lse: Tensor) -> None:
+    """The preconditions of the output tensors of ``decode.out``."""
+    op = "decode"
+    b, s_q, h_q, _ = q.shape
+    for name, tensor, shape, dtype in (
+        ("out", out, (b, s_q, h_q, d_v), q.dtype),
+        ("lse", lse, (b, h_q, s_q), torch.float32),
+    ):
+        require_dtype(op, name, tensor, dtype)
+        require_device(op, name, tensor, q.device)
+        same = tensor.dim() == len(shape) and all(x == y for x, y in zip(tensor.shape, shape, strict=True))
+        require(op, name, same, f"shape {list(shape)}", list(tensor.shape))
+    require_contiguous_rows(op, "out", out)
+
+
+def decode_out_fake(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
+    decode_fake(q, *args, **kwargs)  # type: ignore[arg-type]
+    check_out(q, args[4] if len(args) > 4 else kwargs["d_v"], out, lse)  # type: ignore[arg-type]
+    return out, lse
+
+
+def decode_out_reference(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
+    check_out(q, args[4] if len(args) > 4 else kwargs["d_v"], out, lse)  # type: ignore[arg-type]
+    new_out, new_lse = decode_reference(q, *args, **kwargs)  # type: ignore[arg-type]
+    out.copy_(new_out)
+    lse.copy_(new_lse)
+    return out, lse
+
+
+define(f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)", fake=decode_fake, reference=decode_reference)
+# Not tagged torch.Tag.out: Inductor would then lower `decode` to ExternKernelMultiOut, which in torch 2.13 takes the fake
+# outputs' SymInt sizes for sympy expressions and asserts as soon as any size is dynamic.
+define(
+    f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> (Tensor(a!), Tensor(b!))",
+    fake=decode_out_fake,
+    reference=decode_out_reference,
+)
+

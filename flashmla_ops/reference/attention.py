@@ -1,0 +1,73 @@
+"""Attention over a paged cache, and the merge of partial results, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashmla_ops.reference.cache import gather_rows
+
+
+def decode(
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor,  # [n_pages, page_size, h_kv, d]
+    k_cache: Tensor | None,  # [n_pages, page_size, h_kv, d_k]
+    block_table: Tensor,  # [b, max_pages] int32
+    cache_seqlens: Tensor,  # [b] int32
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    attn_sink: Tensor | None = None,  # [h_q] float32
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q], float64
+    """softmax(scale * q k^T) v over each sequence's rows; the value and the key are slices of the same row.
+
+    With ``causal``, query s of a sequence sees the keys before position ``length - s_q + s + 1`` (bottom-right alignment).
+    A query that sees no key has out 0 and lse +inf. ``attn_sink`` scales out by exp(lse) / (exp(lse) + exp(sink)).
+    """
+    b, s_q, h_q, d_qk = q.shape
+    scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
+    out = q.new_zeros((b, s_q, h_q, d_v), dtype=torch.float64)
+    lse = q.new_full((b, h_q, s_q), math.inf, dtype=torch.float64)
+    for i, length in enumerate(cache_seqlens.tolist()):
+        if length == 0:
+            continue
+        rows = gather_rows(kv_cache, block_table[i], length, sequence=i)  # [t, h_kv, d]
+        value, key = rows[..., :d_v], rows[..., qk_start:]
+        if k_cache is not None:
+            key = torch.cat([key, gather_rows(k_cache, block_table[i], length, sequence=i)], dim=-1)
+        key, value = (x.double().repeat_interleave(h_q // x.size(1), dim=1) for x in (key, value))
+        scores = torch.einsum("shd,thd->hst", q[i].double(), key) * scale
+        if causal:
+            last = torch.arange(s_q, device=q.device) + length - s_q
+            scores.masked_fill_(torch.arange(length, device=q.device) > last[:, None], -math.inf)
+        attends = scores.max(dim=-1).values > -math.inf  # [h, s]; False for NaN scores too, which stay NaN below
+        seen = attends | scores.isnan().any(dim=-1)
+        row_lse = scores.logsumexp(dim=-1)
+        weights = (scores - row_lse[..., None]).exp().where(seen[..., None], 0.0)
+        lse[i] = row_lse.where(seen, math.inf)
+        out[i] = torch.einsum("hst,thd->shd", weights, value)
+    if attn_sink is not None:
+        out *= torch.sigmoid(lse - attn_sink.double()[:, None]).transpose(1, 2)[..., None]
+    return out, lse
+
+
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over a union of disjoint key sets, from the results over each: out [..., s, h, d], lse [..., h, s].
+
+    A part whose lse is infinite (either sign) saw no key and has no weight.
+    """
+    parts = torch.stack([lse.double() for lse in lses])
+    parts = parts.masked_fill(parts.isinf(), -math.inf)
+    lse = parts.logsumexp(dim=0)
+    empty = lse == -math.inf
+    weights = (parts - lse.masked_fill(empty, 0.0)).exp()
+    scaled = [
+        # A part without weight may hold anything, NaN included: select, do not multiply.
+        torch.where(w[..., None] > 0, out.double() * w[..., None], 0.0).where(~w[..., None].isnan(), math.nan)
+        for out, w in zip(outs, weights.transpose(-1, -2), strict=True)
+    ]
+    return torch.stack(scaled).sum(dim=0), lse.masked_fill(empty, math.inf)
