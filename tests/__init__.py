@@ -1,0 +1,1 @@
+"""Tests of FlashMLA; the layout mirrors the packages."""

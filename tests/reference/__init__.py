@@ -1,0 +1,1 @@
+"""Tests of `flashmla_ops.reference`."""

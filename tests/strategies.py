@@ -1,0 +1,92 @@
+"""Hypothesis strategies: geometry, lengths and layouts of the cases that the operators must serve."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from tests.support.cases import DecodeCase
+
+DTYPES = ("bfloat16", "float16", "float32")
+SEEDS = st.integers(0, 2**31 - 1)
+
+#: (h_q, h_kv): MLA's single KV head with awkward and common head counts, and grouped and full multi-head attention.
+HEADS = st.one_of(
+    st.sampled_from([1, 3, 9, 16, 17, 63, 64, 126, 128]).map(lambda h_q: (h_q, 1)),
+    st.tuples(st.integers(1, 9), st.integers(1, 5)).map(lambda x: (x[0] * x[1], x[1])),
+)
+
+PAGE_SIZES = st.one_of(st.sampled_from([1, 2, 16, 64]), st.integers(1, 70))
+
+SCALES = st.one_of(st.none(), st.sampled_from([0.0, 1.0, -0.25, 0.125]))
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> dict[str, int | None]:
+    """How value and key lie in a row: the four layouts of the design, and any overlap of the two."""
+    width = st.one_of(st.integers(1, 80), st.sampled_from([16, 32, 64, 128]))
+    d_v, d_key, d_r = draw(width), draw(width), draw(st.integers(1, 70))
+    kind = draw(st.sampled_from(["mla", "mla_two", "gqa", "gqa_two", "overlap"]))
+    if kind == "mla":
+        return {"d": d_v + d_r, "d_v": d_v, "qk_start": 0, "d_k": None}
+    if kind == "mla_two":
+        return {"d": d_v, "d_v": d_v, "qk_start": 0, "d_k": d_r}
+    if kind == "gqa":
+        return {"d": d_v + d_key, "d_v": d_v, "qk_start": d_v, "d_k": None}
+    if kind == "gqa_two":
+        return {"d": d_v, "d_v": d_v, "qk_start": d_v, "d_k": d_key}
+    start = draw(st.integers(0, d_v + d_r - 1))
+    return {"d": d_v + d_r, "d_v": d_v, "qk_start": start, "d_k": draw(st.none() | st.integers(1, 70))}
+
+
+@st.composite
+def lengths(draw: st.DrawFn, page_size: int, longest: int = 300) -> tuple[int, ...]:
+    """Lengths of up to 5 sequences, zero and the neighbourhood of page and tile borders included."""
+    border = st.builds(
+        lambda n, delta: max(0, n + delta), st.sampled_from([page_size, 2 * page_size, 32, 64, 128]), st.integers(-1, 1)
+    )
+    one = st.one_of(st.just(0), st.integers(1, 5), border, st.integers(0, longest))
+    return tuple(draw(st.lists(one, min_size=0, max_size=5)))
+
+
+@st.composite
+def decode_cases(draw: st.DrawFn) -> DecodeCase:
+    """Any small decode case."""
+    h_q, h_kv = draw(HEADS)
+    page_size = draw(PAGE_SIZES)
+    return DecodeCase(
+        lengths=draw(lengths(page_size)),
+        s_q=draw(st.integers(1, 4)),
+        h_q=h_q,
+        h_kv=h_kv,
+        page_size=page_size,
+        dtype=draw(st.sampled_from(DTYPES)),
+        causal=draw(st.booleans()),
+        softmax_scale=draw(SCALES),
+        num_parts=draw(st.none() | st.integers(1, 9)),
+        sink=draw(st.booleans()),
+        strided=draw(st.booleans()),
+        q_spread=draw(st.sampled_from([0.1, 1.0, 10.0])),
+        seed=draw(SEEDS),
+        **draw(rows()),
+    )
+
+
+@st.composite
+def mla_cases(draw: st.DrawFn) -> DecodeCase:
+    """The geometry of DeepSeek models (latent 512, rotary 64), where the widest kernels run."""
+    two = draw(st.booleans())
+    return DecodeCase(
+        lengths=draw(lengths(64)),
+        s_q=draw(st.integers(1, 4)),
+        h_q=draw(st.sampled_from([1, 3, 9, 16, 63, 64, 126, 128])),
+        page_size=draw(st.sampled_from([16, 64, 128])),
+        d=512 if two else 576,
+        d_k=64 if two else None,
+        dtype=draw(st.sampled_from(DTYPES)),
+        causal=draw(st.booleans()),
+        num_parts=draw(st.none() | st.integers(1, 9)),
+        sink=draw(st.booleans()),
+        strided=draw(st.booleans()),
+        q_spread=draw(st.sampled_from([0.1, 1.0, 10.0])),
+        seed=draw(SEEDS),
+    )
