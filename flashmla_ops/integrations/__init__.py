@@ -1,0 +1,1 @@
+"""Where other projects' models and engines meet the operators of this library."""

@@ -1,0 +1,11 @@
+"""transformers models whose attention is MLA, served by `torch.ops.flashmla.*`.
+
+enable(model)     # absorbed attention on transformers' own caches
+model.generate(...)
+disable(model)
+"""
+
+from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION
+from flashmla_ops.integrations.transformers.hook import SUPPORTED_MODEL_TYPES, disable, enable, is_enabled
+
+__all__ = ["ABSORBED_ATTENTION", "SUPPORTED_MODEL_TYPES", "disable", "enable", "is_enabled"]

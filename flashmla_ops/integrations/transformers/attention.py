@@ -1,0 +1,198 @@
+"""Absorbed attention for transformers' MLA layers: short queries attend to the latent cache where it lies.
+
+An MLA key is ``[W_UK c, k_pe]`` and its value ``W_UV c``, where c is the cached latent and W_UK, W_UV are the two halves of
+``kv_b_proj``. Therefore ``q_nope . (W_UK c) = (W_UK^T q_nope) . c`` and ``sum_t p_t (W_UV c_t) = W_UV (sum_t p_t c_t)``: one
+multiplication of the query and one of the result replace the expansion of the whole cache, and every head reads the same
+row ``[c, k_pe]`` (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from flashmla_ops.errors import ArgumentError, UnsupportedModelError
+from flashmla_ops.integrations.transformers.masks import (
+    MAX_ABSORBED_QUERIES,
+    boolean_mask,
+    is_prefix,
+    tokens_mask,
+)
+
+#: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its own
+#: flash-attention kernels.
+ABSORBED_ATTENTION = "absorbed_mla"
+
+#: Set on every attention module that `enable` changed: the attention implementation that its configuration had before.
+PREVIOUS_ATTRIBUTE = "absorbed_mla_previous"
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Pages(NamedTuple):
+    """What a paged cache's ``update`` returns beside its pages: how to read them."""
+
+    block_table: Tensor  # [b, max_pages] int32
+    cache_seqlens: Tensor  # [b] int32, the tokens in the cache, new ones included
+    s_kv: int  # the length that the mask covers: the tokens in the cache, or its capacity where that is static
+
+
+class LatentRows(NamedTuple):
+    """Either cache, as `flashmla::decode` reads it."""
+
+    kv_cache: Tensor  # [n_pages, page_size, 1, d]
+    k_cache: Tensor | None  # [n_pages, page_size, 1, d_r], where c and k_pe lie apart
+    block_table: Tensor  # [b, max_pages] int32
+    cache_seqlens: Tensor  # [b] int32
+    s_kv: int
+
+
+def absorbed_attention(
+    module: nn.Module,
+    query: Tensor,  # [b, h_q, s_q, d_nope + d_r]
+    key: Tensor,  # [b, 1, s_kv, d_c] latents, or [n_pages, 1, page_size, d_c + d_r] pages
+    value: Tensor | Pages,  # [b, 1, s_kv, d_r] rotary keys, or how to read the pages
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one MLA layer, called by its forward through transformers' ``AttentionInterface``.
+
+    ``attention_mask`` is a boolean mask ``[b or 1, 1, s_q or 1, s_kv]``, an int32 mask of `masks`, None (attend to all;
+    causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones, and
+    those that need what the operator lacks (a gradient, dropout, an additive mask, a mask for each head, float64), run
+    transformers' own SDPA on the expanded cache. Returns ``out [b, s_q, h_q, d_v]`` and None.
+    Raises `UnsupportedModelError` unless `enable` was called, `ArgumentError` for a mask of another length than the cache.
+    """
+    if not hasattr(module, PREVIOUS_ATTRIBUTE):
+        raise UnsupportedModelError(
+            f"attention '{ABSORBED_ATTENTION}' needs latents: call flashmla_ops.integrations.transformers.enable(model)"
+        )
+    rows = _latent_rows(key, value)
+    if attention_mask is not None:
+        _check_mask(attention_mask, rows.s_kv)
+    if _can_absorb(module, query, rows, attention_mask, dropout):
+        return _absorbed(module, query, rows, attention_mask, scaling), None
+    return _expanded(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _latent_rows(key: Tensor, value: Tensor | Pages) -> LatentRows:
+    """Views of the cache as pages; nothing is copied. A contiguous cache is one page a sequence."""
+    if isinstance(value, Pages):
+        return LatentRows(key.transpose(1, 2), None, *value)
+    b, _, s_kv, _ = key.shape
+    block_table = torch.arange(b, device=key.device, dtype=torch.int32)[:, None]
+    cache_seqlens = torch.full((b,), s_kv, device=key.device, dtype=torch.int32)
+    return LatentRows(key.transpose(1, 2), value.transpose(1, 2), block_table, cache_seqlens, s_kv)
+
+
+def _check_mask(mask: Tensor, s_kv: int) -> None:
+    if mask.dtype == torch.int32:
+        known, expected = mask.shape[-1] in (1, 1 + s_kv), f"a prefix mask or the positions of {s_kv} tokens"
+    else:
+        known, expected = mask.shape[-1] == s_kv, f"a mask over the {s_kv} tokens of the cache"
+    if mask.dim() != 4 or not known:
+        raise ArgumentError("decode", "attention_mask", expected, f"shape {list(mask.shape)}")
+
+
+def _can_absorb(module: nn.Module, query: Tensor, rows: LatentRows, mask: Tensor | None, dropout: float) -> bool:
+    s_q = query.shape[2]
+    if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0:
+        return False
+    if query.dtype not in KERNEL_DTYPES or query.dtype != rows.kv_cache.dtype:
+        return False
+    tensors = (query, rows.kv_cache, rows.k_cache, module.kv_b_proj.weight)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return False
+    if mask is None:
+        return s_q == 1  # for longer queries SDPA defines what no mask means
+    return mask.dtype in (torch.bool, torch.int32) and mask.shape[1] == 1
+
+
+def _absorbed(
+    module: nn.Module, query: Tensor, rows: LatentRows, mask: Tensor | None, scaling: float | None
+) -> Tensor:  # [b, s_q, h_q, d_v]
+    w_uk, w_uv = up_projections(module)
+    q = absorb_query(query, w_uk)
+    d_c = w_uk.shape[-1]
+    if mask is not None and mask.dtype == torch.bool:
+        b, _, s_q, _ = query.shape
+        mask = tokens_mask(mask.expand(b, 1, s_q, rows.s_kv))
+    if mask is not None and not is_prefix(mask):
+        out = _attend_tokens(q, rows, mask, d_c, scaling)
+    else:
+        seqlens = rows.cache_seqlens if mask is None else mask[:, 0, -1, 0].contiguous()
+        out, _ = torch.ops.flashmla.decode(
+            q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, d_c, softmax_scale=scaling, causal=True
+        )
+    return project_values(out, w_uv)
+
+
+def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling: float | None) -> Tensor:
+    """Attention to listed tokens: each query is a sequence of its own whose pages are single tokens of the cache."""
+    b, s_q, h_q, d_qk = q.shape
+    page_size = rows.kv_cache.shape[1]
+    positions = mask[:, 0, :, 1:].flatten(1)  # [b, s_q * s_kv]
+    pages = rows.block_table.gather(1, (positions // page_size).long())
+    slots = (pages * page_size + positions % page_size).view(b * s_q, rows.s_kv)
+    kv_cache, k_cache = (None if x is None else x.flatten(0, 1)[:, None] for x in (rows.kv_cache, rows.k_cache))
+    out, _ = torch.ops.flashmla.decode(
+        q.reshape(b * s_q, 1, h_q, d_qk),
+        kv_cache,
+        k_cache,
+        slots,
+        mask[:, 0, :, 0].flatten(),
+        d_c,
+        softmax_scale=scaling,
+    )
+    return out.view(b, s_q, h_q, d_c)
+
+
+def up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Views of ``kv_b_proj.weight`` as W_UK ``[h_q, d_nope, d_c]`` and W_UV ``[h_q, d_v, d_c]``, read at each call."""
+    split = [module.qk_nope_head_dim, module.v_head_dim]
+    weight = module.kv_b_proj.weight.view(-1, sum(split), module.kv_lora_rank)
+    w_uk, w_uv = weight.split(split, dim=1)
+    return w_uk, w_uv
+
+
+def absorb_query(query: Tensor, w_uk: Tensor) -> Tensor:
+    """``[b, h_q, s_q, d_nope + d_r]`` to ``[b, s_q, h_q, d_c + d_r]``: the first d_nope dimensions through W_UK."""
+    b, h_q, s_q, d_qk = query.shape
+    d_nope, d_c = w_uk.shape[1:]
+    by_head = query.transpose(0, 1).reshape(h_q, b * s_q, d_qk)
+    nope, rope = by_head.split([d_nope, d_qk - d_nope], dim=-1)
+    q = torch.cat([torch.bmm(nope, w_uk), rope], dim=-1)
+    return q.view(h_q, b, s_q, -1).permute(1, 2, 0, 3)
+
+
+def project_values(out: Tensor, w_uv: Tensor) -> Tensor:
+    """``[b, s_q, h_q, d_c]`` to ``[b, s_q, h_q, d_v]``: each head's attended latent through its W_UV."""
+    b, s_q, h_q, d_c = out.shape
+    by_head = out.view(b * s_q, h_q, d_c).transpose(0, 1)
+    values = torch.bmm(by_head, w_uv.transpose(1, 2))
+    return values.transpose(0, 1).reshape(b, s_q, h_q, -1)
+
+
+def _expanded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor | Pages, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' own SDPA over keys and values expanded by the model's own code. Differentiable."""
+    if isinstance(value, Pages):
+        key, value = gather_pages(key, value, module.kv_lora_rank)
+    if mask is not None and mask.dtype == torch.int32:
+        mask = boolean_mask(mask, key.shape[2])
+    keys, values = type(module).expand_kv(module, key, value)
+    out, _ = sdpa_attention_forward(module, query, keys, values, mask, **kwargs)
+    return out, None
+
+
+def gather_pages(pages: Tensor, view: Pages, d_c: int) -> tuple[Tensor, Tensor]:
+    """The rows of all sequences as transformers' latent ``[b, 1, s_kv, d_c]`` and rotary ``[b, 1, s_kv, d_r]`` tensors."""
+    rows = pages[view.block_table.long(), 0].flatten(1, 2)[:, None, : view.s_kv]
+    latent, rope = rows.split([d_c, rows.shape[-1] - d_c], dim=-1)
+    return latent, rope

@@ -1,0 +1,111 @@
+"""The attention mask of a short query, in the form that `flashmla::decode` reads.
+
+transformers asks a registered mask function once for each forward, before any layer runs, and hands what it returns to
+every layer. For short queries the function here returns an int32 tensor in place of the boolean mask, in one of two forms.
+Both are 4-D, because transformers passes a 4-D mask on untouched:
+
+- **prefix** ``[b, 1, s_q, 1]``: query i sees the first ``mask[b, 0, i, 0]`` tokens of the cache, one more than query i - 1.
+  This is causal attention without padding, and needs no list of tokens.
+- **tokens** ``[b, 1, s_q, 1 + s_kv]``: first the number n of tokens that the query sees, then their n positions in the
+  cache, in order; what follows means nothing. Any boolean mask can be written so.
+
+No mask is read on the host while a graph is traced, so a compiled forward has neither a graph break nor a guard on values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+#: Longest query (in tokens of one sequence) that attends in the latent space. Longer ones expand the cache to heads, as
+#: transformers does: the expansion is then shared by enough queries to pay.
+MAX_ABSORBED_QUERIES = 16
+
+
+def absorbed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of `absorbed_attention`, called by transformers' ``create_causal_mask`` and its relatives.
+
+    Arguments are those of ``transformers.masking_utils.sdpa_mask``; ``attention_mask`` is the 2-D padding mask
+    ``[b, tokens so far]``, bool. Returns a prefix or tokens mask for short queries, else what ``sdpa_mask`` returns.
+    """
+    common: dict[str, Any] = {
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    if q_length > MAX_ABSORBED_QUERIES:
+        return _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
+    plain = mask_function is causal_mask_function and kv_offset == 0
+    if plain and _is_unpadded(attention_mask, q_length, kv_length, q_offset):
+        return prefix_mask(batch_size, q_length, q_offset, device)
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    mask = _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
+    return None if mask is None else tokens_mask(mask)
+
+
+def prefix_mask(b: int, s_q: int, q_offset: int | Tensor, device: torch.device | str) -> Tensor:
+    """The prefix form ``[b, 1, s_q, 1]`` of causal attention: query i is at position ``q_offset + i`` and sees itself."""
+    lengths = torch.arange(1, s_q + 1, device=device, dtype=torch.int32) + q_offset
+    return lengths.to(torch.int32)[None, None, :, None].expand(b, 1, s_q, 1)
+
+
+def tokens_mask(mask: Tensor) -> Tensor:
+    """The tokens form ``[b, 1, s_q, 1 + s_kv]`` int32 of a boolean mask ``[b, 1, s_q, s_kv]``. Exact for any mask."""
+    s_kv = mask.shape[-1]
+    rank = mask.cumsum(dim=-1)  # 1 for the first token that the query sees
+    # The n-th token goes to place n. Tokens that are not seen go to place 0, where the count then replaces them.
+    place = torch.where(mask, rank, 0)
+    positions = torch.arange(s_kv, device=mask.device, dtype=torch.int32).expand(mask.shape)
+    tokens = positions.new_zeros((*mask.shape[:-1], 1 + s_kv)).scatter(-1, place, positions)
+    return torch.cat([rank[..., -1:].to(torch.int32), tokens[..., 1:]], dim=-1)
+
+
+def is_prefix(mask: Tensor) -> bool:
+    """Whether an int32 mask is in the prefix form."""
+    return mask.shape[-1] == 1
+
+
+def boolean_mask(mask: Tensor, s_kv: int) -> Tensor:
+    """The boolean mask ``[b, 1, s_q, s_kv]`` that a prefix or tokens mask stands for."""
+    live = torch.arange(s_kv, device=mask.device) < mask[..., :1]
+    if is_prefix(mask):
+        return live
+    places = torch.where(live, mask[..., 1:], s_kv).long()  # what is not live goes to a column that is cut off
+    seen = torch.zeros(*mask.shape[:-1], s_kv + 1, dtype=torch.bool, device=mask.device)
+    return seen.scatter(-1, places, torch.ones_like(live))[..., :s_kv]
+
+
+def _is_unpadded(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor) -> bool:
+    """Whether every token up to the last query takes part. Not asked of a tensor's values while tracing."""
+    if isinstance(q_offset, int) and q_offset + q_length > kv_length:
+        return False
+    if padding is None:
+        return True
+    if is_tracing(padding):
+        return False
+    end = int(q_offset) + q_length
+    return padding.shape[-1] >= end and bool(padding[:, :end].all())
+
+
+def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
