@@ -39,8 +39,9 @@ def decode(
         value, key = rows[..., :d_v], rows[..., qk_start:]
         if k_cache is not None:
             key = torch.cat([key, gather_rows(k_cache, block_table[i], length, sequence=i)], dim=-1)
-        key, value = (x.double().repeat_interleave(h_q // x.size(1), dim=1) for x in (key, value))
-        scores = torch.einsum("shd,thd->hst", q[i].double(), key) * scale
+        heads = (rows.size(1), h_q // rows.size(1))  # h: KV head, g: query head of its group
+        groups = q[i].double().reshape(s_q, *heads, d_qk)
+        scores = torch.einsum("shgd,thd->hgst", groups, key.double()).reshape(h_q, s_q, length) * scale
         if causal:
             last = torch.arange(s_q, device=q.device) + length - s_q
             scores.masked_fill_(torch.arange(length, device=q.device) > last[:, None], -math.inf)
@@ -49,9 +50,12 @@ def decode(
         row_lse = scores.logsumexp(dim=-1)
         weights = (scores - row_lse[..., None]).exp().where(seen[..., None], 0.0)
         lse[i] = row_lse.where(seen, math.inf)
-        out[i] = torch.einsum("hst,thd->shd", weights, value)
+        weights = weights.reshape(*heads, s_q, length)
+        out[i] = torch.einsum("hgst,thd->shgd", weights, value.double()).reshape(s_q, h_q, d_v)
     if attn_sink is not None:
-        out *= torch.sigmoid(lse - attn_sink.double()[:, None]).transpose(1, 2)[..., None]
+        share = torch.sigmoid(lse - attn_sink.double()[:, None])
+        share = share.where(lse != math.inf, 0.0)  # nothing was seen: out stays 0, whatever the sink
+        out *= share.transpose(1, 2)[..., None]
     return out, lse
 
 

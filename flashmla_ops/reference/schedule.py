@@ -37,7 +37,7 @@ def decode_schedule(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_pa
     """See the module's description; ``cache_seqlens [b] int32`` -> ``[schedule_numel(b, num_parts)] int32``."""
     lengths: list[int] = cache_seqlens.tolist()
     block = row_block(len(lengths), s_q, h_q, h_kv, num_parts)
-    items_per_sequence = h_kv * -(-s_q * (h_q // h_kv) // block)
+    items_per_sequence = h_kv * -(-s_q * (h_q // h_kv) // block) if block else 0  # block 0: no query heads
     units = [max(1, -(-length // UNIT)) for length in lengths for _ in range(items_per_sequence)]
     total = sum(units)
 
