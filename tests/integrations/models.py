@@ -1,4 +1,4 @@
-"""Tiny models of every supported type, with weights large enough that a wrong token in the attention changes the output."""
+"""Tiny models of every supported type, with weights so large that a wrong token in the attention shows."""
 
 from __future__ import annotations
 

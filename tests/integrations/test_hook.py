@@ -145,7 +145,7 @@ def test_gradient_of_kv_b_proj_alone() -> None:
 def test_attention_without_enable() -> None:
     model = tiny_model()
     model.set_attn_implementation(ABSORBED_ATTENTION)
-    with pytest.raises(UnsupportedModelError, match="call .*enable"):
+    with pytest.raises(UnsupportedModelError, match=r"call .*enable"):
         model(tokens(1, 4))
 
 

@@ -1,9 +1,9 @@
 """Absorbed attention for transformers' MLA layers: short queries attend to the latent cache where it lies.
 
-An MLA key is ``[W_UK c, k_pe]`` and its value ``W_UV c``, where c is the cached latent and W_UK, W_UV are the two halves of
-``kv_b_proj``. Therefore ``q_nope . (W_UK c) = (W_UK^T q_nope) . c`` and ``sum_t p_t (W_UV c_t) = W_UV (sum_t p_t c_t)``: one
-multiplication of the query and one of the result replace the expansion of the whole cache, and every head reads the same
-row ``[c, k_pe]`` (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+An MLA key is ``[W_UK c, k_pe]`` and its value ``W_UV c``, where c is the cached latent and W_UK, W_UV are the two
+halves of ``kv_b_proj``. Therefore ``q_nope . (W_UK c) = (W_UK^T q_nope) . c`` and ``sum_t p_t (W_UV c_t) = W_UV (sum_t
+p_t c_t)``: one multiplication of the query and one of the result replace the expansion of the whole cache, and every
+head reads the same row ``[c, k_pe]`` (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
@@ -22,12 +22,15 @@ from flashmla_ops.integrations.transformers.masks import (
     tokens_mask,
 )
 
-#: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its own
-#: flash-attention kernels.
+#: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
+#: own flash-attention kernels.
 ABSORBED_ATTENTION = "absorbed_mla"
 
 #: Set on every attention module that `enable` changed: the attention implementation that its configuration had before.
 PREVIOUS_ATTRIBUTE = "absorbed_mla_previous"
+
+#: An attention module with ``kv_b_proj`` and ``expand_kv``; transformers has no common class for them.
+MLAModule = Any
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +54,7 @@ class LatentRows(NamedTuple):
 
 
 def absorbed_attention(
-    module: nn.Module,
+    module: MLAModule,
     query: Tensor,  # [b, h_q, s_q, d_nope + d_r]
     key: Tensor,  # [b, 1, s_kv, d_c] latents, or [n_pages, 1, page_size, d_c + d_r] pages
     value: Tensor | Pages,  # [b, 1, s_kv, d_r] rotary keys, or how to read the pages
@@ -63,10 +66,12 @@ def absorbed_attention(
     """Attention of one MLA layer, called by its forward through transformers' ``AttentionInterface``.
 
     ``attention_mask`` is a boolean mask ``[b or 1, 1, s_q or 1, s_kv]``, an int32 mask of `masks`, None (attend to all;
-    causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones, and
-    those that need what the operator lacks (a gradient, dropout, an additive mask, a mask for each head, float64), run
-    transformers' own SDPA on the expanded cache. Returns ``out [b, s_q, h_q, d_v]`` and None.
-    Raises `UnsupportedModelError` unless `enable` was called, `ArgumentError` for a mask of another length than the cache.
+    causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones,
+    and those that need what the operator lacks (a gradient, dropout, an additive mask, a mask for each head, float64),
+    run transformers' own SDPA on the expanded cache. Returns ``out [b, s_q, h_q, d_v]`` and None.
+
+    Raises `UnsupportedModelError` unless `enable` was called, and `ArgumentError` for a mask whose length is not the
+    cache's.
     """
     if not hasattr(module, PREVIOUS_ATTRIBUTE):
         raise UnsupportedModelError(
@@ -99,7 +104,7 @@ def _check_mask(mask: Tensor, s_kv: int) -> None:
         raise ArgumentError("decode", "attention_mask", expected, f"shape {list(mask.shape)}")
 
 
-def _can_absorb(module: nn.Module, query: Tensor, rows: LatentRows, mask: Tensor | None, dropout: float) -> bool:
+def _can_absorb(module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor | None, dropout: float) -> bool:
     s_q = query.shape[2]
     if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0:
         return False
@@ -114,7 +119,7 @@ def _can_absorb(module: nn.Module, query: Tensor, rows: LatentRows, mask: Tensor
 
 
 def _absorbed(
-    module: nn.Module, query: Tensor, rows: LatentRows, mask: Tensor | None, scaling: float | None
+    module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor | None, scaling: float | None
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     w_uk, w_uv = up_projections(module)
     q = absorb_query(query, w_uk)
@@ -140,6 +145,7 @@ def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling:
     pages = rows.block_table.gather(1, (positions // page_size).long())
     slots = (pages * page_size + positions % page_size).view(b * s_q, rows.s_kv)
     kv_cache, k_cache = (None if x is None else x.flatten(0, 1)[:, None] for x in (rows.kv_cache, rows.k_cache))
+    out: Tensor
     out, _ = torch.ops.flashmla.decode(
         q.reshape(b * s_q, 1, h_q, d_qk),
         kv_cache,
@@ -152,7 +158,7 @@ def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling:
     return out.view(b, s_q, h_q, d_c)
 
 
-def up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:
+def up_projections(module: MLAModule) -> tuple[Tensor, Tensor]:
     """Views of ``kv_b_proj.weight`` as W_UK ``[h_q, d_nope, d_c]`` and W_UV ``[h_q, d_v, d_c]``, read at each call."""
     split = [module.qk_nope_head_dim, module.v_head_dim]
     weight = module.kv_b_proj.weight.view(-1, sum(split), module.kv_lora_rank)
@@ -163,7 +169,7 @@ def up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:
 def absorb_query(query: Tensor, w_uk: Tensor) -> Tensor:
     """``[b, h_q, s_q, d_nope + d_r]`` to ``[b, s_q, h_q, d_c + d_r]``: the first d_nope dimensions through W_UK."""
     b, h_q, s_q, d_qk = query.shape
-    d_nope, d_c = w_uk.shape[1:]
+    d_nope = w_uk.shape[1]
     by_head = query.transpose(0, 1).reshape(h_q, b * s_q, d_qk)
     nope, rope = by_head.split([d_nope, d_qk - d_nope], dim=-1)
     q = torch.cat([torch.bmm(nope, w_uk), rope], dim=-1)
@@ -179,7 +185,7 @@ def project_values(out: Tensor, w_uv: Tensor) -> Tensor:
 
 
 def _expanded(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor | Pages, mask: Tensor | None, **kwargs: Any
+    module: MLAModule, query: Tensor, key: Tensor, value: Tensor | Pages, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA over keys and values expanded by the model's own code. Differentiable."""
     if isinstance(value, Pages):
@@ -192,7 +198,7 @@ def _expanded(
 
 
 def gather_pages(pages: Tensor, view: Pages, d_c: int) -> tuple[Tensor, Tensor]:
-    """The rows of all sequences as transformers' latent ``[b, 1, s_kv, d_c]`` and rotary ``[b, 1, s_kv, d_r]`` tensors."""
+    """The rows of all sequences as transformers has them: ``[b, 1, s_kv, d_c]`` and ``[b, 1, s_kv, d_r]``."""
     rows = pages[view.block_table.long(), 0].flatten(1, 2)[:, None, : view.s_kv]
     latent, rope = rows.split([d_c, rows.shape[-1] - d_c], dim=-1)
     return latent, rope

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -11,6 +12,7 @@ from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers.attention import (
     ABSORBED_ATTENTION,
     PREVIOUS_ATTRIBUTE,
+    MLAModule,
     Pages,
     absorbed_attention,
 )
@@ -39,12 +41,12 @@ AttentionMaskInterface.register(ABSORBED_ATTENTION, absorbed_mask)
 def enable(model: nn.Module) -> int:
     """Let ``model`` attend through `torch.ops.flashmla.decode` where queries are short, in place, on its own cache.
 
-    Weights and ``state_dict`` stay as they are; ``kv_b_proj`` is read at each step, so training or loading weights later
-    needs no second call. Prefill, and any forward that needs a gradient, runs transformers' SDPA on the expanded cache:
-    call the model under ``torch.no_grad()``, as ``generate`` does. Calling it again changes nothing.
+    Weights and ``state_dict`` stay as they are; ``kv_b_proj`` is read at each step, so training or loading weights
+    later needs no second call. Prefill, and any forward that needs a gradient, runs transformers' SDPA on the expanded
+    cache: call the model under ``torch.no_grad()``, as ``generate`` does. Calling it again changes nothing.
 
-    Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if it
-    has no MLA attention or one that is not known to be exact.
+    Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if
+    it has no MLA attention or one that is not known to be exact.
     """
     modules = _mla_modules(model)
     if not modules:
@@ -80,11 +82,11 @@ def is_enabled(model: nn.Module) -> bool:
     return bool(modules) and all(hasattr(module, PREVIOUS_ATTRIBUTE) for _, module in modules)
 
 
-def _mla_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _mla_modules(model: nn.Module) -> list[tuple[str, MLAModule]]:
     return [(name, module) for name, module in model.named_modules() if hasattr(type(module), "expand_kv")]
 
 
-def _check_supported(name: str, module: nn.Module) -> None:
+def _check_supported(name: str, module: MLAModule) -> None:
     model_type = module.config.model_type
     if model_type in INDEXED_MODEL_TYPES:
         raise UnsupportedModelError(f"{name}: '{model_type}' attends to indexed tokens, which needs sparse attention")
@@ -102,7 +104,7 @@ def _check_supported(name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(f"{name}: expected as many key as query heads in the expanded attention")
 
 
-def _keep_latents(self: nn.Module, latent: Tensor, rope: Tensor | Pages) -> tuple[Tensor, Tensor | Pages]:
+def _keep_latents(self: MLAModule, latent: Tensor, rope: Tensor | Pages) -> tuple[Tensor, Tensor | Pages]:
     """Stands in for ``expand_kv``: hands the cache on as it is, unless another attention was chosen since `enable`."""
     if self.config._attn_implementation == ABSORBED_ATTENTION:
         return latent, rope

@@ -1,15 +1,16 @@
 """The attention mask of a short query, in the form that `flashmla::decode` reads.
 
 transformers asks a registered mask function once for each forward, before any layer runs, and hands what it returns to
-every layer. For short queries the function here returns an int32 tensor in place of the boolean mask, in one of two forms.
-Both are 4-D, because transformers passes a 4-D mask on untouched:
+every layer. For short queries the function here returns an int32 tensor in place of the boolean mask, in one of two
+forms. Both are 4-D, because transformers passes a 4-D mask on untouched:
 
-- **prefix** ``[b, 1, s_q, 1]``: query i sees the first ``mask[b, 0, i, 0]`` tokens of the cache, one more than query i - 1.
-  This is causal attention without padding, and needs no list of tokens.
+- **prefix** ``[b, 1, s_q, 1]``: query i sees the first ``mask[b, 0, i, 0]`` tokens of the cache, one more than query
+  i - 1. This is causal attention without padding, and needs no list of tokens.
 - **tokens** ``[b, 1, s_q, 1 + s_kv]``: first the number n of tokens that the query sees, then their n positions in the
   cache, in order; what follows means nothing. Any boolean mask can be written so.
 
-No mask is read on the host while a graph is traced, so a compiled forward has neither a graph break nor a guard on values.
+No mask is read on the host while a graph is traced, so a compiled forward has neither a graph break nor a guard on
+values.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def absorbed_mask(
 
 
 def prefix_mask(b: int, s_q: int, q_offset: int | Tensor, device: torch.device | str) -> Tensor:
-    """The prefix form ``[b, 1, s_q, 1]`` of causal attention: query i is at position ``q_offset + i`` and sees itself."""
+    """The prefix form ``[b, 1, s_q, 1]`` of causal attention: query i sits at ``q_offset + i`` and sees itself."""
     lengths = torch.arange(1, s_q + 1, device=device, dtype=torch.int32) + q_offset
     return lengths.to(torch.int32)[None, None, :, None].expand(b, 1, s_q, 1)
 
