@@ -1,0 +1,189 @@
+"""What this machine can do, measured: peak FLOP/s by dtype and the read bandwidth of DRAM and of the L2 caches.
+
+The measuring program (`csrc/limits.cpp`) is compiled on the spot for the instruction sets in /proc/cpuinfo. It is run
+again and again during a bench, so that limits and timings see the same machine; a limit is the median of all samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = Path(__file__).parent / "csrc" / "limits.cpp"
+#: Instruction sets, best first: name, the flags of /proc/cpuinfo that show it, the compiler options that use it.
+INSTRUCTION_SETS = (
+    ("AVX-512 BF16", {"avx512f", "avx512_bf16"}, ("-mavx512f", "-mavx512bf16")),
+    ("AVX-512", {"avx512f"}, ("-mavx512f",)),
+    ("AVX2 + FMA", {"avx2", "fma"}, ("-mavx2", "-mfma")),
+)
+BASELINE = "baseline"  # what the compiler assumes when told nothing
+MULTIPLY_ADDS_PER_CYCLE = 2  # no core issues more vector multiply-adds
+L2_BYTES_PER_CYCLE = 64  # no core reads more from its L2 cache
+HIGHEST_HZ = 8e9
+SLACK = 1.1  # clocks move between two measurements
+SMALLEST_DRAM_BUFFER = 256 << 20
+DRAM_BUFFER_OF_L3 = 8  # a host may have more L3 than it shows
+LARGEST_DRAM_BUFFER = 2 << 30
+
+
+class LimitsError(RuntimeError):
+    """The limits could not be measured: no compiler, or values that cannot be."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Medians over all threads together, in Hz (of one core), FLOP/s and bytes/s."""
+
+    instruction_set: str
+    threads: int
+    hz: float
+    fp32_flops: float
+    bf16_flops: float | None  # vdpbf16ps, where the CPU has it
+    l2_read: float
+    dram_read: float
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """The most FLOP/s that arithmetic on ``dtype`` can reach, accumulating in float32."""
+        if dtype == torch.bfloat16 and self.bf16_flops is not None:
+            return self.bf16_flops
+        return self.fp32_flops
+
+    def peak_name(self, dtype: torch.dtype) -> str:
+        if dtype == torch.bfloat16 and self.bf16_flops is not None:
+            return "vdpbf16ps"
+        return f"fp32 multiply-add, {self.instruction_set}"
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The parts of /proc/cpuinfo and /sys that name the machine."""
+
+    model: str
+    flags: frozenset[str]
+    l3_bytes: int
+
+    @property
+    def instruction_set(self) -> tuple[str, tuple[str, ...]]:
+        """Its best instruction set: name and compiler options."""
+        for name, needed, options in INSTRUCTION_SETS:
+            if needed <= self.flags:
+                return name, options
+        return BASELINE, ()
+
+
+def parse_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
+    """Model name and flags of the first CPU in /proc/cpuinfo (``Features`` on Arm)."""
+    fields: dict[str, str] = {}
+    for line in text.split("\n\n", 1)[0].splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    flags = fields.get("flags", fields.get("Features", ""))
+    return fields.get("model name", "unknown CPU"), frozenset(flags.split())
+
+
+def this_cpu() -> Cpu:
+    model, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+    return Cpu(model, flags, l3_bytes())
+
+
+def l3_bytes() -> int:
+    """Size of the last-level cache that the first CPU sees; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (cache / "level").read_text().strip() == "3":
+            size = (cache / "size").read_text().strip()  # such as "32768K"
+            sizes = [int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]]
+    return sizes[0]
+
+
+class LimitMeter:
+    """Measures the machine's limits whenever asked, and knows the medians over all it has seen. A context manager."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.cpu = this_cpu()
+        self.samples: dict[str, list[float]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="flashmla-bench-")
+        self._program = self._compile()
+
+    def __enter__(self) -> LimitMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def _compile(self) -> Path:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise LimitsError(f"the limits need a C++ compiler, and {compiler!r} is not there (set CXX)")
+        program = Path(self._folder.name) / "limits"
+        options = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", *self.cpu.instruction_set[1]]
+        done = subprocess.run([compiler, *options, SOURCE, "-o", program], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise LimitsError(f"{SOURCE.name} does not compile:\n{done.stderr}")
+        return program
+
+    def measure(self, seconds: float = 0.2) -> None:
+        """Take samples of every limit, ``seconds`` for each."""
+        buffer = min(max(SMALLEST_DRAM_BUFFER, DRAM_BUFFER_OF_L3 * self.cpu.l3_bytes), LARGEST_DRAM_BUFFER)
+        # Not our environment's OpenMP settings: here threads should wait for each other without sleeping.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+        done = subprocess.run(
+            [self._program, str(self.threads), str(buffer), str(seconds)],
+            capture_output=True,
+            text=True,
+            env=environment | {"OMP_WAIT_POLICY": "active", "OMP_DYNAMIC": "false"},
+        )
+        if done.returncode != 0:
+            raise LimitsError(f"measuring the limits failed: {done.stderr.strip()}")
+        for name, values in parse_output(done.stdout, self.threads).items():
+            self.samples.setdefault(name, []).extend(values)
+
+    def limits(self) -> Limits:
+        return limits_of(self.samples, self.cpu.instruction_set[0], self.threads)
+
+
+def parse_output(text: str, threads: int) -> dict[str, list[float]]:
+    """The samples that the measuring program printed, without those that no machine can show."""
+    output: Mapping[str, Any] = json.loads(text)
+    samples: dict[str, list[float]] = output["samples"]
+    hz = max(possible("hz", samples["hz"], HIGHEST_HZ))
+    cycles = hz * threads * SLACK
+    fp32 = cycles * MULTIPLY_ADDS_PER_CYCLE * 2 * output["vector_bytes"] / 4
+    bounds = {"hz": HIGHEST_HZ, "fp32_flops": fp32, "bf16_flops": 2 * fp32, "l2_read": cycles * L2_BYTES_PER_CYCLE}
+    kept = {name: possible(name, samples[name], bound) for name, bound in bounds.items() if name in samples}
+    for name in ("dram_read", "dram_read_prefetched"):
+        kept[name] = possible(name, samples[name], max(kept["l2_read"]))
+    return kept
+
+
+def possible(name: str, samples: Sequence[float], bound: float) -> list[float]:
+    """The samples in (0, ``bound``]; raises `LimitsError` if that is less than half of them."""
+    kept = [sample for sample in samples if 0 < sample <= bound]
+    if not samples or len(kept) * 2 < len(samples):
+        raise LimitsError(f"{name}: {len(samples) - len(kept)} of {len(samples)} samples lie outside (0, {bound:.3g}]")
+    return kept
+
+
+def limits_of(samples: Mapping[str, Sequence[float]], instruction_set: str, threads: int) -> Limits:
+    """The medians; of the two ways to read DRAM, the faster."""
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    return Limits(
+        instruction_set=instruction_set,
+        threads=threads,
+        hz=median["hz"],
+        fp32_flops=median["fp32_flops"],
+        bf16_flops=median.get("bf16_flops"),
+        l2_read=median["l2_read"],
+        dram_read=max(median["dram_read"], median["dram_read_prefetched"]),
+    )

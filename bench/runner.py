@@ -1,0 +1,192 @@
+"""Runs problems: times every implementation in turns, checks every result, measures the limits in between."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.limits import LimitMeter, Limits
+from bench.timing import Budget, Timing, interleave, stolen
+from flashmla_ops import capability
+
+ROOT = Path(__file__).parent.parent
+OURS = "flashmla"
+SCHEMA = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One case made concrete: what to call, what must come out, and how much work it is."""
+
+    title: str
+    case: Mapping[str, Any]
+    flops: float
+    bytes: float  # what must be read from memory at least once
+    dtype: torch.dtype
+    calls: Mapping[str, Callable[[], Tensor]]
+    skipped: Mapping[str, str]  # implementations that cannot run here, with the reason
+    expected: Tensor  # float64
+    tolerance: float  # largest `row_error`
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A problem's timings and the largest error that each implementation showed while it was timed."""
+
+    problem: Problem
+    timings: Mapping[str, Timing]
+    errors: Mapping[str, float]
+
+    def correct(self, name: str) -> bool:
+        return self.errors[name] <= self.problem.tolerance
+
+
+def row_error(result: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a row (last dimension), in the Euclidean norm; infinite if a result is NaN."""
+    if result.shape != expected.shape:
+        return float("inf")
+    difference = (result.double() - expected).norm(dim=-1)
+    error = difference / expected.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(error.nan_to_num(nan=float("inf")).max())
+
+
+def solve(problem: Problem, budget: Budget) -> Solved:
+    errors = dict.fromkeys(problem.calls, 0.0)
+
+    def check(name: str, result: Tensor) -> None:
+        errors[name] = max(errors[name], row_error(result, problem.expected))
+
+    for (
+        name,
+        call,
+    ) in problem.calls.items():  # compiles, allocates, finds an implementation that is wrong from the start
+        check(name, call())
+    return Solved(problem, interleave(problem.calls, budget, check), errors)
+
+
+def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMeter) -> dict[str, Any]:
+    """Solve every problem and return the results, ready for JSON."""
+    started, stolen_before = time.perf_counter(), stolen()
+    solved = []
+    for problem in problems:
+        meter.measure()
+        solved.append(solve(problem, budget))
+        print(one_line(solved[-1], meter.limits()), flush=True)
+    meter.measure()
+    limits = meter.limits()
+    elapsed = time.perf_counter() - started
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "command": command(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "host": host(meter),
+        "explain": capability.explain(),
+        "limits": asdict(limits),
+        "seconds": round(elapsed, 1),
+        "stolen_share": round((stolen() - stolen_before) / (elapsed * (os.cpu_count() or 1)), 4),
+        "results": [as_dict(each, limits) for each in solved],
+    }
+
+
+def as_dict(solved: Solved, limits: Limits) -> dict[str, Any]:
+    problem = solved.problem
+    peak = limits.peak(problem.dtype)
+    return {
+        "case": dict(problem.case),
+        "flops": problem.flops,
+        "bytes": problem.bytes,
+        "peak_flops": peak,
+        "peak": limits.peak_name(problem.dtype),
+        "compute_limit": problem.flops / peak,
+        "memory_limit": problem.bytes / limits.dram_read,
+        "tolerance": problem.tolerance,
+        "timings": {
+            name: {
+                **timing.as_dict(),
+                "fraction_of_peak": problem.flops / timing.median / peak,
+                "error": solved.errors[name],
+                "correct": solved.correct(name),
+            }
+            for name, timing in solved.timings.items()
+        },
+        "skipped": dict(problem.skipped),
+    }
+
+
+def one_line(solved: Solved, limits: Limits) -> str:
+    """The progress line of a case: milliseconds of each implementation, ``~`` where CPU time stands in."""
+    problem = solved.problem
+    cells = []
+    for name, timing in solved.timings.items():
+        mark = ("" if timing.clean else "~") + ("" if solved.correct(name) else " WRONG")
+        cells.append(f"{name} {timing.median * 1e3:.3f} ms{mark}")
+    fraction = problem.flops / solved.timings[OURS].median / limits.peak(problem.dtype)
+    return f"{problem.title}: {fraction:.0%} of peak; " + ", ".join(cells)
+
+
+def wrong(results: Mapping[str, Any], name: str = OURS) -> list[Mapping[str, Any]]:
+    """The cases for which an implementation returned a wrong result."""
+    return [r["case"] for r in results["results"] if not r["timings"][name]["correct"]]
+
+
+def command() -> str:
+    """The command that started this process, as a user would type it."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
+
+def commit() -> str:
+    """The commit of the working tree, with ``-dirty`` if anything but results differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True)
+    return {
+        "flashmla-ops": metadata.version("flashmla-ops"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": compiler.stdout.split("\n", 1)[0],
+        "kernel": platform.release(),
+    }
+
+
+def host(meter: LimitMeter) -> dict[str, Any]:
+    return {
+        "cpu": meter.cpu.model,
+        "instruction_set": meter.cpu.instruction_set[0],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": meter.threads,
+        "l3_bytes": meter.cpu.l3_bytes,
+    }
+
+
+def default_path(results: Mapping[str, Any], *, quick: bool) -> Path:
+    """Where results go: one file for each suite, CPU and thread count, so that a new run replaces the old."""
+    words = [results["suite"], results["host"]["cpu"], results["host"]["instruction_set"]]
+    slug = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+    name = f"{slug}-{results['host']['threads']}-threads" + ("-quick" if quick else "")
+    return ROOT / "bench" / "results" / f"{name}.json"

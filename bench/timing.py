@@ -1,0 +1,171 @@
+"""Timing that survives a shared machine.
+
+Implementations take turns, one *block* of calls a turn, so that whatever else the machine does hits all of them. A
+block records wall time, the CPU time of each of our threads and how long our threads waited in a run queue, that is,
+had work to do but no core. A block without such waiting is *clean*: its wall time is what an idle machine would have
+shown. Where too few blocks are clean the busiest thread's CPU time stands in, and the result says so.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+#: Idle OpenMP threads sleep: spinning ones would be counted as CPU time and would take cores from the next turn.
+QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+#: Fewer clean blocks than this, and CPU time is reported instead of wall time.
+ENOUGH_CLEAN = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure. ``seconds`` is the wall time that one implementation may use within one case."""
+
+    block_seconds: float = 0.02
+    clean_blocks: int = 24
+    seconds: float = 4.0
+    min_blocks: int = 5
+    max_delay: float = 0.03  # share of a block's wall time that our threads may have waited for a core
+
+
+QUICK = Budget(clean_blocks=5, seconds=0.5, min_blocks=3)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One turn of one implementation; the times are seconds for one call."""
+
+    wall: float
+    cpu_max: float  # CPU time of the busiest thread: the wall time on an idle machine, if work is split evenly
+    cpu_sum: float  # CPU time of all threads
+    delay: float  # run-queue delay of all threads, as a share of the wall time
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for one call: the median and the quartiles of the clean blocks, or of CPU times if ``clean`` is False."""
+
+    median: float
+    q1: float
+    q3: float
+    clean: bool
+    clean_blocks: int
+    blocks: int
+    cpu_max: float
+    cpu_sum: float
+
+    def as_dict(self) -> dict[str, float | int | bool]:
+        return asdict(self)
+
+
+def sleep_when_idle() -> None:
+    """Start the process again with `QUIET_THREADS`, which OpenMP reads only when it loads."""
+    if any(os.environ.get(name) != value for name, value in QUIET_THREADS.items()):
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, os.environ | QUIET_THREADS)
+
+
+def thread_ids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/task")]
+
+
+def queue_delay() -> float:
+    """Seconds that the threads of this process have waited, runnable, for a core, summed over threads."""
+    total = 0
+    for thread in thread_ids():
+        try:
+            total += int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1])
+        except (OSError, IndexError):  # the thread ended, or this kernel keeps no such statistics
+            continue
+    return total * 1e-9
+
+
+def cpu_times() -> dict[int, float]:
+    """CPU seconds of each thread of this process, by thread id."""
+    times = {}
+    for thread in thread_ids():
+        try:
+            # Linux: the clock of another thread of this process (CPUCLOCK_PERTHREAD | CPUCLOCK_SCHED).
+            times[thread] = time.clock_gettime((~thread << 3) | 6)
+        except OSError:
+            continue
+    return times
+
+
+def stolen() -> float:
+    """Seconds the hypervisor kept this machine's cores for others, since boot, summed over cores."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+
+
+def run_block(call: Callable[[], Result], seconds: float) -> tuple[Block, Result]:
+    """Call for at least ``seconds``; also returns what the last call returned."""
+    delay, cpu, start = queue_delay(), cpu_times(), time.perf_counter()
+    calls = 0
+    while True:
+        result = call()
+        calls += 1
+        wall = time.perf_counter() - start
+        if wall >= seconds:
+            break
+    used = [after - cpu.get(thread, 0.0) for thread, after in cpu_times().items()]
+    waited = queue_delay() - delay
+    return Block(wall / calls, max(used) / calls, sum(used) / calls, waited / wall), result
+
+
+def summarize(blocks: Sequence[Block], max_delay: float) -> Timing:
+    clean = [block.wall for block in blocks if block.delay <= max_delay]
+    enough = len(clean) >= min(ENOUGH_CLEAN, len(blocks))
+    q1, median, q3 = quartiles(clean if enough else [block.cpu_max for block in blocks])
+    return Timing(
+        median=median,
+        q1=q1,
+        q3=q3,
+        clean=enough,
+        clean_blocks=len(clean),
+        blocks=len(blocks),
+        cpu_max=statistics.median(block.cpu_max for block in blocks),
+        cpu_sum=statistics.median(block.cpu_sum for block in blocks),
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Result]],
+    budget: Budget,
+    check: Callable[[str, Result], None],
+) -> dict[str, Timing]:
+    """Time ``calls`` in turns. ``check(name, result)`` sees the last result of every block, untimed."""
+    blocks: dict[str, list[Block]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+
+    def done(name: str) -> bool:
+        taken = blocks[name]
+        if sum(block.delay <= budget.max_delay for block in taken) >= budget.clean_blocks:
+            return True
+        return spent[name] >= budget.seconds and len(taken) >= budget.min_blocks
+
+    while active := [name for name in calls if not done(name)]:
+        for name in active:
+            start = time.perf_counter()
+            calls[name]()  # the turn before left the caches to another implementation
+            block, result = run_block(calls[name], budget.block_seconds)
+            blocks[name].append(block)
+            spent[name] += time.perf_counter() - start
+            check(name, result)
+    return {name: summarize(taken, budget.max_delay) for name, taken in blocks.items()}

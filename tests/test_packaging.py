@@ -1,0 +1,132 @@
+"""What is shipped, what a build needs, and which way imports point."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("flashmla_ops", "cutlass_kernels", "lowering")
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BUILD = """
+import sys
+from setuptools import build_meta
+folder = sys.argv[1]  # setuptools rewrites sys.argv
+build_meta.build_sdist(folder)
+build_meta.build_wheel(folder)
+"""
+
+
+def is_clutter(path: Path) -> bool:
+    return "__pycache__" in path.parts or path.suffix in {".pyc", ".so"}
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Build the sdist and the wheel from a copy of the tree: the file names in each."""
+    copy, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in (*PACKAGES, "bench", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashmla.py"):
+        shutil.copy(ROOT / name, copy / name)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, dist],
+        cwd=copy,
+        env=os.environ | {"FLASHMLA_BUILD_AT_INSTALL": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist, zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+        return {
+            "sdist": {name.partition("/")[2] for name in sdist.getnames()},
+            "wheel": set(wheel.namelist()),
+        }
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_source_is_shipped(shipped: dict[str, set[str]], kind: str, package: str) -> None:
+    wanted = (path for path in (ROOT / package).rglob("*") if path.is_file() and not is_clutter(path))
+    missing = {str(path.relative_to(ROOT)) for path in wanted} - shipped[kind]
+    assert not missing
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_kernels_fixture_and_type_marker_are_shipped(shipped: dict[str, set[str]], kind: str) -> None:
+    names = shipped[kind]
+    assert any(re.fullmatch(r"flashmla_ops/cpu/csrc/.*\.cpp", name) for name in names)
+    assert any(re.fullmatch(r"flashmla_ops/cpu/csrc/.*\.h", name) for name in names)
+    assert any(re.fullmatch(r"flashmla_ops/fixtures/.*\.safetensors", name) for name in names)
+    assert {"flashmla_ops/py.typed", "flashmla.py"} <= names
+
+
+def test_tests_and_bench_are_not_installed(shipped: dict[str, set[str]]) -> None:
+    assert not [name for name in shipped["wheel"] if name.split("/")[0] in {"tests", "bench", "setup.py"}]
+
+
+def test_torch_is_a_dependency_but_no_build_requirement() -> None:
+    assert not [r for r in PYPROJECT["build-system"]["requires"] if "torch" in r]
+    assert [r for r in PYPROJECT["project"]["dependencies"] if r.startswith("torch")] == ["torch>=2.11,<2.15"]
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"transformers", "cutlass", "bench", "dev"}
+
+
+def test_development_pins_are_inside_the_supported_ranges() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert (pins["torch"], pins["transformers"]) == ("2.13.0", "5.17.0")
+    assert "torchvision" not in pins
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The absolute names of the modules that a Python file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def importers(folder: str, *targets: str) -> list[str]:
+    """``file imports module`` for each import of a target package in a folder."""
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in imports(path)
+        if name.split(".")[0] in targets
+    ]
+
+
+def test_imports_point_one_way() -> None:
+    assert not importers("flashmla_ops", "tests", "bench", "lowering", "flashmla", "setup")
+    assert not importers("cutlass_kernels", "tests", "bench", "lowering", "flashmla", "flashmla_ops")
+    assert not importers("lowering", "tests", "bench", "flashmla")
+    assert not importers("bench", "tests")
+    outside_cuda = [use for use in importers("flashmla_ops", "cutlass_kernels") if "flashmla_ops/cuda/" not in use]
+    assert not outside_cuda
+
+
+def test_the_short_name_only_re_exports() -> None:
+    tree = ast.parse((ROOT / "flashmla.py").read_text())
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)  # imports, __all__, the docstring
+    assert all(isinstance(node, allowed) for node in tree.body)
+    assert {name.split(".")[0] for name in imports(ROOT / "flashmla.py")} <= {"flashmla_ops"}
+
+
+def test_kernels_know_no_python() -> None:
+    python = re.compile(r'#\s*include\s*[<"](Python\.h|pybind11/|torch/extension\.h|torch/csrc/utils/pybind\.h)')
+    sources = [p for p in (ROOT / "flashmla_ops" / "cpu" / "csrc").rglob("*") if p.is_file()]
+    assert sources
+    assert not [str(path.relative_to(ROOT)) for path in sources if python.search(path.read_text())]
