@@ -27,10 +27,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kChains = 24; // 32 registers
+constexpr int kChains = 24;  // 32 registers
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
-constexpr int kChains = 12; // 16 registers; latency 4 or 5, two a cycle
+constexpr int kChains = 12;  // 16 registers; latency 4 or 5, two a cycle
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16;
 constexpr int kChains = 24;
@@ -71,19 +71,16 @@ uint64_t dependent_adds(int64_t count) {
 // Independent chains of multiply-adds in registers.
 float multiply_adds(int64_t count) {
   Floats chain[kChains];
-  for (int i = 0; i < kChains; ++i)
-    chain[i] = Floats{} + 1e-3f * i;
+  for (int i = 0; i < kChains; ++i) chain[i] = Floats{} + 1e-3f * i;
   Floats x = Floats{} + 0.999f, y = Floats{} + 1e-7f;
   for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i)
-      chain[i] = chain[i] * x + y;
+    for (int i = 0; i < kChains; ++i) chain[i] = chain[i] * x + y;
     OPAQUE(x);
     OPAQUE(y);
   }
   float sum = 0;
-  for (int i = 0; i < kChains; ++i)
-    sum += chain[i][0];
+  for (int i = 0; i < kChains; ++i) sum += chain[i][0];
   return sum;
 }
 
@@ -91,40 +88,35 @@ float multiply_adds(int64_t count) {
 // Independent chains of vdpbf16ps: 32 multiply-adds of bf16 pairs each, into fp32.
 float bf16_dot_products(int64_t count) {
   __m512 chain[kChains];
-  for (int i = 0; i < kChains; ++i)
-    chain[i] = _mm512_set1_ps(1e-3f * i);
+  for (int i = 0; i < kChains; ++i) chain[i] = _mm512_set1_ps(1e-3f * i);
   __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80), y = (__m512bh)_mm512_set1_epi32(0x33803380);
   for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i)
-      chain[i] = _mm512_dpbf16_ps(chain[i], x, y);
+    for (int i = 0; i < kChains; ++i) chain[i] = _mm512_dpbf16_ps(chain[i], x, y);
     OPAQUE(x);
     OPAQUE(y);
   }
   float sum = 0;
-  for (int i = 0; i < kChains; ++i)
-    sum += chain[i][0];
+  for (int i = 0; i < kChains; ++i) sum += chain[i][0];
   return sum;
 }
 #endif
 
 // Reads every byte of [data, data + bytes), `bytes` a multiple of 8 vectors. kAhead: software prefetch distance, or 0.
-template <int kAhead> uint64_t read(const char *data, size_t bytes) {
+template <int kAhead>
+uint64_t read(const char* data, size_t bytes) {
   constexpr int kStep = 8 * kVectorBytes;
   Words sum[8] = {};
   for (size_t at = 0; at < bytes; at += kStep) {
     if constexpr (kAhead > 0) {
 #pragma GCC unroll 8
-      for (int line = 0; line < kStep; line += 64)
-        __builtin_prefetch(data + at + kAhead + line);
+      for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + at + kAhead + line);
     }
-    const Words *vectors = reinterpret_cast<const Words *>(data + at);
+    const Words* vectors = reinterpret_cast<const Words*>(data + at);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      sum[i] ^= vectors[i];
+    for (int i = 0; i < 8; ++i) sum[i] ^= vectors[i];
   }
-  for (int i = 1; i < 8; ++i)
-    sum[0] ^= sum[i];
+  for (int i = 1; i < 8; ++i) sum[0] ^= sum[i];
   return sum[0][0];
 }
 
@@ -134,19 +126,17 @@ void pin(int thread) {
   sched_getaffinity(0, sizeof allowed, &allowed);
   CPU_ZERO(&mine);
   for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; ++cpu)
-    if (CPU_ISSET(cpu, &allowed) && seen++ == thread)
-      CPU_SET(cpu, &mine);
-  if (CPU_COUNT(&mine) == 1)
-    sched_setaffinity(0, sizeof mine, &mine);
+    if (CPU_ISSET(cpu, &allowed) && seen++ == thread) CPU_SET(cpu, &mine);
+  if (CPU_COUNT(&mine) == 1) sched_setaffinity(0, sizeof mine, &mine);
 }
 
 struct Machine {
   int threads;
-  double seconds; // for each measurement
+  double seconds;  // for each measurement
   bool first = true;
 
   // Prints the rate `work / time` of each repetition of body(thread, repetition).
-  void measure(const char *name, double work, const std::function<void(int, int)> &body) {
+  void measure(const char* name, double work, const std::function<void(int, int)>& body) {
     std::vector<double> rates, elapsed(threads);
     const double end = now() + seconds;
     for (int repetition = 0; repetition < 5 || (now() < end && repetition < 1000); ++repetition) {
@@ -161,37 +151,36 @@ struct Machine {
       rates.push_back(work / *std::max_element(elapsed.begin(), elapsed.end()));
     }
     std::printf("%s\"%s\": [", first ? "" : ", ", name);
-    for (size_t i = 0; i < rates.size(); ++i)
-      std::printf("%s%.6g", i ? ", " : "", rates[i]);
+    for (size_t i = 0; i < rates.size(); ++i) std::printf("%s%.6g", i ? ", " : "", rates[i]);
     std::printf("]");
     first = false;
   }
 };
 
 struct Free {
-  void operator()(char *p) const { std::free(p); }
+  void operator()(char* p) const { std::free(p); }
 };
 
-} // namespace
+}  // namespace
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   if (argc != 4) {
     std::fprintf(stderr, "usage: limits THREADS DRAM_BYTES SECONDS\n");
     return 2;
   }
   Machine machine{std::atoi(argv[1]), std::atof(argv[3])};
   const int threads = machine.threads;
-  constexpr size_t kSmall = 128 << 10; // in a core's L2, not in its L1
+  constexpr size_t kSmall = 128 << 10;  // in a core's L2, not in its L1
   constexpr size_t kChunk = 4 << 20;
   const size_t chunks = std::max<size_t>(1, std::strtoull(argv[2], nullptr, 10) / (kChunk * threads));
   const size_t bytes = chunks * threads * kChunk;
   // One chunk more than is read: prefetches run past the end.
-  std::unique_ptr<char, Free> memory(static_cast<char *>(std::aligned_alloc(kChunk, bytes + kChunk)));
+  std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(kChunk, bytes + kChunk)));
   if (!memory) {
     std::fprintf(stderr, "no memory for a buffer of %zu bytes\n", bytes);
     return 1;
   }
-  char *data = memory.get();
+  char* data = memory.get();
 
 #pragma omp parallel num_threads(threads)
   {
@@ -218,8 +207,7 @@ int main(int argc, char **argv) {
   constexpr int kRounds = 200;
   machine.measure("l2_read", 1.0 * kRounds * kSmall * threads, [&](int thread, int) {
     uint64_t sum = 0;
-    for (int round = 0; round < kRounds; ++round)
-      sum ^= read<0>(data + thread * kChunk, kSmall);
+    for (int round = 0; round < kRounds; ++round) sum ^= read<0>(data + thread * kChunk, kSmall);
     word_sink = sum;
   });
   // Each repetition reads chunks that no thread has read for `bytes` bytes.
