@@ -1,1 +1,5 @@
-from flashmla_ops import ops  # noqa
+"""The short import name: ``from flashmla import FlashMLA``."""
+
+from flashmla_ops.nn import FlashMLA
+
+__all__ = ["FlashMLA"]
