@@ -16,12 +16,14 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.reference.schedule import MAX_PARTS
 
 OP = "merge_states"
 
 
 def check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     require(OP, "outs", len(outs) >= 1, "at least one part", len(outs))
+    require(OP, "outs", len(outs) <= MAX_PARTS, f"at most {MAX_PARTS} parts", len(outs))
     require(OP, "lses", len(lses) == len(outs), f"{len(outs)} parts, as outs", len(lses))
     first = outs[0]
     require_float(OP, "outs[0]", first)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.ops._library import define, require, require_dims, require_dtype
-from flashmla_ops.reference.schedule import HEADER, row_block, schedule_numel
+from flashmla_ops.reference.schedule import HEADER, MAX_PARTS, row_block, schedule_numel
 
 OP = "decode_schedule"
 
@@ -23,7 +23,8 @@ def check(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_parts: int) 
     require(OP, "s_q", s_q >= 1, "at least 1", s_q)
     require(OP, "h_kv", h_kv >= 1, "at least 1", h_kv)
     require(OP, "h_q", h_q >= 0 and h_q % h_kv == 0, f"a multiple of h_kv {h_kv}", h_q)
-    require(OP, "num_parts", num_parts >= 1, "at least 1", num_parts)
+    valid = num_parts >= 1 and num_parts <= MAX_PARTS
+    require(OP, "num_parts", valid, f"a value in [1, {MAX_PARTS}]", num_parts)
 
 
 def fake(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_parts: int) -> Tensor:
@@ -46,7 +47,7 @@ def check_schedule(schedule: Tensor, cache_seqlens: Tensor, s_q: int, h_q: int, 
     wanted = [b, s_q, h_q, h_kv]
     expected = f"a schedule made for [b, s_q, h_q, h_kv] {wanted}"
     require("decode", "schedule", made_for == wanted, expected, f"one made for {made_for}")
-    sized = parts >= 1 and schedule.numel() == schedule_numel(b, parts)
+    sized = 1 <= parts <= MAX_PARTS and schedule.numel() == schedule_numel(b, parts)
     sized = sized and int(schedule[5]) == row_block(b, s_q, h_q, h_kv, parts)
     require("decode", "schedule", sized, "the tensor that decode_schedule returned", f"{schedule.numel()} elements")
     lengths = schedule[HEADER : HEADER + b]

@@ -17,6 +17,7 @@ UNIT = 32  # tokens: cuts fall on multiples of this
 MIN_UNITS = 2  # a part is not made shorter than this: waking a thread costs more than it saves
 MAX_ROWS = 128  # query rows of an item: what keeps the fp32 accumulators of a core in its L2 cache
 ROW_STEP = 16  # an item's rows are a multiple of this where there is a choice (one AVX-512 vector of heads)
+MAX_PARTS = 1024
 HEADER = 8
 
 

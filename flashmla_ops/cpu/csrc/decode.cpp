@@ -1,0 +1,294 @@
+// One decode call: check what only the data can tell, run the schedule's parts in parallel, merge what was cut.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "flashmla/dispatch.h"
+#include "flashmla/schedule.h"
+
+namespace flashmla {
+namespace {
+
+// Memory that a thread keeps from call to call, so that a call in steady state allocates nothing.
+class Arena {
+ public:
+  char* reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = 0;
+      memory_ = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+      if (memory_ != nullptr) size_ = bytes;
+    }
+    return memory_;
+  }
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(memory_); }
+
+ private:
+  char* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Arena scratch_arena, result_arena;
+
+// The pieces of items that cuts went through: part p keeps its first piece in slot 2p and its last in slot 2p + 1.
+struct Piece {
+  int64_t item, slot;
+};
+
+class Decode {
+ public:
+  Decode(const FlashmlaDecode& call, const Schedule& shape, const int32_t* schedule)
+      : call_(call), kernels_(kernels()), shape_(shape), starts_(shape.starts(schedule)) {
+    stride_ = kernels_.accumulator_stride(call.d_v);
+    accumulator_floats_ = Schedule::kMaxRows * (stride_ + 2);
+  }
+
+  // False if a thread could not get its memory; a bad page is in `fault`.
+  bool run(const FlashmlaRuntime& runtime) {
+    plan();
+    results_ = result_arena.reserve(size_t(2 * shape_.num_parts) * size_t(accumulator_floats_) * sizeof(float));
+    if (results_ == nullptr) return false;
+    if (busy_parts_ <= 1 || runtime.num_threads <= 1) {
+      attend_parts(0, shape_.num_parts);
+    } else {
+      runtime.parallel(shape_.num_parts, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->attend_parts(a, b); },
+                       this);
+    }
+    if (fault.found || __atomic_load_n(&out_of_memory_, __ATOMIC_ACQUIRE)) return !out_of_memory_;
+    merge(runtime);
+    return true;
+  }
+
+  Fault fault;
+
+ private:
+  Item item_at(int64_t index) const {
+    const int64_t per_sequence = shape_.items_per_sequence(), per_head = shape_.items_per_head();
+    Item item;
+    item.sequence = index / per_sequence;
+    item.kv_head = index % per_sequence / per_head;
+    item.row = index % per_head * shape_.row_block;
+    item.rows = std::min(shape_.row_block, shape_.rows() - item.row);
+    item.length = call_.cache_seqlens[item.sequence * call_.cache_seqlens_stride];
+    return item;
+  }
+
+  Accumulator slot(int64_t index) const {
+    return accumulator(reinterpret_cast<float*>(results_) + index * accumulator_floats_);
+  }
+  Accumulator accumulator(float* memory) const {
+    return {memory + 2 * Schedule::kMaxRows, memory, memory + Schedule::kMaxRows, stride_};
+  }
+
+  // Calls visit(item index, first token, last token, whole item?, slot) for each piece of a part.
+  template <class Visit>
+  void for_pieces(int64_t part, Visit visit) const {
+    const int64_t first = starts_[2 * part], begin = starts_[2 * part + 1];
+    const int64_t last = starts_[2 * part + 2], end = starts_[2 * part + 3];
+    for (int64_t index = first; index < last || (index == last && end > 0); index++) {
+      const int64_t length = item_at(index).length;
+      const int64_t from = index == first ? begin : 0, to = index == last ? end : length;
+      visit(index, from, to, from == 0 && to == length, 2 * part + (index == first ? 0 : 1));
+    }
+  }
+
+  void plan() {
+    for (int64_t part = 0; part < shape_.num_parts; part++) {
+      bool busy = false;
+      for_pieces(part, [&](int64_t index, int64_t, int64_t, bool whole, int64_t slot) {
+        busy = true;
+        if (!whole) pieces_.push_back({index, slot});
+      });
+      busy_parts_ += busy;
+    }
+  }
+
+  void attend_parts(int64_t begin, int64_t end) {
+    const int64_t scratch = kernels_.scratch_bytes(call_, std::min(shape_.row_block, shape_.rows()));
+    char* memory = scratch_arena.reserve(size_t(scratch) + size_t(accumulator_floats_) * sizeof(float));
+    if (memory == nullptr) {
+      __atomic_store_n(&out_of_memory_, true, __ATOMIC_RELEASE);
+      return;
+    }
+    const Accumulator own = accumulator(reinterpret_cast<float*>(memory));
+    for (int64_t part = begin; part < end; part++) {
+      for_pieces(part, [&](int64_t index, int64_t from, int64_t to, bool whole, int64_t slot_index) {
+        if (__atomic_load_n(&fault.found, __ATOMIC_ACQUIRE)) return;
+        const Item item = item_at(index);
+        const Accumulator into = whole ? own : slot(slot_index);
+        const bool good = kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float), fault);
+        if (good && whole) kernels_.finish(call_, item, &own, 1, 0, item.rows);
+      });
+    }
+  }
+
+  void merge(const FlashmlaRuntime& runtime) {
+    if (pieces_.empty()) return;
+    if (runtime.num_threads <= 1) {
+      merge_rows(0, Schedule::kMaxRows);
+    } else {
+      runtime.parallel(Schedule::kMaxRows, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->merge_rows(a, b); },
+                       this);
+    }
+  }
+
+  // Rows [begin, end) of every item that was cut. Pieces of one item follow one another.
+  void merge_rows(int64_t begin, int64_t end) {
+    std::vector<Accumulator> parts;
+    for (size_t i = 0; i < pieces_.size();) {
+      const Item item = item_at(pieces_[i].item);
+      parts.clear();
+      for (const int64_t index = pieces_[i].item; i < pieces_.size() && pieces_[i].item == index; i++) {
+        parts.push_back(slot(pieces_[i].slot));
+      }
+      const int64_t last = std::min(end, item.rows);
+      if (begin < last) kernels_.finish(call_, item, parts.data(), int64_t(parts.size()), begin, last);
+    }
+  }
+
+  const FlashmlaDecode& call_;
+  const Kernels& kernels_;
+  const Schedule& shape_;
+  const int32_t* starts_;
+  int64_t stride_, accumulator_floats_, busy_parts_ = 0;
+  char* results_ = nullptr;
+  bool out_of_memory_ = false;
+  std::vector<Piece> pieces_;
+};
+
+int fail(char* message, const char* op, const char* argument, const char* expected, const char* actual) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: argument '%s': expected %s, got %s", op, argument, expected, actual);
+  return 1;
+}
+
+template <class... Args>
+const char* text(char (&buffer)[128], const char* format, Args... args) {
+  std::snprintf(buffer, sizeof buffer, format, args...);
+  return buffer;
+}
+
+int check_lengths(const FlashmlaDecode& call, char* message) {
+  const int64_t capacity = call.max_pages * call.page_size;
+  for (int64_t i = 0; i < call.b; i++) {
+    const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
+    if (length < 0 || length > capacity) {
+      char expected[128], actual[128];
+      return fail(message, "decode", "cache_seqlens", text(expected, "lengths in [0, %lld]", (long long)capacity),
+                  text(actual, "%lld at [%lld]", (long long)length, (long long)i));
+    }
+  }
+  return 0;
+}
+
+// The schedule is a tensor that anyone may have written: nothing in it is trusted.
+int check_schedule(const FlashmlaDecode& call, const int32_t* schedule, int64_t numel, char* message) {
+  char expected[128], actual[128];
+  const int64_t wanted[4] = {call.b, call.s_q, call.h_q, call.h_kv};
+  if (!std::equal(wanted, wanted + 4, schedule)) {
+    return fail(message, "decode", "schedule",
+                text(expected, "a schedule made for [b, s_q, h_q, h_kv] [%lld, %lld, %lld, %lld]", (long long)call.b,
+                     (long long)call.s_q, (long long)call.h_q, (long long)call.h_kv),
+                text(actual, "one made for [%d, %d, %d, %d]", schedule[0], schedule[1], schedule[2], schedule[3]));
+  }
+  const int64_t parts = schedule[4];
+  const Schedule shape(call.b, call.s_q, call.h_q, call.h_kv, std::max<int64_t>(parts, 1));
+  if (parts < 1 || parts > FLASHMLA_MAX_PARTS || numel != shape.numel() || schedule[5] != shape.row_block) {
+    return fail(message, "decode", "schedule", "the tensor that decode_schedule returned",
+                text(actual, "%lld elements", (long long)numel));
+  }
+  for (int64_t i = 0; i < call.b; i++) {
+    const int32_t length = call.cache_seqlens[i * call.cache_seqlens_stride], made_for = shape.lengths(schedule)[i];
+    if (length != made_for) {
+      return fail(message, "decode", "schedule", text(expected, "a schedule made for length %d at [%lld]", length, (long long)i),
+                  text(actual, "one made for length %d", made_for));
+    }
+  }
+  std::vector<int32_t> fresh(size_t(shape.numel()));
+  shape.write(call.cache_seqlens, call.cache_seqlens_stride, fresh.data());
+  if (!std::equal(fresh.begin() + Schedule::kHeader, fresh.end(), schedule + Schedule::kHeader)) {
+    return fail(message, "decode", "schedule", "the tensor that decode_schedule returned", "other cuts");
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace flashmla
+
+using namespace flashmla;
+
+extern "C" {
+
+int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts) { return Schedule(b, 1, 1, 1, num_parts).numel(); }
+
+int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q, int64_t h_q, int64_t h_kv,
+                             int64_t num_parts, int32_t* schedule, char* message) {
+  for (int64_t i = 0; i < b; i++) {
+    if (cache_seqlens[i * stride] < 0) {
+      char actual[128];
+      return fail(message, "decode_schedule", "cache_seqlens", "lengths of at least 0",
+                  text(actual, "%d at [%lld]", cache_seqlens[i * stride], (long long)i));
+    }
+  }
+  Schedule(b, s_q, h_q, h_kv, num_parts).write(cache_seqlens, stride, schedule);
+  return 0;
+}
+
+int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,
+                    const FlashmlaRuntime* runtime, char* message) try {
+  if (check_lengths(*call, message)) return 1;
+  if (call->b == 0 || call->h_q == 0) return 0;
+  std::vector<int32_t> own;
+  if (schedule != nullptr) {
+    if (check_schedule(*call, schedule, schedule_numel, message)) return 1;
+  } else {
+    const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, std::min<int64_t>(runtime->num_threads, FLASHMLA_MAX_PARTS));
+    own.resize(size_t(shape.numel()));
+    shape.write(call->cache_seqlens, call->cache_seqlens_stride, own.data());
+    schedule = own.data();
+  }
+  const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, schedule[4]);
+  Decode decode(*call, shape, schedule);
+  if (!decode.run(*runtime)) {
+    std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
+    return 1;
+  }
+  if (decode.fault.found) {
+    char expected[128], actual[128];
+    return fail(message, "decode", "block_table", text(expected, "pages in [0, %lld)", (long long)call->n_pages),
+                text(actual, "%lld at [%lld, %lld]", (long long)decode.fault.page, (long long)decode.fault.sequence,
+                     (long long)decode.fault.page_index));
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
+  return 1;
+}
+
+int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message) {
+  if (call->parts > FLASHMLA_MAX_PARTS) {
+    char expected[128], actual[128];
+    return fail(message, "merge_states", "outs", text(expected, "at most %lld parts", (long long)FLASHMLA_MAX_PARTS),
+                text(actual, "%lld", (long long)call->parts));
+  }
+  struct Context {
+    const Kernels& kernels;
+    const FlashmlaMerge& call;
+  } context{kernels(), *call};
+  const int64_t rows = call->b * call->s_q * call->h_q;
+  const FlashmlaBody body = [](int64_t begin, int64_t end, void* c) {
+    static_cast<Context*>(c)->kernels.merge(static_cast<Context*>(c)->call, begin, end);
+  };
+  if (rows * call->d_v * call->parts < 1 << 15 || runtime->num_threads <= 1) {
+    body(0, rows, &context);  // less than what waking a thread costs
+  } else {
+    runtime->parallel(rows, body, &context);
+  }
+  return 0;
+}
+}

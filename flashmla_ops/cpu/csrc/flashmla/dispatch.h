@@ -1,0 +1,10 @@
+#pragma once
+
+#include "flashmla/kernels.h"
+
+namespace flashmla {
+
+// The kernels in use.
+const Kernels& kernels();
+
+}  // namespace flashmla

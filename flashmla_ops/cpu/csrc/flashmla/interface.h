@@ -1,0 +1,98 @@
+// The C interface of the CPU kernels: plain structs, no torch, no exceptions. Whoever calls them (the torch binding, ctypes,
+// a generated kernel) fills these in. Strides count elements unless a name says bytes.
+#pragma once
+
+#include <cstdint>
+
+#define FLASHMLA_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+enum FlashmlaDType : int32_t { FLASHMLA_F32 = 0, FLASHMLA_BF16 = 1, FLASHMLA_F16 = 2 };
+
+// A paged cache tensor [n_pages, page_size, h_kv, d] whose last dimension is contiguous.
+struct FlashmlaCache {
+  const void* data;
+  int64_t page_stride, token_stride, head_stride;
+  int64_t d;
+};
+
+struct FlashmlaDecode {
+  FlashmlaDType dtype;
+  int32_t causal;
+  int64_t b, s_q, h_q, h_kv, d_qk, d_v, qk_start;
+  float softmax_scale;
+
+  const void* q;  // [b, s_q, h_q, d_qk]
+  int64_t q_stride[4];
+
+  FlashmlaCache kv;  // rows hold the value at [0, d_v) and the key, or its first part, at [qk_start, d)
+  FlashmlaCache k;   // the rest of the key; data is null and d is 0 where there is none
+  int64_t n_pages, page_size;
+
+  const int32_t* block_table;  // [b, max_pages]
+  int64_t block_table_stride[2], max_pages;
+  const int32_t* cache_seqlens;  // [b]
+  int64_t cache_seqlens_stride;
+  const float* attn_sink;  // [h_q] or null
+  int64_t attn_sink_stride;
+
+  void* out;  // [b, s_q, h_q, d_v], last dimension contiguous
+  int64_t out_stride[3];
+  float* lse;  // [b, h_q, s_q]
+  int64_t lse_stride[3];
+};
+
+// rows [n, h_kv, d] are written to slots of a cache; bytes, not elements: the copy knows no dtype.
+struct FlashmlaAppend {
+  char* cache;
+  const char* rows;
+  int64_t page_bytes, token_bytes, head_bytes;      // strides of the cache
+  int64_t row_bytes, row_head_bytes, element_bytes;  // strides of rows; element_bytes between neighbours in a row
+  int64_t h_kv, d, element_size, n_pages, page_size;
+};
+
+struct FlashmlaMerge {
+  FlashmlaDType dtype;
+  int64_t parts, b, s_q, h_q, d_v;
+  const void* const* outs;  // parts tensors [b, s_q, h_q, d_v]
+  const int64_t* out_strides;  // [parts][4]
+  const float* const* lses;  // parts tensors [b, h_q, s_q]
+  const int64_t* lse_strides;  // [parts][3]
+  void* out;  // contiguous
+  float* lse;  // contiguous
+};
+
+// Runs body(begin, end, context) over [0, n) on the caller's threads.
+typedef void (*FlashmlaBody)(int64_t begin, int64_t end, void* context);
+typedef void (*FlashmlaParallel)(int64_t n, FlashmlaBody body, void* context);
+
+struct FlashmlaRuntime {
+  int64_t num_threads;
+  FlashmlaParallel parallel;
+};
+
+enum {
+  FLASHMLA_MESSAGE = 512,    // bytes of an error message, the final zero included
+  FLASHMLA_MAX_PARTS = 1024  // parts of a schedule, and states of one merge: their factors lie on the stack
+};
+
+// Each returns 0, or 1 with the reason in message[FLASHMLA_MESSAGE].
+FLASHMLA_EXPORT int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q, int64_t h_q,
+                             int64_t h_kv, int64_t num_parts, int32_t* schedule, char* message);
+FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,
+                    const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots, int64_t slot_stride, int64_t n,
+                    const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
+
+FLASHMLA_EXPORT int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts);
+
+// The kernels compiled into this library, fastest first, and those this processor can run. Names end with null.
+FLASHMLA_EXPORT const char* const* flashmla_isa_names(void);
+FLASHMLA_EXPORT int flashmla_isa_supported(const char* name);
+FLASHMLA_EXPORT const char* flashmla_isa_active(void);
+// Choose by name; returns 1 if this processor cannot run it or the name is unknown.
+FLASHMLA_EXPORT int flashmla_isa_select(const char* name);
+
+}  // extern "C"

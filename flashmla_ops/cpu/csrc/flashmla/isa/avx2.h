@@ -1,0 +1,27 @@
+// AVX2 + FMA + F16C: 8 lanes, 16 registers. bf16 has no product of its own here: rows are widened to fp32 when staged.
+#pragma once
+
+#include <immintrin.h>
+
+#include "flashmla/isa/portable.h"
+
+namespace flashmla::FLASHMLA_ISA {
+
+struct Avx2 : Portable<8, false> {
+  // 12 accumulators each: 2 FMA a cycle with a latency of 4 need at least 8. 6 x 2 leaves 2 registers for the rows and 1
+  // for the broadcast; 4 x 3 leaves 3 and 1, and 4 divides every padded number of rows.
+  static constexpr int qk_m = 6, qk_n = 2, pv_m = 4, pv_n = 3;
+  // 72 is a multiple of qk_m, and 72 rows of 576 floats (166 KB) stay in a 512 KB L2 beside the accumulators.
+  static constexpr int block = 72;
+
+  using Portable::load, Portable::max, Portable::store;
+  static F load(const f16* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(f16* p, F x) {
+    const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+  }
+  static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+  static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+};
+
+}  // namespace flashmla::FLASHMLA_ISA

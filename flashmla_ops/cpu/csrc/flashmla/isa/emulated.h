@@ -1,0 +1,14 @@
+// The AVX-512 BF16 kernels (their tiles, panels, pairs and packing) on portable vectors: slow, exact in the same places, and
+// able to run anywhere. What it does not run is the handful of intrinsics in avx512.h.
+#pragma once
+
+#include "flashmla/isa/portable.h"
+
+namespace flashmla::FLASHMLA_ISA {
+
+struct Emulated : Portable<16, true> {
+  static constexpr int qk_m = 12, qk_n = 2, pv_m = 8, pv_n = 3;
+  static constexpr int block = 96;
+};
+
+}  // namespace flashmla::FLASHMLA_ISA

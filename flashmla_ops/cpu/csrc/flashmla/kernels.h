@@ -1,0 +1,53 @@
+// What one instruction set provides. The file kernels.cpp is compiled once for each, and dispatch.cpp picks one table.
+#pragma once
+
+#include "flashmla/interface.h"
+
+namespace flashmla {
+
+// The first bad index a thread met; written once, read after all threads have joined.
+struct Fault {
+  int32_t found = 0;  // accessed with __atomic builtins: several threads may race to report
+  int64_t sequence = 0, page_index = 0, page = 0;
+
+  void report(int64_t sequence_, int64_t page_index_, int64_t page_) {
+    int32_t expected = 0;
+    if (__atomic_compare_exchange_n(&found, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+      sequence = sequence_, page_index = page_index_, page = page_;
+    }
+  }
+};
+
+// Query rows [row, row + rows) of one (sequence, KV head). Row r is query token r / group, head r % group of the group.
+struct Item {
+  int64_t sequence, kv_head, row, rows;
+  int64_t length;  // tokens of the sequence
+};
+
+// Unnormalised results of an item over some of its tokens: softmax weights are 2^(score - m), l is their sum.
+struct Accumulator {
+  float* o;        // [rows, stride]
+  float *m, *l;    // [rows]; m is -inf where a row has seen no token
+  int64_t stride;  // floats between rows of o
+};
+
+struct Kernels {
+  const char* name;
+  int64_t (*accumulator_stride)(int64_t d_v);
+  int64_t (*scratch_bytes)(const FlashmlaDecode& call, int64_t rows);
+  // Attend tokens [begin, end). False if a page index was bad (then `fault` says which).
+  bool (*attend)(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
+                 char* scratch, Fault& fault);
+  // Merge the item's parts and write rows [begin, end) of out and lse.
+  void (*finish)(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n_parts, int64_t begin,
+                 int64_t end);
+  // Merge rows [begin, end) of the flattened [b, s_q, h_q].
+  void (*merge)(const FlashmlaMerge& call, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_generic, kernels_emulated;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+
+}  // namespace flashmla

@@ -1,0 +1,87 @@
+// From tokens of a sequence to addresses of rows: the only place that reads the block table.
+#pragma once
+
+#include "flashmla/kernels.h"
+
+namespace flashmla::FLASHMLA_ISA {
+
+// Addresses of up to N tokens' rows in both cache tensors, for one KV head.
+template <class T, int N>
+struct Rows {
+  const T* kv[N];
+  const T* k[N];
+  int n = 0;
+
+  // False, with the fault reported, if a page of tokens [begin, end) is not in the cache.
+  bool locate(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, Fault& fault) {
+    n = 0;
+    const int32_t* table = call.block_table + item.sequence * call.block_table_stride[0];
+    for (int64_t t = begin; t < end;) {
+      const int64_t index = t / call.page_size, first = t - index * call.page_size;
+      const int64_t page = table[index * call.block_table_stride[1]];
+      if (page < 0 || page >= call.n_pages) {
+        fault.report(item.sequence, index, page);
+        return false;
+      }
+      const int64_t last = first + (end - t) < call.page_size ? first + (end - t) : call.page_size;
+      const T* kv_page = at(call.kv, page, item.kv_head);
+      const T* k_page = at(call.k, page, item.kv_head);
+      for (int64_t i = first; i < last; i++, n++) {
+        kv[n] = kv_page + i * call.kv.token_stride;
+        k[n] = k_page + i * call.k.token_stride;
+      }
+      t += last - first;
+    }
+    return true;
+  }
+
+ private:
+  static const T* at(const FlashmlaCache& cache, int64_t page, int64_t head) {
+    return static_cast<const T*>(cache.data) + page * cache.page_stride + head * cache.head_stride;
+  }
+};
+
+// Fetches the next block's rows into L2 while this block is being multiplied, a few lines at a time: at 16 heads a block is
+// multiplied in little more time than DRAM takes to deliver the next one.
+template <class T, int N>
+class Prefetcher {
+ public:
+  Prefetcher(const FlashmlaDecode& call, const Rows<T, N>& rows, int64_t steps)
+      : rows_(rows), kv_bytes_(call.kv.d * int64_t{sizeof(T)}), k_bytes_(call.k.d * int64_t{sizeof(T)}) {
+    const int64_t lines = rows.n * ((kv_bytes_ + 63) / 64 + (k_bytes_ + 63) / 64);
+    per_step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
+  }
+
+  void step() {
+    for (int64_t left = per_step_; left > 0 && row_ < rows_.n; left--) {
+      const bool in_kv = offset_ < kv_bytes_;
+      const char* row = reinterpret_cast<const char*>(in_kv ? rows_.kv[row_] : rows_.k[row_]);
+      __builtin_prefetch(row + (in_kv ? offset_ : offset_ - kv_bytes_), 0, 2);
+      offset_ += 64;
+      if (in_kv && offset_ >= kv_bytes_) offset_ = kv_bytes_;
+      if (offset_ >= kv_bytes_ + k_bytes_) offset_ = 0, row_++;
+    }
+  }
+
+ private:
+  const Rows<T, N>& rows_;
+  int64_t kv_bytes_, k_bytes_, per_step_;
+  int row_ = 0;
+  int64_t offset_ = 0;
+};
+
+inline int64_t group_size(const FlashmlaDecode& call) { return call.h_q / call.h_kv; }
+
+// How many of the sequence's tokens query row `row` of a KV head sees (bottom-right alignment); 0 or less: none.
+inline int64_t visible(const FlashmlaDecode& call, const Item& item, int64_t row) {
+  return call.causal ? item.length - call.s_q + row / group_size(call) + 1 : item.length;
+}
+
+template <class T>
+const T* query(const FlashmlaDecode& call, const Item& item, int64_t row) {
+  const int64_t token = row / group_size(call), head = item.kv_head * group_size(call) + row % group_size(call);
+  return static_cast<const T*>(call.q) + item.sequence * call.q_stride[0] + token * call.q_stride[1] +
+         head * call.q_stride[2];
+}
+
+}  // namespace flashmla::FLASHMLA_ISA

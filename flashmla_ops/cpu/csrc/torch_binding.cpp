@@ -1,0 +1,400 @@
+// torch.ops.flashmla.* on the CPU, through torch's stable ABI. Schemas, tags and fakes are defined in Python
+// (flashmla_ops/ops); the checks here are the same as there, with the same words, because eager calls do not pass there.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "flashmla/interface.h"
+#include "flashmla/requires_grad.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream stream;
+  for (int64_t i = 0; i < tensor.dim(); i++) stream << (i ? ", " : "[") << tensor.size(i);
+  stream << (tensor.dim() ? "]" : "[]");
+  return stream.str();
+}
+
+// Checks of one operator's arguments. Messages are built only when a check fails.
+struct Check {
+  const char* op;
+
+  [[noreturn]] void fail(const std::string& argument, const std::string& expected, const std::string& actual) const {
+    throw std::runtime_error(text("flashmla::", op, ": argument '", argument, "': expected ", expected, ", got ", actual));
+  }
+  void gradient(const std::string& argument, const Tensor& tensor) const {
+    if (aoti_torch_grad_mode_is_enabled() && flashmla_requires_grad(tensor.get())) {
+      throw std::runtime_error(text("flashmla::", op, ": argument '", argument,
+                                    "' requires a gradient, but the operator has no backward; call it under "
+                                    "torch.no_grad() or detach the argument"));
+    }
+  }
+  void dims(const char* argument, const Tensor& tensor, int64_t n, const char* shape) const {
+    if (tensor.dim() != n) fail(argument, text("shape ", shape), text(tensor.dim(), " dimensions"));
+  }
+  void dtype(const std::string& argument, const Tensor& tensor, ScalarType type) const {
+    if (tensor.scalar_type() != type) fail(argument, name_of(type), name_of(tensor.scalar_type()));
+  }
+  void floating(const std::string& argument, const Tensor& tensor) const {
+    const ScalarType type = tensor.scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half) {
+      fail(argument, "float32, bfloat16 or float16", name_of(type));
+    }
+  }
+  void on_cpu(const std::string& argument, const Tensor& tensor) const {
+    if (!tensor.is_cpu()) fail(argument, "device cpu", "another device");
+  }
+  void contiguous_rows(const char* argument, const Tensor& tensor) const {
+    if (tensor.stride(-1) != 1 && tensor.size(-1) != 1) {
+      fail(argument, "a contiguous last dimension", text("stride ", tensor.stride(-1)));
+    }
+  }
+  void size(const char* argument, const Tensor& tensor, int64_t dim, int64_t wanted, const char* rest) const {
+    if (tensor.size(dim) != wanted) fail(argument, text(wanted, rest), text(tensor.size(dim)));
+  }
+  void same_pages(const Tensor& kv_cache, const Tensor& k_cache, int64_t dims) const {
+    for (int64_t i = 0; i < dims; i++) {
+      if (k_cache.size(i) != kv_cache.size(i)) {
+        fail("k_cache", text("size ", kv_cache.size(i), " in dimension ", i, ", as kv_cache"), text(k_cache.size(i)));
+      }
+    }
+  }
+  void shape(const std::string& argument, const Tensor& tensor, const std::vector<int64_t>& wanted) const {
+    bool same = tensor.dim() == int64_t(wanted.size());
+    for (size_t i = 0; same && i < wanted.size(); i++) same = tensor.size(int64_t(i)) == wanted[i];
+    if (same) return;
+    std::ostringstream expected;
+    for (size_t i = 0; i < wanted.size(); i++) expected << (i ? ", " : "shape [") << wanted[i];
+    fail(argument, expected.str() + "]", shape_of(tensor));
+  }
+};
+
+FlashmlaDType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return FLASHMLA_F32;
+    case ScalarType::BFloat16: return FLASHMLA_BF16;
+    default: return FLASHMLA_F16;
+  }
+}
+
+FlashmlaRuntime runtime() {
+  return {int64_t(torch::stable::get_num_threads()), [](int64_t n, FlashmlaBody body, void* context) {
+            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
+}
+
+void raise_if(int failed, const char* message) {
+  if (failed) throw std::runtime_error(message);
+}
+
+FlashmlaCache cache_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.size(3)};
+}
+
+struct DecodeArguments {
+  const Tensor &q, &kv_cache;
+  const std::optional<Tensor>& k_cache;
+  const Tensor &block_table, &cache_seqlens;
+  int64_t d_v, qk_start;
+  const std::optional<double>& softmax_scale;
+  bool causal;
+  const std::optional<Tensor>& schedule;
+  const std::string& row_format;
+  const std::optional<Tensor>& attn_sink;
+};
+
+void check_decode(const DecodeArguments& a) {
+  const Check check{"decode"};
+  check.gradient("q", a.q);
+  check.gradient("kv_cache", a.kv_cache);
+  if (a.k_cache) check.gradient("k_cache", *a.k_cache);
+  if (a.attn_sink) check.gradient("attn_sink", *a.attn_sink);
+  if (a.row_format != "native") check.fail("row_format", "one of native", a.row_format);
+  check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
+  check.floating("q", a.q);
+  const int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
+  if (s_q < 1) check.fail("q", "at least 1 query token (s_q)", text(s_q));
+  check.dims("kv_cache", a.kv_cache, 4, "[n_pages, page_size, h_kv, d]");
+  check.dtype("kv_cache", a.kv_cache, a.q.scalar_type());
+  check.on_cpu("kv_cache", a.kv_cache);
+  check.contiguous_rows("kv_cache", a.kv_cache);
+  const int64_t page_size = a.kv_cache.size(1), h_kv = a.kv_cache.size(2), d = a.kv_cache.size(3);
+  if (page_size < 1) check.fail("kv_cache", "page_size of at least 1", text(page_size));
+  if (h_kv < 1) check.fail("kv_cache", "at least 1 KV head (h_kv)", text(h_kv));
+  if (h_q % h_kv != 0) check.fail("q", text("query heads in multiples of the ", h_kv, " KV heads"), text(h_q));
+  if (a.d_v < 1 || a.d_v > d) check.fail("d_v", text("a value in [1, ", d, "]"), text(a.d_v));
+  if (a.qk_start < 0 || a.qk_start > d) check.fail("qk_start", text("a value in [0, ", d, "]"), text(a.qk_start));
+  int64_t d_k = 0;
+  if (a.k_cache) {
+    check.dims("k_cache", *a.k_cache, 4, "[n_pages, page_size, h_kv, d_k]");
+    check.dtype("k_cache", *a.k_cache, a.q.scalar_type());
+    check.on_cpu("k_cache", *a.k_cache);
+    check.contiguous_rows("k_cache", *a.k_cache);
+    check.same_pages(a.kv_cache, *a.k_cache, 3);
+    d_k = a.k_cache->size(3);
+  }
+  const int64_t d_key = d - a.qk_start + d_k;
+  if (d_qk != d_key || d_qk < 1) check.fail("q", text("d_qk ", d_key, ", the length of a key"), text(d_qk));
+  check.dims("block_table", a.block_table, 2, "[b, max_pages]");
+  check.dtype("block_table", a.block_table, ScalarType::Int);
+  check.on_cpu("block_table", a.block_table);
+  check.size("block_table", a.block_table, 0, b, " sequences, as q");
+  check.dims("cache_seqlens", a.cache_seqlens, 1, "[b]");
+  check.dtype("cache_seqlens", a.cache_seqlens, ScalarType::Int);
+  check.on_cpu("cache_seqlens", a.cache_seqlens);
+  check.size("cache_seqlens", a.cache_seqlens, 0, b, " sequences, as q");
+  if (a.attn_sink) {
+    check.dims("attn_sink", *a.attn_sink, 1, "[h_q]");
+    check.dtype("attn_sink", *a.attn_sink, ScalarType::Float);
+    check.on_cpu("attn_sink", *a.attn_sink);
+    check.size("attn_sink", *a.attn_sink, 0, h_q, " heads, as q");
+  }
+  if (a.schedule) {
+    check.dims("schedule", *a.schedule, 1, "[n]");
+    check.dtype("schedule", *a.schedule, ScalarType::Int);
+    check.on_cpu("schedule", *a.schedule);
+    const int64_t smallest = flashmla_schedule_numel(b, 1);
+    if (a.schedule->size(0) < smallest) {
+      check.fail("schedule", text("at least ", smallest, " elements"), text(a.schedule->size(0)));
+    }
+  }
+}
+
+void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
+  FlashmlaDecode call{};
+  call.dtype = dtype_of(a.q);
+  call.causal = a.causal;
+  call.b = a.q.size(0), call.s_q = a.q.size(1), call.h_q = a.q.size(2), call.d_qk = a.q.size(3);
+  call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
+  call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
+  call.q = a.q.const_data_ptr();
+  for (int i = 0; i < 4; i++) call.q_stride[i] = a.q.stride(i);
+  call.kv = cache_of(a.kv_cache);
+  if (a.k_cache) call.k = cache_of(*a.k_cache);
+  call.n_pages = a.kv_cache.size(0), call.page_size = a.kv_cache.size(1);
+  call.block_table = a.block_table.const_data_ptr<int32_t>();
+  call.block_table_stride[0] = a.block_table.stride(0), call.block_table_stride[1] = a.block_table.stride(1);
+  call.max_pages = a.block_table.size(1);
+  call.cache_seqlens = a.cache_seqlens.const_data_ptr<int32_t>();
+  call.cache_seqlens_stride = a.cache_seqlens.stride(0);
+  if (a.attn_sink) {
+    call.attn_sink = a.attn_sink->const_data_ptr<float>();
+    call.attn_sink_stride = a.attn_sink->stride(0);
+  }
+  call.out = out.mutable_data_ptr();
+  call.lse = lse.mutable_data_ptr<float>();
+  for (int i = 0; i < 3; i++) call.out_stride[i] = out.stride(i), call.lse_stride[i] = lse.stride(i);
+
+  // A schedule is read as it lies: a strided one is not worth a path of its own.
+  std::optional<Tensor> schedule;
+  if (a.schedule) schedule = torch::stable::contiguous(*a.schedule);
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_decode(&call, schedule ? schedule->const_data_ptr<int32_t>() : nullptr,
+                           schedule ? schedule->size(0) : 0, &threads, message),
+           message);
+}
+
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache,
+                                  const Tensor& block_table, const Tensor& cache_seqlens, int64_t d_v, int64_t qk_start,
+                                  std::optional<double> softmax_scale, bool causal, std::optional<Tensor> schedule,
+                                  std::string row_format, std::optional<Tensor> attn_sink) {
+  const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
+                          qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
+  check_decode(a);
+  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), d_v});
+  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  run_decode(a, out, lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache,
+                                      const Tensor& block_table, const Tensor& cache_seqlens, int64_t d_v,
+                                      int64_t qk_start, std::optional<double> softmax_scale, bool causal,
+                                      std::optional<Tensor> schedule, std::string row_format,
+                                      std::optional<Tensor> attn_sink, Tensor out, Tensor lse) {
+  const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
+                          qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
+  check_decode(a);
+  const Check check{"decode"};
+  check.dtype("out", out, q.scalar_type());
+  check.on_cpu("out", out);
+  check.shape("out", out, {q.size(0), q.size(1), q.size(2), d_v});
+  check.dtype("lse", lse, ScalarType::Float);
+  check.on_cpu("lse", lse);
+  check.shape("lse", lse, {q.size(0), q.size(2), q.size(1)});
+  check.contiguous_rows("out", out);
+  run_decode(a, out, lse);
+  return {out, lse};
+}
+
+Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, int64_t h_kv, int64_t num_parts) {
+  const Check check{"decode_schedule"};
+  check.dims("cache_seqlens", cache_seqlens, 1, "[b]");
+  check.dtype("cache_seqlens", cache_seqlens, ScalarType::Int);
+  if (s_q < 1) check.fail("s_q", "at least 1", text(s_q));
+  if (h_kv < 1) check.fail("h_kv", "at least 1", text(h_kv));
+  if (h_q < 0 || h_q % h_kv != 0) check.fail("h_q", text("a multiple of h_kv ", h_kv), text(h_q));
+  if (num_parts < 1 || num_parts > FLASHMLA_MAX_PARTS) {
+    check.fail("num_parts", text("a value in [1, ", int(FLASHMLA_MAX_PARTS), "]"), text(num_parts));
+  }
+  const int64_t b = cache_seqlens.size(0);
+  const Tensor schedule = torch::stable::new_empty(cache_seqlens, {flashmla_schedule_numel(b, num_parts)});
+  char message[FLASHMLA_MESSAGE];
+  raise_if(flashmla_decode_schedule(cache_seqlens.const_data_ptr<int32_t>(), cache_seqlens.stride(0), b, s_q, h_q, h_kv,
+                                    num_parts, schedule.mutable_data_ptr<int32_t>(), message),
+           message);
+  return schedule;
+}
+
+void check_append(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping, const char* cache_name,
+                  const char* rows_name) {
+  const Check check{"append_"};
+  check.gradient(cache_name, cache);
+  check.gradient(rows_name, rows);
+  check.dims(cache_name, cache, 4, "[n_pages, page_size, h_kv, d]");
+  check.floating(cache_name, cache);
+  check.contiguous_rows(cache_name, cache);
+  if (cache.size(1) < 1) check.fail(cache_name, "page_size of at least 1", text(cache.size(1)));
+  check.dims(rows_name, rows, 3, "[n, h_kv, d]");
+  check.dtype(rows_name, rows, cache.scalar_type());
+  check.on_cpu(rows_name, rows);
+  if (rows.size(1) != cache.size(2)) {
+    check.fail(rows_name, text(cache.size(2), " KV heads, as ", cache_name), text(rows.size(1)));
+  }
+  if (rows.size(2) != cache.size(3)) {
+    check.fail(rows_name, text("rows of ", cache.size(3), " elements, as ", cache_name), text(rows.size(2)));
+  }
+  check.dims("slot_mapping", slot_mapping, 1, "[n]");
+  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
+  check.on_cpu("slot_mapping", slot_mapping);
+  if (rows.size(0) != slot_mapping.size(0)) check.fail(rows_name, "one row for each slot", text(rows.size(0)));
+}
+
+FlashmlaAppend append_of(const Tensor& cache, const Tensor& rows) {
+  const int64_t size = cache.scalar_type() == ScalarType::Float ? 4 : 2;
+  FlashmlaAppend to{};
+  to.cache = static_cast<char*>(cache.mutable_data_ptr());
+  to.rows = static_cast<const char*>(rows.const_data_ptr());
+  to.page_bytes = cache.stride(0) * size, to.token_bytes = cache.stride(1) * size, to.head_bytes = cache.stride(2) * size;
+  to.row_bytes = rows.stride(0) * size, to.row_head_bytes = rows.stride(1) * size, to.element_bytes = rows.stride(2) * size;
+  to.n_pages = cache.size(0), to.page_size = cache.size(1), to.h_kv = cache.size(2), to.d = cache.size(3);
+  to.element_size = size;
+  return to;
+}
+
+void run_append(const std::vector<FlashmlaAppend>& tensors, const Tensor& slots) {
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_append(tensors.data(), int64_t(tensors.size()), slots.const_data_ptr<int64_t>(), slots.stride(0),
+                           slots.size(0), &threads, message),
+           message);
+}
+
+void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping) {
+  check_append(kv_cache, rows, slot_mapping, "kv_cache", "rows");
+  run_append({append_of(kv_cache, rows)}, slot_mapping);
+}
+
+void append_two(Tensor kv_cache, Tensor k_cache, const Tensor& rows, const Tensor& k_rows, const Tensor& slot_mapping) {
+  check_append(kv_cache, rows, slot_mapping, "kv_cache", "rows");
+  check_append(k_cache, k_rows, slot_mapping, "k_cache", "k_rows");
+  Check{"append_"}.same_pages(kv_cache, k_cache, 2);
+  run_append({append_of(kv_cache, rows), append_of(k_cache, k_rows)}, slot_mapping);
+}
+
+std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Tensor> lses) {
+  const Check check{"merge_states"};
+  const size_t parts = outs.size();
+  if (parts < 1) check.fail("outs", "at least one part", text(parts));
+  if (lses.size() != parts) check.fail("lses", text(parts, " parts, as outs"), text(lses.size()));
+  check.floating("outs[0]", outs[0]);
+  const int64_t dims = outs[0].dim();
+  if (dims != 3 && dims != 4) {
+    check.fail("outs[0]", "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", text(dims, " dimensions"));
+  }
+  std::vector<int64_t> out_shape, lse_shape;
+  for (int64_t i = 0; i < dims; i++) out_shape.push_back(outs[0].size(i));
+  if (dims == 4) lse_shape.push_back(out_shape[0]);
+  lse_shape.push_back(out_shape[size_t(dims) - 2]);
+  lse_shape.push_back(out_shape[size_t(dims) - 3]);
+
+  std::vector<const void*> out_data;
+  std::vector<const float*> lse_data;
+  std::vector<int64_t> out_strides, lse_strides;
+  for (size_t i = 0; i < parts; i++) {
+    const std::string out_name = text("outs[", i, "]"), lse_name = text("lses[", i, "]");
+    check.gradient(out_name, outs[i]);
+    check.gradient(lse_name, lses[i]);
+    check.dtype(out_name, outs[i], outs[0].scalar_type());
+    check.dtype(lse_name, lses[i], ScalarType::Float);
+    check.on_cpu(out_name, outs[i]);
+    check.shape(out_name, outs[i], out_shape);
+    check.on_cpu(lse_name, lses[i]);
+    check.shape(lse_name, lses[i], lse_shape);
+    out_data.push_back(outs[i].const_data_ptr());
+    lse_data.push_back(lses[i].const_data_ptr<float>());
+    if (dims == 3) out_strides.push_back(0), lse_strides.push_back(0);
+    for (int64_t d = 0; d < dims; d++) out_strides.push_back(outs[i].stride(d));
+    for (int64_t d = 0; d < dims - 1; d++) lse_strides.push_back(lses[i].stride(d));
+  }
+  const Tensor out = torch::stable::new_empty(outs[0], out_shape);
+  const Tensor lse = torch::stable::new_empty(lses[0], lse_shape);
+  FlashmlaMerge call{};
+  call.dtype = dtype_of(outs[0]);
+  call.parts = int64_t(parts);
+  call.b = dims == 4 ? out_shape[0] : 1;
+  call.s_q = out_shape[size_t(dims) - 3], call.h_q = out_shape[size_t(dims) - 2], call.d_v = out_shape[size_t(dims) - 1];
+  call.outs = out_data.data(), call.out_strides = out_strides.data();
+  call.lses = lse_data.data(), call.lse_strides = lse_strides.data();
+  call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_merge_states(&call, &threads, message), message);
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
+  m.impl("decode", TORCH_BOX(&decode));
+  m.impl("decode.out", TORCH_BOX(&decode_out));
+  m.impl("decode_schedule", TORCH_BOX(&decode_schedule));
+  m.impl("append_", TORCH_BOX(&append));
+  m.impl("append_.two", TORCH_BOX(&append_two));
+  m.impl("merge_states", TORCH_BOX(&merge_states));
+}

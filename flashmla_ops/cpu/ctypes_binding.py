@@ -1,0 +1,231 @@
+"""The same kernels without torch's C++ headers: Python implementations that fill the C interface's structs.
+
+Slower to call than the stable-ABI binding by a few microseconds; used where that could not be compiled. The structs mirror
+csrc/flashmla/interface.h field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmla_ops.errors import FlashMLAError, from_message
+from flashmla_ops.ops import append, decode, merge, schedule
+from flashmla_ops.ops._library import LIBRARY
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("page_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+        ("d", c_int64),
+    )
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("causal", c_int32),
+        *((name, c_int64) for name in ("b", "s_q", "h_q", "h_kv", "d_qk", "d_v", "qk_start")),
+        ("softmax_scale", c_float),
+        ("q", c_void_p),
+        ("q_stride", c_int64 * 4),
+        ("kv", _Cache),
+        ("k", _Cache),
+        ("n_pages", c_int64),
+        ("page_size", c_int64),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64 * 2),
+        ("max_pages", c_int64),
+        ("cache_seqlens", c_void_p),
+        ("cache_seqlens_stride", c_int64),
+        ("attn_sink", c_void_p),
+        ("attn_sink_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64 * 3),
+        ("lse", c_void_p),
+        ("lse_stride", c_int64 * 3),
+    )
+
+
+class _Append(ctypes.Structure):
+    _fields_ = (
+        ("cache", c_void_p),
+        ("rows", c_void_p),
+        *(
+            (name, c_int64)
+            for name in (
+                *("page_bytes", "token_bytes", "head_bytes", "row_bytes", "row_head_bytes", "element_bytes"),
+                *("h_kv", "d", "element_size", "n_pages", "page_size"),
+            )
+        ),
+    )
+
+
+class _Merge(ctypes.Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        *((name, c_int64) for name in ("parts", "b", "s_q", "h_q", "d_v")),
+        *((name, c_void_p) for name in ("outs", "out_strides", "lses", "lse_strides", "out", "lse")),
+    )
+
+
+_BODY = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
+_PARALLEL = ctypes.CFUNCTYPE(None, c_int64, c_void_p, c_void_p)
+
+
+class _Runtime(ctypes.Structure):
+    _fields_ = (("num_threads", c_int64), ("parallel", c_void_p))
+
+
+class Binding:
+    """Calls into one loaded library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._message = 512
+        torch_cpu = ctypes.CDLL(None)
+        self._torch_parallel_for: Any = getattr(torch_cpu, "torch_parallel_for", None)
+        self._parallel = _PARALLEL(self._run_parallel)
+
+    def _run_parallel(self, n: int, body: int, context: int) -> None:
+        if self._torch_parallel_for is None:
+            _BODY(body)(0, n, context)
+        else:
+            self._torch_parallel_for(c_int64(0), c_int64(n), c_int64(1), c_void_p(body), c_void_p(context))
+
+    def _runtime(self) -> _Runtime:
+        return _Runtime(torch.get_num_threads(), ctypes.cast(self._parallel, c_void_p))
+
+    def _call(self, function: Callable[..., int], *arguments: Any) -> None:
+        message = ctypes.create_string_buffer(self._message)
+        if function(*arguments, message):
+            text = message.value.decode()
+            raise from_message(text) or FlashMLAError(text)
+
+    def decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = decode.decode_fake(*args, **kwargs)
+        self._decode(*args, out=out, lse=lse, **kwargs)
+        return out, lse
+
+    def decode_out(self, *args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        decode.decode_out_fake(*args, out=out, lse=lse, **kwargs)
+        self._decode(*args, out=out, lse=lse, **kwargs)
+        return out, lse
+
+    def _decode(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        k_cache: Tensor | None,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        d_v: int,
+        qk_start: int = 0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        schedule: Tensor | None = None,
+        row_format: str = "native",
+        attn_sink: Tensor | None = None,
+        *,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        b, s_q, h_q, d_qk = q.shape
+        call = _Decode(
+            dtype=_DTYPES[q.dtype],
+            causal=causal,
+            **{"b": b, "s_q": s_q, "h_q": h_q, "h_kv": kv_cache.size(2), "d_qk": d_qk, "d_v": d_v, "qk_start": qk_start},
+            softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
+            q=q.data_ptr(),
+            q_stride=q.stride(),
+            kv=_cache(kv_cache),
+            k=_Cache() if k_cache is None else _cache(k_cache),
+            n_pages=kv_cache.size(0),
+            page_size=kv_cache.size(1),
+            block_table=block_table.data_ptr(),
+            block_table_stride=block_table.stride(),
+            max_pages=block_table.size(1),
+            cache_seqlens=cache_seqlens.data_ptr(),
+            cache_seqlens_stride=cache_seqlens.stride(0),
+            attn_sink=None if attn_sink is None else attn_sink.data_ptr(),
+            attn_sink_stride=0 if attn_sink is None else attn_sink.stride(0),
+            out=out.data_ptr(),
+            out_stride=out.stride()[:3],
+            lse=lse.data_ptr(),
+            lse_stride=lse.stride(),
+        )
+        plan = None if schedule is None else schedule.contiguous()
+        pointer, numel = (None, 0) if plan is None else (plan.data_ptr(), plan.numel())
+        function = self._library.flashmla_decode
+        self._call(function, byref(call), c_void_p(pointer), c_int64(numel), byref(self._runtime()))
+
+    def decode_schedule(self, cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_parts: int) -> Tensor:
+        plan = schedule.fake(cache_seqlens, s_q, h_q, h_kv, num_parts)
+        sizes = map(c_int64, (cache_seqlens.stride(0), cache_seqlens.size(0), s_q, h_q, h_kv, num_parts))
+        lengths = c_void_p(cache_seqlens.data_ptr())
+        self._call(self._library.flashmla_decode_schedule, lengths, *sizes, c_void_p(plan.data_ptr()))
+        return plan
+
+    def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
+        append.append_fake(kv_cache, rows, slot_mapping)
+        self._append([(kv_cache, rows)], slot_mapping)
+
+    def append_two(self, kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
+        append.append_two_fake(kv_cache, k_cache, rows, k_rows, slot_mapping)
+        self._append([(kv_cache, rows), (k_cache, k_rows)], slot_mapping)
+
+    def _append(self, tensors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
+        calls = (_Append * len(tensors))()
+        for call, (cache, rows) in zip(calls, tensors, strict=True):
+            size = cache.element_size()
+            call.cache, call.rows, call.element_size = cache.data_ptr(), rows.data_ptr(), size
+            call.page_bytes, call.token_bytes, call.head_bytes = (stride * size for stride in cache.stride()[:3])
+            call.row_bytes, call.row_head_bytes, call.element_bytes = (stride * size for stride in rows.stride())
+            call.n_pages, call.page_size, call.h_kv, call.d = cache.shape
+        sizes = (c_int64(slots.stride(0)), c_int64(slots.size(0)))
+        function = self._library.flashmla_append
+        self._call(function, calls, c_int64(len(calls)), c_void_p(slots.data_ptr()), *sizes, byref(self._runtime()))
+
+    def merge_states(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        out, lse = merge.fake(outs, lses)
+        *batch, s_q, h_q, d_v = out.shape
+        n, padding = len(outs), [] if batch else [0]
+        call = _Merge(
+            dtype=_DTYPES[out.dtype],
+            **{"parts": n, "b": batch[0] if batch else 1, "s_q": s_q, "h_q": h_q, "d_v": d_v},
+            outs=ctypes.cast((c_void_p * n)(*(x.data_ptr() for x in outs)), c_void_p),
+            out_strides=ctypes.cast((c_int64 * (4 * n))(*(s for x in outs for s in [*padding, *x.stride()])), c_void_p),
+            lses=ctypes.cast((c_void_p * n)(*(x.data_ptr() for x in lses)), c_void_p),
+            lse_strides=ctypes.cast((c_int64 * (3 * n))(*(s for x in lses for s in [*padding, *x.stride()])), c_void_p),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+        )
+        self._call(self._library.flashmla_merge_states, byref(call), byref(self._runtime()))
+        return out, lse
+
+
+def _cache(tensor: Tensor) -> _Cache:
+    return _Cache(tensor.data_ptr(), *tensor.stride()[:3], tensor.size(3))
+
+
+def register(library: ctypes.CDLL) -> None:
+    """Register the library's kernels as the CPU implementations of the operators."""
+    binding = Binding(library)
+    LIBRARY.impl("decode", binding.decode, "CPU")
+    LIBRARY.impl("decode.out", binding.decode_out, "CPU")
+    LIBRARY.impl("decode_schedule", binding.decode_schedule, "CPU")
+    LIBRARY.impl("append_", binding.append, "CPU")
+    LIBRARY.impl("append_.two", binding.append_two, "CPU")
+    LIBRARY.impl("merge_states", binding.merge_states, "CPU")
+
+
