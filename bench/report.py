@@ -20,14 +20,18 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in files]
 
 
+def disturbed(*timings: Mapping[str, Any]) -> str:
+    """``~`` if other load disturbed any of these, so that CPU time stands in for wall time."""
+    return "" if all(timing["clean"] for timing in timings) else "~"
+
+
 def milliseconds(timing: Mapping[str, Any] | None) -> str:
-    """``1.23 ± 0.04``: the median and half the interquartile range; ``~`` where CPU time stands in for wall time."""
+    """``1.23 ± 0.04``: the median and half the interquartile range, in milliseconds."""
     if timing is None:
         return "absent"
     if not timing["correct"]:
         return "wrong"
-    mark = "" if timing["clean"] else "~"
-    return f"{mark}{timing['median'] * 1e3:.3g} ± {(timing['q3'] - timing['q1']) / 2 * 1e3:.1g}"
+    return f"{disturbed(timing)}{timing['median'] * 1e3:.3g} ± {(timing['q3'] - timing['q1']) / 2 * 1e3:.1g}"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -41,14 +45,18 @@ def table(results: Mapping[str, Any]) -> str:
     for row in rows:
         timings, case = row["timings"], row["case"]
         ours = timings[OURS]
-        best = min((timings[p]["median"] for p in peers if p in timings and timings[p]["correct"]), default=None)
+        best = min(
+            (timings[p] for p in peers if p in timings and timings[p]["correct"]),
+            key=lambda timing: timing["median"],
+            default=None,
+        )
         cells = [
             *(str(case[name]) for name in ("b", "h_q", "s_kv", "dtype")),
             f"{max(row['compute_limit'], row['memory_limit']) * 1e3:.3g}",
             milliseconds(ours),
-            f"{ours['fraction_of_peak']:.0%}",
+            disturbed(ours) + f"{ours['fraction_of_peak']:.0%}",
             *(milliseconds(timings.get(peer)) for peer in peers),
-            "" if best is None else f"{best / ours['median']:.2f}x",
+            "" if best is None else disturbed(ours, best) + f"{best['median'] / ours['median']:.2f}x",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return heading(results) + "\n\n" + "\n".join(lines)

@@ -97,7 +97,7 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
         "commit": commit(),
         "versions": versions(),
         "host": host(meter),
-        "explain": capability.explain(),
+        "explain": capability.explain().replace(str(Path.home()), "~"),
         "limits": asdict(limits),
         "seconds": round(elapsed, 1),
         "stolen_share": round((stolen() - stolen_before) / (elapsed * (os.cpu_count() or 1)), 4),
