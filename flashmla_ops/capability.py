@@ -59,7 +59,9 @@ def explain() -> str:
     ]
     for choice in implementations():
         mark = "->" if choice.active else "  " if choice.available else " x"
-        lines.append(f"  {mark} {choice.name:<12} {choice.note}" + ("" if choice.available else " (not on this processor)"))
+        lines.append(
+            f"  {mark} {choice.name:<12} {choice.note}" + ("" if choice.available else " (not on this processor)")
+        )
     lines.append(f"operators   {', '.join(OPERATORS)}: CPU {state.active}; other devices: {cpu.REFERENCE}")
     if torch.cuda.is_available():
         lines.append("CUDA        a device is present; no CUDA kernel is built, the reference runs there")

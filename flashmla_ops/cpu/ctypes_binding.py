@@ -144,7 +144,15 @@ class Binding:
         call = _Decode(
             dtype=_DTYPES[q.dtype],
             causal=causal,
-            **{"b": b, "s_q": s_q, "h_q": h_q, "h_kv": kv_cache.size(2), "d_qk": d_qk, "d_v": d_v, "qk_start": qk_start},
+            **{
+                "b": b,
+                "s_q": s_q,
+                "h_q": h_q,
+                "h_kv": kv_cache.size(2),
+                "d_qk": d_qk,
+                "d_v": d_v,
+                "qk_start": qk_start,
+            },
             softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
             q=q.data_ptr(),
             q_stride=q.stride(),
@@ -227,5 +235,3 @@ def register(library: ctypes.CDLL) -> None:
     LIBRARY.impl("append_", binding.append, "CPU")
     LIBRARY.impl("append_.two", binding.append_two, "CPU")
     LIBRARY.impl("merge_states", binding.merge_states, "CPU")
-
-

@@ -72,7 +72,9 @@ def check(
         require_contiguous_rows(op, "k_cache", k_cache)
         for dim in range(3):
             same = k_cache.size(dim) == kv_cache.size(dim)
-            require(op, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim))
+            require(
+                op, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim)
+            )
         d_k = k_cache.size(3)
     d_key = d - qk_start + d_k
     require(op, "q", d_qk == d_key and d_qk >= 1, f"d_qk {d_key}, the length of a key", d_qk)
@@ -180,4 +182,3 @@ define(
     fake=decode_out_fake,
     reference=decode_out_reference,
 )
-

@@ -27,7 +27,9 @@ def check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     require(OP, "lses", len(lses) == len(outs), f"{len(outs)} parts, as outs", len(lses))
     first = outs[0]
     require_float(OP, "outs[0]", first)
-    require(OP, "outs[0]", first.dim() in (3, 4), "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", f"{first.dim()} dimensions")
+    require(
+        OP, "outs[0]", first.dim() in (3, 4), "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", f"{first.dim()} dimensions"
+    )
     *batch, s_q, h_q, _ = first.shape
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         refuse_gradient(OP, **{f"outs[{i}]": out, f"lses[{i}]": lse})

@@ -14,8 +14,8 @@ struct Context {
   int64_t slot_stride, n;
 };
 
-// Elements [begin, end) of every row of one KV head. Work is divided by columns, not by rows: rows are then written in order
-// whatever the number of threads, and where two name one slot the later one stays.
+// Elements [begin, end) of every row of one KV head. Work is divided by columns, not by rows: rows are then written in
+// order whatever the number of threads, and where two name one slot the later one stays.
 void write_columns(const FlashmlaAppend& t, const Context& c, int64_t head, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < c.n; i++) {
     const int64_t slot = c.slots[i * c.slot_stride];
@@ -25,7 +25,8 @@ void write_columns(const FlashmlaAppend& t, const Context& c, int64_t head, int6
     if (t.element_bytes == t.element_size) {
       std::memcpy(to + begin * t.element_size, from + begin * t.element_size, size_t((end - begin) * t.element_size));
     } else {
-      for (int64_t e = begin; e < end; e++) std::memcpy(to + e * t.element_size, from + e * t.element_bytes, size_t(t.element_size));
+      for (int64_t e = begin; e < end; e++)
+        std::memcpy(to + e * t.element_size, from + e * t.element_bytes, size_t(t.element_size));
     }
   }
 }
@@ -34,8 +35,8 @@ constexpr int64_t kColumns = 256;  // elements of a column block
 
 }  // namespace
 
-extern "C" int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots, int64_t slot_stride,
-                               int64_t n, const FlashmlaRuntime* runtime, char* message) {
+extern "C" int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
+                               int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message) {
   const int64_t limit = tensors[0].n_pages * tensors[0].page_size;
   for (int64_t i = 0; i < n; i++) {
     if (slots[i * slot_stride] >= limit) {

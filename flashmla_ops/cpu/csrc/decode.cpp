@@ -14,7 +14,7 @@ namespace {
 
 // Memory that a thread keeps from call to call, so that a call in steady state allocates nothing.
 class Arena {
- public:
+public:
   char* reserve(size_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
@@ -29,7 +29,7 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
   ~Arena() { std::free(memory_); }
 
- private:
+private:
   char* memory_ = nullptr;
   size_t size_ = 0;
 };
@@ -42,7 +42,7 @@ struct Piece {
 };
 
 class Decode {
- public:
+public:
   Decode(const FlashmlaDecode& call, const Schedule& shape, const int32_t* schedule)
       : call_(call), kernels_(kernels()), shape_(shape), starts_(shape.starts(schedule)) {
     stride_ = kernels_.accumulator_stride(call.d_v);
@@ -57,8 +57,9 @@ class Decode {
     if (busy_parts_ <= 1 || runtime.num_threads <= 1) {
       attend_parts(0, shape_.num_parts);
     } else {
-      runtime.parallel(shape_.num_parts, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->attend_parts(a, b); },
-                       this);
+      runtime.parallel(
+          shape_.num_parts, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->attend_parts(a, b); },
+          this);
     }
     if (fault.found || __atomic_load_n(&out_of_memory_, __ATOMIC_ACQUIRE)) return !out_of_memory_;
     merge(runtime);
@@ -67,7 +68,7 @@ class Decode {
 
   Fault fault;
 
- private:
+private:
   Item item_at(int64_t index) const {
     const int64_t per_sequence = shape_.items_per_sequence(), per_head = shape_.items_per_head();
     Item item;
@@ -122,7 +123,8 @@ class Decode {
         if (__atomic_load_n(&fault.found, __ATOMIC_ACQUIRE)) return;
         const Item item = item_at(index);
         const Accumulator into = whole ? own : slot(slot_index);
-        const bool good = kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float), fault);
+        const bool good =
+            kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float), fault);
         if (good && whole) kernels_.finish(call_, item, &own, 1, 0, item.rows);
       });
     }
@@ -133,8 +135,9 @@ class Decode {
     if (runtime.num_threads <= 1) {
       merge_rows(0, Schedule::kMaxRows);
     } else {
-      runtime.parallel(Schedule::kMaxRows, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->merge_rows(a, b); },
-                       this);
+      runtime.parallel(
+          Schedule::kMaxRows, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->merge_rows(a, b); },
+          this);
     }
   }
 
@@ -163,7 +166,8 @@ class Decode {
 };
 
 int fail(char* message, const char* op, const char* argument, const char* expected, const char* actual) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: argument '%s': expected %s, got %s", op, argument, expected, actual);
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: argument '%s': expected %s, got %s", op, argument, expected,
+                actual);
   return 1;
 }
 
@@ -205,7 +209,8 @@ int check_schedule(const FlashmlaDecode& call, const int32_t* schedule, int64_t 
   for (int64_t i = 0; i < call.b; i++) {
     const int32_t length = call.cache_seqlens[i * call.cache_seqlens_stride], made_for = shape.lengths(schedule)[i];
     if (length != made_for) {
-      return fail(message, "decode", "schedule", text(expected, "a schedule made for length %d at [%lld]", length, (long long)i),
+      return fail(message, "decode", "schedule",
+                  text(expected, "a schedule made for length %d at [%lld]", length, (long long)i),
                   text(actual, "one made for length %d", made_for));
     }
   }
@@ -226,8 +231,8 @@ extern "C" {
 
 int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts) { return Schedule(b, 1, 1, 1, num_parts).numel(); }
 
-int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q, int64_t h_q, int64_t h_kv,
-                             int64_t num_parts, int32_t* schedule, char* message) {
+int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q, int64_t h_q,
+                             int64_t h_kv, int64_t num_parts, int32_t* schedule, char* message) {
   for (int64_t i = 0; i < b; i++) {
     if (cache_seqlens[i * stride] < 0) {
       char actual[128];
@@ -247,7 +252,8 @@ int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t
   if (schedule != nullptr) {
     if (check_schedule(*call, schedule, schedule_numel, message)) return 1;
   } else {
-    const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, std::min<int64_t>(runtime->num_threads, FLASHMLA_MAX_PARTS));
+    const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv,
+                         std::min<int64_t>(runtime->num_threads, FLASHMLA_MAX_PARTS));
     own.resize(size_t(shape.numel()));
     shape.write(call->cache_seqlens, call->cache_seqlens_stride, own.data());
     schedule = own.data();

@@ -15,7 +15,9 @@ struct Candidate {
 
 bool always() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -26,9 +28,12 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 // Fastest first. `emulated` stands after `generic`: it is chosen by name only.
 const Candidate candidates[] = {
 #if defined(__x86_64__)
-    {&kernels_avx512_bf16, has_avx512_bf16}, {&kernels_avx512, has_avx512}, {&kernels_avx2, has_avx2},
+    {&kernels_avx512_bf16, has_avx512_bf16},
+    {&kernels_avx512, has_avx512},
+    {&kernels_avx2, has_avx2},
 #endif
-    {&kernels_generic, always},             {&kernels_emulated, always},
+    {&kernels_generic, always},
+    {&kernels_emulated, always},
 };
 constexpr int kCandidates = sizeof candidates / sizeof candidates[0];
 

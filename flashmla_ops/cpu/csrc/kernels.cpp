@@ -1,6 +1,6 @@
-// Compiled once for each instruction set, with -DFLASHMLA_ISA=<name> and that set's compiler flags. Everything here is in a
-// namespace of that name, and nothing here may instantiate a function that another translation unit could share (standard
-// containers, for one): the linker would keep one copy, possibly one with instructions the processor lacks.
+// Compiled once for each instruction set, with -DFLASHMLA_ISA=<name> and that set's compiler flags. Everything here is
+// in a namespace of that name, and nothing here may instantiate a function that another translation unit could share
+// (standard containers, for one): the linker would keep one copy, possibly one with instructions the processor lacks.
 #define FLASHMLA_CONCAT_(a, b) a##b
 #define FLASHMLA_CONCAT(a, b) FLASHMLA_CONCAT_(a, b)
 #define FLASHMLA_STRING_(a) #a
@@ -58,7 +58,8 @@ template <class I, class T>
 struct Attend {
   static bool call(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
                    char* scratch, Fault& fault) {
-    if (item.rows <= DotAttention<I, T>::kMaxRows) return DotAttention<I, T>(call, item, into, scratch).run(begin, end, fault);
+    if (item.rows <= DotAttention<I, T>::kMaxRows)
+      return DotAttention<I, T>(call, item, into, scratch).run(begin, end, fault);
     return LaneAttention<I, T>(call, item, into, scratch).run(begin, end, fault);
   }
 };
@@ -78,12 +79,15 @@ struct Merge {
 
 // One vector more than the columns need: rows of 2048 bytes would all fall into the same few sets of L1.
 int64_t accumulator_stride(int64_t d_v) { return round_up(d_v, Isa::W) + 16; }
-int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) { return for_dtype<ScratchBytes>(call.dtype, call, rows); }
-bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into, char* scratch,
-            Fault& fault) {
+int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
+  return for_dtype<ScratchBytes>(call.dtype, call, rows);
+}
+bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
+            char* scratch, Fault& fault) {
   return for_dtype<Attend>(call.dtype, call, item, begin, end, into, scratch, fault);
 }
-void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin, int64_t end) {
+void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,
+            int64_t end) {
   for_dtype<Finish>(call.dtype, call, item, parts, n, begin, end);
 }
 void merge(const FlashmlaMerge& call, int64_t begin, int64_t end) { for_dtype<Merge>(call.dtype, call, begin, end); }
@@ -91,8 +95,9 @@ void merge(const FlashmlaMerge& call, int64_t begin, int64_t end) { for_dtype<Me
 }  // namespace
 }  // namespace FLASHMLA_ISA
 
-const Kernels FLASHMLA_CONCAT(kernels_, FLASHMLA_ISA) = {FLASHMLA_STRING(FLASHMLA_ISA), FLASHMLA_ISA::accumulator_stride,
-                                                         FLASHMLA_ISA::scratch_bytes,   FLASHMLA_ISA::attend,
-                                                         FLASHMLA_ISA::finish,          FLASHMLA_ISA::merge};
+const Kernels FLASHMLA_CONCAT(kernels_,
+                              FLASHMLA_ISA) = {FLASHMLA_STRING(FLASHMLA_ISA), FLASHMLA_ISA::accumulator_stride,
+                                               FLASHMLA_ISA::scratch_bytes,   FLASHMLA_ISA::attend,
+                                               FLASHMLA_ISA::finish,          FLASHMLA_ISA::merge};
 
 }  // namespace flashmla

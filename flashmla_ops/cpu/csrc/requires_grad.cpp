@@ -1,5 +1,5 @@
-// Kept apart from the binding: it is the only file that includes a header of c10, which is not part of the stable ABI. The
-// build is keyed on torch's version for that.
+// Kept apart from the binding: it is the only file that includes a header of c10, which is not part of the stable ABI.
+// The build is keyed on torch's version for that.
 #include "flashmla/requires_grad.h"
 
 #include <c10/core/TensorImpl.h>

@@ -1,5 +1,6 @@
 // torch.ops.flashmla.* on the CPU, through torch's stable ABI. Schemas, tags and fakes are defined in Python
-// (flashmla_ops/ops); the checks here are the same as there, with the same words, because eager calls do not pass there.
+// (flashmla_ops/ops); the checks here are the same as there, with the same words, because eager calls do not pass
+// there.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,17 +22,28 @@ using torch::stable::Tensor;
 
 const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -54,7 +66,8 @@ struct Check {
   const char* op;
 
   [[noreturn]] void fail(const std::string& argument, const std::string& expected, const std::string& actual) const {
-    throw std::runtime_error(text("flashmla::", op, ": argument '", argument, "': expected ", expected, ", got ", actual));
+    throw std::runtime_error(
+        text("flashmla::", op, ": argument '", argument, "': expected ", expected, ", got ", actual));
   }
   void gradient(const std::string& argument, const Tensor& tensor) const {
     if (aoti_torch_grad_mode_is_enabled() && flashmla_requires_grad(tensor.get())) {
@@ -105,9 +118,12 @@ struct Check {
 
 FlashmlaDType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return FLASHMLA_F32;
-    case ScalarType::BFloat16: return FLASHMLA_BF16;
-    default: return FLASHMLA_F16;
+    case ScalarType::Float:
+      return FLASHMLA_F32;
+    case ScalarType::BFloat16:
+      return FLASHMLA_BF16;
+    default:
+      return FLASHMLA_F16;
   }
 }
 
@@ -310,8 +326,10 @@ FlashmlaAppend append_of(const Tensor& cache, const Tensor& rows) {
   FlashmlaAppend to{};
   to.cache = static_cast<char*>(cache.mutable_data_ptr());
   to.rows = static_cast<const char*>(rows.const_data_ptr());
-  to.page_bytes = cache.stride(0) * size, to.token_bytes = cache.stride(1) * size, to.head_bytes = cache.stride(2) * size;
-  to.row_bytes = rows.stride(0) * size, to.row_head_bytes = rows.stride(1) * size, to.element_bytes = rows.stride(2) * size;
+  to.page_bytes = cache.stride(0) * size, to.token_bytes = cache.stride(1) * size,
+  to.head_bytes = cache.stride(2) * size;
+  to.row_bytes = rows.stride(0) * size, to.row_head_bytes = rows.stride(1) * size,
+  to.element_bytes = rows.stride(2) * size;
   to.n_pages = cache.size(0), to.page_size = cache.size(1), to.h_kv = cache.size(2), to.d = cache.size(3);
   to.element_size = size;
   return to;
@@ -378,7 +396,8 @@ std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Te
   call.dtype = dtype_of(outs[0]);
   call.parts = int64_t(parts);
   call.b = dims == 4 ? out_shape[0] : 1;
-  call.s_q = out_shape[size_t(dims) - 3], call.h_q = out_shape[size_t(dims) - 2], call.d_v = out_shape[size_t(dims) - 1];
+  call.s_q = out_shape[size_t(dims) - 3], call.h_q = out_shape[size_t(dims) - 2],
+  call.d_v = out_shape[size_t(dims) - 1];
   call.outs = out_data.data(), call.out_strides = out_strides.data();
   call.lses = lse_data.data(), call.lse_strides = lse_strides.data();
   call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();

@@ -1,11 +1,11 @@
-// Attention for few query rows a KV head (GQA, MHA, MLA with one to a few heads), where a lane a row would leave most lanes
-// empty: lanes run along the row. Rows are read in place, each key and value once for up to four query rows; what bounds
-// this is memory, not arithmetic.
+// Attention for few query rows a KV head (GQA, MHA, MLA with one to a few heads), where a lane a row would leave most
+// lanes empty: lanes run along the row. Rows are read in place, each key and value once for up to four query rows; what
+// bounds this is memory, not arithmetic.
 #pragma once
 
+#include "flashmla/rows.h"
 #include "flashmla/scratch.h"
 #include "flashmla/softmax.h"
-#include "flashmla/rows.h"
 #include "flashmla/tiles.h"
 
 namespace flashmla::FLASHMLA_ISA {
@@ -15,7 +15,7 @@ class DotAttention {
   using F = typename Isa::F;
   static constexpr int W = Isa::W, kBlock = 64;
 
- public:
+public:
   // More rows than half a vector go to LaneAttention: it wastes less than half of its lanes then, and reads faster.
   static constexpr int64_t kMaxRows = W / 2;
 
@@ -52,15 +52,18 @@ class DotAttention {
       weigh(here.n, t);
       for (int64_t r = 0; r < item_.rows;) {
         const int64_t left = item_.rows - r;
-        if (left >= 4) accumulate<4>(here, r), r += 4;
-        else if (left >= 2) accumulate<2>(here, r), r += 2;
-        else accumulate<1>(here, r), r += 1;
+        if (left >= 4)
+          accumulate<4>(here, r), r += 4;
+        else if (left >= 2)
+          accumulate<2>(here, r), r += 2;
+        else
+          accumulate<1>(here, r), r += 1;
       }
     }
     return true;
   }
 
- private:
+private:
   // Queries as floats, each key part padded with zeros to whole vectors.
   void unpack_queries() {
     for (int64_t r = 0; r < item_.rows; r++) {
@@ -78,9 +81,12 @@ class DotAttention {
       prefetch.step();
       for (int64_t r = 0; r < item_.rows;) {
         const int64_t left = item_.rows - r;
-        if (left >= 4) score_token<4>(rows, t, r), r += 4;
-        else if (left >= 2) score_token<2>(rows, t, r), r += 2;
-        else score_token<1>(rows, t, r), r += 1;
+        if (left >= 4)
+          score_token<4>(rows, t, r), r += 4;
+        else if (left >= 2)
+          score_token<2>(rows, t, r), r += 2;
+        else
+          score_token<1>(rows, t, r), r += 1;
       }
     }
   }

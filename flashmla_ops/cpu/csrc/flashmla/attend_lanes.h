@@ -1,7 +1,7 @@
 // Attention for many query rows over the same keys (MLA: all heads of a token): a lane is a query row.
 //
-// For each block of tokens: stage the rows; S^T = K Q^T with the queries packed once per item; online softmax with nothing
-// horizontal; O = O * rescale + P V. Every row of the cache is read once for all query rows.
+// For each block of tokens: stage the rows; S^T = K Q^T with the queries packed once per item; online softmax with
+// nothing horizontal; O = O * rescale + P V. Every row of the cache is read once for all query rows.
 #pragma once
 
 #include "flashmla/scratch.h"
@@ -18,9 +18,11 @@ class LaneAttention {
   using F = typename Isa::F;
   static constexpr int W = Isa::W, kPanel = Isa::qk_n * W, kBlock = Isa::block;
   static constexpr int kTokensPerUnit = M::pairs ? 2 : 1;  // of a value
-  static_assert(kBlock % Isa::qk_m == 0 && kBlock % 2 == 0 && kChunk % W == 0 && W % Isa::pv_m == 0);
+  // A panel of one vector takes twice the tokens: qk_m accumulators alone would not hide the latency.
+  static constexpr int kWideTokens = Isa::qk_m, kNarrowTokens = 2 * Isa::qk_m;
+  static_assert(kBlock % kNarrowTokens == 0 && kBlock % 2 == 0 && kChunk % W == 0 && W % Isa::pv_m == 0);
 
- public:
+public:
   LaneAttention(const FlashmlaDecode& call, const Item& item, const Accumulator& into, char* memory)
       : call_(call), item_(item), into_(into), rows_(round_up(item.rows, W)) {
     Scratch scratch(memory);
@@ -52,7 +54,7 @@ class LaneAttention {
     return true;
   }
 
- private:
+private:
   void plan(Scratch& scratch) {
     key_units_ = S::key_units(call_);
     // The value can be read from the staged key if it is a prefix of it, element by element.
@@ -69,6 +71,7 @@ class LaneAttention {
   }
 
   int64_t panel_width(int64_t row) const { return rows_ - row < kPanel ? rows_ - row : kPanel; }
+  int64_t tile_tokens(int64_t row) const { return panel_width(row) == kPanel ? kWideTokens : kNarrowTokens; }
 
   // [panel][unit][row of the panel]; rows past the item's are zero.
   void pack_queries() {
@@ -103,7 +106,7 @@ class LaneAttention {
       if (call_.k.d) S::put(keys_, kBlock, t, split, rows.k[t], call_.k.d);
     }
     // Tiles read whole groups of tokens: what they read past the last one must be finite.
-    for (int64_t t = rows.n; t < round_up(rows.n, Isa::qk_m); t++) {
+    for (int64_t t = rows.n; t < round_up(rows.n, kNarrowTokens); t++) {
       for (int64_t c = 0; c < S::chunks(key_units_); c++) {
         std::memset(keys_ + (c * kBlock + t) * kChunk, 0, kChunk * sizeof(Unit));
       }
@@ -112,21 +115,23 @@ class LaneAttention {
   }
 
   void score(int n, const Rows<T, kBlock>& ahead) {
-    const int64_t chunks = S::chunks(key_units_), tiles = (n + Isa::qk_m - 1) / Isa::qk_m;
-    Prefetcher<T, kBlock> prefetch(call_, ahead, chunks * ((rows_ + kPanel - 1) / kPanel) * tiles);
+    const int64_t chunks = S::chunks(key_units_);
+    int64_t tiles = 0;
+    for (int64_t first = 0; first < rows_; first += kPanel) tiles += (n + tile_tokens(first) - 1) / tile_tokens(first);
+    Prefetcher<T, kBlock> prefetch(call_, ahead, chunks * tiles);
     for (int64_t c = 0; c < chunks; c++) {
       const int units = int(key_units_ - c * kChunk < kChunk ? key_units_ - c * kChunk : kChunk);
       for (int64_t first = 0; first < rows_; first += kPanel) {
-        const int64_t width = panel_width(first);
+        const int64_t width = panel_width(first), step = tile_tokens(first);
         const Unit* queries = queries_ + first * key_units_ + c * kChunk * width;
-        for (int64_t t = 0; t < tiles * Isa::qk_m; t += Isa::qk_m) {
+        for (int64_t t = 0; t < n; t += step) {
           prefetch.step();
           const Unit* keys = keys_ + (c * kBlock + t) * kChunk;
           float* scores = scores_ + first * kBlock + t * width;
           if (width == kPanel) {
-            score_tile<M, Isa::qk_m, Isa::qk_n>(keys, queries, scores, units, c == 0);
+            score_tile<M, kWideTokens, Isa::qk_n>(keys, queries, scores, units, c == 0);
           } else {
-            score_tile<M, Isa::qk_m, 1>(keys, queries, scores, units, c == 0);
+            score_tile<M, kNarrowTokens, 1>(keys, queries, scores, units, c == 0);
           }
         }
       }
@@ -145,8 +150,8 @@ class LaneAttention {
     for (int64_t r = 0; r < rows_; r += W) {
       const int64_t first = r / kPanel * kPanel, width = panel_width(first);
       float* scores = scores_ + first * kBlock + (r - first);
-      const F factor = softmax_block<Isa>(scores, width, n, scale, Isa::load(visible_ + r), least >= n, into_.m + r,
-                                          into_.l + r);
+      const F factor =
+          softmax_block<Isa>(scores, width, n, scale, Isa::load(visible_ + r), least >= n, into_.m + r, into_.l + r);
       Isa::store(rescale_ + r, factor);
       if constexpr (M::pairs) {
         for (int t = 0; t < n; t += 2) {
@@ -185,8 +190,8 @@ class LaneAttention {
         const int64_t first = r / kPanel * kPanel;
         weights = scores_ + first * kBlock + (r - first), stride = panel_width(first);
       }
-      value_tile<M, Isa::pv_m, N>(weights, stride, values, into_.o + r * into_.stride + column, into_.stride, rescale_ + r,
-                                  units, first_block);
+      value_tile<M, Isa::pv_m, N>(weights, stride, values, into_.o + r * into_.stride + column, into_.stride,
+                                  rescale_ + r, units, first_block);
     }
   }
 

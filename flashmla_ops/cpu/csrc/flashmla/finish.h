@@ -87,7 +87,8 @@ void merge_rows(const FlashmlaMerge& call, int64_t begin, int64_t end) {
       combine<Isa>(out, call.d_v, call.parts, factors, part);
     } else {
       for (int64_t i = 0; i < call.d_v; i++) {
-        combine<Isa>(out + i, 1, call.parts, factors, [&](int64_t p) { return part(p) + i * call.out_strides[4 * p + 3]; });
+        combine<Isa>(out + i, 1, call.parts, factors,
+                     [&](int64_t p) { return part(p) + i * call.out_strides[4 * p + 3]; });
       }
     }
     call.lse[(sequence * call.h_q + head) * call.s_q + token] = empty ? INFINITY : m + std::log(l);

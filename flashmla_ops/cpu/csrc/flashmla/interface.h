@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels: plain structs, no torch, no exceptions. Whoever calls them (the torch binding, ctypes,
-// a generated kernel) fills these in. Strides count elements unless a name says bytes.
+// The C interface of the CPU kernels: plain structs, no torch, no exceptions. Whoever calls them (the torch binding,
+// ctypes, a generated kernel) fills these in. Strides count elements unless a name says bytes.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct FlashmlaDecode {
 struct FlashmlaAppend {
   char* cache;
   const char* rows;
-  int64_t page_bytes, token_bytes, head_bytes;      // strides of the cache
+  int64_t page_bytes, token_bytes, head_bytes;       // strides of the cache
   int64_t row_bytes, row_head_bytes, element_bytes;  // strides of rows; element_bytes between neighbours in a row
   int64_t h_kv, d, element_size, n_pages, page_size;
 };
@@ -55,12 +55,12 @@ struct FlashmlaAppend {
 struct FlashmlaMerge {
   FlashmlaDType dtype;
   int64_t parts, b, s_q, h_q, d_v;
-  const void* const* outs;  // parts tensors [b, s_q, h_q, d_v]
+  const void* const* outs;     // parts tensors [b, s_q, h_q, d_v]
   const int64_t* out_strides;  // [parts][4]
-  const float* const* lses;  // parts tensors [b, h_q, s_q]
+  const float* const* lses;    // parts tensors [b, h_q, s_q]
   const int64_t* lse_strides;  // [parts][3]
-  void* out;  // contiguous
-  float* lse;  // contiguous
+  void* out;                   // contiguous
+  float* lse;                  // contiguous
 };
 
 // Runs body(begin, end, context) over [0, n) on the caller's threads.
@@ -78,12 +78,13 @@ enum {
 };
 
 // Each returns 0, or 1 with the reason in message[FLASHMLA_MESSAGE].
-FLASHMLA_EXPORT int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q, int64_t h_q,
-                             int64_t h_kv, int64_t num_parts, int32_t* schedule, char* message);
+FLASHMLA_EXPORT int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q,
+                                             int64_t h_q, int64_t h_kv, int64_t num_parts, int32_t* schedule,
+                                             char* message);
 FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,
-                    const FlashmlaRuntime* runtime, char* message);
-FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots, int64_t slot_stride, int64_t n,
-                    const FlashmlaRuntime* runtime, char* message);
+                                    const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
+                                    int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
 
 FLASHMLA_EXPORT int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts);

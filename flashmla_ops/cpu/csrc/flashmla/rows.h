@@ -35,17 +35,17 @@ struct Rows {
     return true;
   }
 
- private:
+private:
   static const T* at(const FlashmlaCache& cache, int64_t page, int64_t head) {
     return static_cast<const T*>(cache.data) + page * cache.page_stride + head * cache.head_stride;
   }
 };
 
-// Fetches the next block's rows into L2 while this block is being multiplied, a few lines at a time: at 16 heads a block is
-// multiplied in little more time than DRAM takes to deliver the next one.
+// Fetches the next block's rows into L2 while this block is being multiplied, a few lines at a time: at 16 heads a
+// block is multiplied in little more time than DRAM takes to deliver the next one.
 template <class T, int N>
 class Prefetcher {
- public:
+public:
   Prefetcher(const FlashmlaDecode& call, const Rows<T, N>& rows, int64_t steps)
       : rows_(rows), kv_bytes_(call.kv.d * int64_t{sizeof(T)}), k_bytes_(call.k.d * int64_t{sizeof(T)}) {
     const int64_t lines = rows.n * ((kv_bytes_ + 63) / 64 + (k_bytes_ + 63) / 64);
@@ -63,7 +63,7 @@ class Prefetcher {
     }
   }
 
- private:
+private:
   const Rows<T, N>& rows_;
   int64_t kv_bytes_, k_bytes_, per_step_;
   int row_ = 0;

@@ -1,4 +1,5 @@
-// The decode schedule, as flashmla_ops/reference/schedule.py defines it: an int32 tensor that says where each part starts.
+// The decode schedule, as flashmla_ops/reference/schedule.py defines it: an int32 tensor that says where each part
+// starts.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +53,7 @@ struct Schedule {
     }
   }
 
- private:
+private:
   static int64_t units(int64_t length) { return std::max<int64_t>(1, divide_up(length, kUnit)); }
 };
 

@@ -6,7 +6,7 @@
 namespace flashmla::FLASHMLA_ISA {
 
 class Scratch {
- public:
+public:
   explicit Scratch(char* base) : base_(base) {}
 
   template <class X>
@@ -17,7 +17,7 @@ class Scratch {
   }
   int64_t used() const { return used_; }
 
- private:
+private:
   char* base_;
   int64_t used_ = 0;
 };

@@ -1,4 +1,5 @@
-// 2^x and the block-wise online softmax, for scores laid out [token][row]: a lane is a query row, so nothing is horizontal.
+// 2^x and the block-wise online softmax, for scores laid out [token][row]: a lane is a query row, so nothing is
+// horizontal.
 #pragma once
 
 #include <cmath>
@@ -9,8 +10,8 @@ namespace flashmla::FLASHMLA_ISA {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// 2^x for x <= 0 up to rounding; 0 below -126 and for -inf; NaN stays NaN. Relative error below 3e-7: the polynomial is a
-// degree-5 minimax fit of 2^r on [-1/2, 1/2].
+// 2^x for x <= 0 up to rounding; 0 below -126 and for -inf; NaN stays NaN. Relative error below 3e-7: the polynomial is
+// a degree-5 minimax fit of 2^r on [-1/2, 1/2].
 template <class Isa>
 typename Isa::F exp2(typename Isa::F x) {
   using F = typename Isa::F;
@@ -35,11 +36,12 @@ F finite_maximum(F m) {
   return m == F{} - INFINITY ? F{} : m;
 }
 
-// One vector of rows over a block of n scaled scores, `step` floats apart. `visible`: how many of the block's tokens each
-// row sees. Updates m and l, replaces scores by weights and returns the factor that earlier results must be scaled with.
+// One vector of rows over a block of n scaled scores, `step` floats apart. `visible`: how many of the block's tokens
+// each row sees. Updates m and l, replaces scores by weights and returns the factor that earlier results must be scaled
+// with.
 template <class Isa>
-typename Isa::F softmax_block(float* scores, int64_t step, int n, typename Isa::F scale, typename Isa::F visible, bool all,
-                              float* m, float* l) {
+typename Isa::F softmax_block(float* scores, int64_t step, int n, typename Isa::F scale, typename Isa::F visible,
+                              bool all, float* m, float* l) {
   using F = typename Isa::F;
   const F minus_infinity = Isa::set1(-INFINITY);
   const F old = Isa::load(m);

@@ -1,6 +1,7 @@
-// Staging: a block's rows, wherever and however they lie (pages of any size, two tensors, any element type), copied once
-// into the layout that the tiles read: [chunk][token][kChunk] units. It costs one load and store a vector against as many
-// multiply-accumulates as there are query rows, and it keeps page boundaries, strides and formats out of the tiles.
+// Staging: a block's rows, wherever and however they lie (pages of any size, two tensors, any element type), copied
+// once into the layout that the tiles read: [chunk][token][kChunk] units. It costs one load and store a vector against
+// as many multiply-accumulates as there are query rows, and it keeps page boundaries, strides and formats out of the
+// tiles.
 #pragma once
 
 #include "flashmla/rows.h"
@@ -43,7 +44,7 @@ struct Stage {
     }
   }
 
- private:
+private:
   static void copy(float* to, const T* from, int64_t n) {
     int64_t i = 0;
     for (; i + Isa::W <= n; i += Isa::W) Isa::store(to + i, Isa::load(from + i));

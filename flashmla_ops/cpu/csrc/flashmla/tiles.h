@@ -1,8 +1,8 @@
-// The register tiles. Both are outer products over a shared dimension: scores over the elements of a key, outputs over the
-// tokens of a block. One operand is a vector (lanes = query rows, or output columns), the other is broadcast.
+// The register tiles. Both are outer products over a shared dimension: scores over the elements of a key, outputs over
+// the tokens of a block. One operand is a vector (lanes = query rows, or output columns), the other is broadcast.
 //
-// A Unit is what one multiply-accumulate of a lane takes: a float, or a dword holding two bf16 (the next two key elements,
-// or two tokens' values of one column). The loops are the same for both.
+// A Unit is what one multiply-accumulate of a lane takes: a float, or a dword holding two bf16 (the next two key
+// elements, or two tokens' values of one column). The loops are the same for both.
 #pragma once
 
 #include <type_traits>
@@ -12,8 +12,9 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-// Units of a staged row that lie together: a chunk of every row of a block, then the next chunk. 96 units x 12 rows of the
-// broadcast operand (4.6 KB) and 96 x 32 of the vector operand (12 KB) stay in L1 together, and 576 / 96 leaves no rest.
+// Units of a staged row that lie together: a chunk of every row of a block, then the next chunk. 96 units x 12 rows of
+// the broadcast operand (4.6 KB) and 96 x 32 of the vector operand (12 KB) stay in L1 together, and 576 / 96 leaves no
+// rest.
 constexpr int kChunk = 96;
 
 template <class Instructions, class T>
@@ -43,7 +44,7 @@ inline __attribute__((always_inline)) void score_tile(const typename Mac::Unit* 
   using F = typename Isa::F;
   constexpr int W = Isa::W;
   F c[M][N];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) c[m][n] = first ? F{} : Isa::load(scores + (m * N + n) * W);
@@ -51,12 +52,12 @@ inline __attribute__((always_inline)) void score_tile(const typename Mac::Unit* 
     typename Mac::V q[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) q[n] = Isa::load(queries + (k * N + n) * W);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) c[m][n] = Mac::mac(c[m][n], q[n], keys[m * kChunk + k]);
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) Isa::store(scores + (m * N + n) * W, c[m][n]);

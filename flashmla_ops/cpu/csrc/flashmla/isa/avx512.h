@@ -1,4 +1,5 @@
-// AVX-512: 16 lanes, 32 registers; with PAIRS also AVX512_BF16 (vdpbf16ps: two bf16 products a lane, fp32 accumulation).
+// AVX-512: 16 lanes, 32 registers; with PAIRS also AVX512_BF16 (vdpbf16ps: two bf16 products a lane, fp32
+// accumulation).
 #pragma once
 
 #include <immintrin.h>
@@ -16,9 +17,7 @@ struct Avx512 : Portable<16, PAIRS> {
   static constexpr int block = 96;
 
   using Base::load, Base::max, Base::store;
-  static F load(const f16* p) {
-    return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
+  static F load(const f16* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store(f16* p, F x) {
     const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);

@@ -1,5 +1,5 @@
-// The AVX-512 BF16 kernels (their tiles, panels, pairs and packing) on portable vectors: slow, exact in the same places, and
-// able to run anywhere. What it does not run is the handful of intrinsics in avx512.h.
+// The AVX-512 BF16 kernels (their tiles, panels, pairs and packing) on portable vectors: slow, exact in the same
+// places, and able to run anywhere. What it does not run is the handful of intrinsics in avx512.h.
 #pragma once
 
 #include "flashmla/isa/portable.h"

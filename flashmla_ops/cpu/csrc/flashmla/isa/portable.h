@@ -1,8 +1,8 @@
-// Vectors of LANES floats in the compiler's own vector extension: runs on any processor. Other instruction sets derive from
-// this and replace what the compiler would not find by itself.
+// Vectors of LANES floats in the compiler's own vector extension: runs on any processor. Other instruction sets derive
+// from this and replace what the compiler would not find by itself.
 //
-// PAIRS says that products are taken over pairs of bf16 with fp32 accumulation (what vdpbf16ps does). Portable<16, true>
-// therefore runs the AVX-512 BF16 kernels' every layout and loop on a processor without AVX-512.
+// PAIRS says that products are taken over pairs of bf16 with fp32 accumulation (what vdpbf16ps does). Portable<16,
+// true> therefore runs the AVX-512 BF16 kernels' every layout and loop on a processor without AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ template <int LANES, bool PAIRS>
 struct Portable {
   static constexpr int W = LANES;
   static constexpr bool pairs = PAIRS;
-  // Register tiles: qk_m tokens x qk_n vectors of rows, and pv_m rows x pv_n vectors of columns. Eight accumulators fill
-  // the sixteen 128-bit registers of the oldest x86-64 together with their operands.
+  // Register tiles: qk_m tokens x qk_n vectors of rows, and pv_m rows x pv_n vectors of columns. Eight accumulators
+  // fill the sixteen 128-bit registers of the oldest x86-64 together with their operands.
   static constexpr int qk_m = 4, qk_n = 2, pv_m = 4, pv_n = 2;
   static constexpr int block = 64;  // tokens staged at a time
 
@@ -82,7 +82,7 @@ struct Portable {
     return (To)x;
   }
 
- private:
+private:
   template <class V>
   static V copy(const void* p) {
     V x;
