@@ -1,9 +1,9 @@
 """Every error this library raises on purpose: it names the argument, what was expected and what came.
 
-The C++ kernels sit below torch's dispatcher, which turns any C++ exception into a plain ``RuntimeError``. All our errors
-therefore derive from ``RuntimeError`` and share one message form, so that ``except RuntimeError`` catches an operator's
-error wherever it was found (eager, fake tensor, compiled), and `typed` restores the class where Python code of ours is
-the caller.
+The C++ kernels sit below torch's dispatcher, which turns any C++ exception into a plain ``RuntimeError``. All our
+errors therefore derive from ``RuntimeError`` and share one message form, so that ``except RuntimeError`` catches an
+operator's error wherever it was found (eager, fake tensor, compiled), and `typed` restores the class where Python code
+of ours is the caller.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Row formats: how one token of one KV head lies in memory.
 
-A cache row is a *value* (its first ``d_v`` elements) and a *key* (its elements from ``qk_start`` on, followed by the row
-of a second tensor where one is given). ``native`` rows hold the elements themselves in the cache tensor's dtype; a
+A cache row is a *value* (its first ``d_v`` elements) and a *key* (its elements from ``qk_start`` on, followed by the
+row of a second tensor where one is given). ``native`` rows hold the elements themselves in the cache tensor's dtype; a
 quantised format adds a dataclass here that says where its values, scales and rotary part lie.
 """
 

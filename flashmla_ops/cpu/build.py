@@ -1,7 +1,7 @@
 """Compile the C++ kernels with the machine's own compiler, once, into a cache that every process shares.
 
-The cache folder is named by a hash of the sources, the compiler, torch's version and the Python ABI, so a stale library is
-never loaded. Processes that build at once wait for one another on a file lock; a library appears by atomic rename.
+The cache folder is named by a hash of the sources, the compiler, torch's version and the Python ABI, so a stale library
+is never loaded. Processes that build at once wait for one another on a file lock; a library appears by atomic rename.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _kernels(isa: str, *flags: str) -> Unit:
     return Unit("kernels.cpp", (f"-DFLASHMLA_ISA={isa}", *flags), name=f"kernels_{isa}")
 
 
-#: kernels.cpp once for each instruction set. `emulated` runs the AVX-512 BF16 layouts anywhere; speed is not its purpose.
+#: kernels.cpp once for each instruction set. `emulated` runs the AVX-512 BF16 layouts anywhere, slowly.
 KERNEL_UNITS = (
     _kernels("generic", "-O3"),
     _kernels("emulated", "-O1", "-DFLASHMLA_EMULATE"),

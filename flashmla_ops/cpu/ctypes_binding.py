@@ -1,7 +1,7 @@
 """The same kernels without torch's C++ headers: Python implementations that fill the C interface's structs.
 
-Slower to call than the stable-ABI binding by a few microseconds; used where that could not be compiled. The structs mirror
-csrc/flashmla/interface.h field by field.
+Slower to call than the stable-ABI binding by a few microseconds; used where that could not be compiled. The structs
+mirror csrc/flashmla/interface.h field by field.
 """
 
 from __future__ import annotations
@@ -144,15 +144,13 @@ class Binding:
         call = _Decode(
             dtype=_DTYPES[q.dtype],
             causal=causal,
-            **{
-                "b": b,
-                "s_q": s_q,
-                "h_q": h_q,
-                "h_kv": kv_cache.size(2),
-                "d_qk": d_qk,
-                "d_v": d_v,
-                "qk_start": qk_start,
-            },
+            b=b,
+            s_q=s_q,
+            h_q=h_q,
+            h_kv=kv_cache.size(2),
+            d_qk=d_qk,
+            d_v=d_v,
+            qk_start=qk_start,
             softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
             q=q.data_ptr(),
             q_stride=q.stride(),
@@ -208,13 +206,19 @@ class Binding:
         out, lse = merge.fake(outs, lses)
         *batch, s_q, h_q, d_v = out.shape
         n, padding = len(outs), [] if batch else [0]
+        out_strides = [stride for x in outs for stride in (*padding, *x.stride())]
+        lse_strides = [stride for x in lses for stride in (*padding, *x.stride())]
         call = _Merge(
             dtype=_DTYPES[out.dtype],
-            **{"parts": n, "b": batch[0] if batch else 1, "s_q": s_q, "h_q": h_q, "d_v": d_v},
+            parts=n,
+            b=batch[0] if batch else 1,
+            s_q=s_q,
+            h_q=h_q,
+            d_v=d_v,
             outs=ctypes.cast((c_void_p * n)(*(x.data_ptr() for x in outs)), c_void_p),
-            out_strides=ctypes.cast((c_int64 * (4 * n))(*(s for x in outs for s in [*padding, *x.stride()])), c_void_p),
+            out_strides=ctypes.cast((c_int64 * (4 * n))(*out_strides), c_void_p),
             lses=ctypes.cast((c_void_p * n)(*(x.data_ptr() for x in lses)), c_void_p),
-            lse_strides=ctypes.cast((c_int64 * (3 * n))(*(s for x in lses for s in [*padding, *x.stride()])), c_void_p),
+            lse_strides=ctypes.cast((c_int64 * (3 * n))(*lse_strides), c_void_p),
             out=out.data_ptr(),
             lse=lse.data_ptr(),
         )

@@ -32,7 +32,7 @@ STATE = State()
 
 
 def load() -> State:
-    """Load the kernels (compiling them if need be) and register them with torch. Never raises: the reference remains."""
+    """Load the kernels, compiled now if need be, and register them with torch. Never raises: the reference remains."""
     if STATE.library is not None:
         return STATE
     wanted = os.environ.get("FLASHMLA_CPU", "")

@@ -29,8 +29,8 @@ def define(
 ) -> None:
     """Define an operator: its schema, its fake and the reference that runs where no kernel is registered.
 
-    A kernel for a device is registered by the library that holds it (`flashmla_ops.cpu` for the CPU). The reference sits
-    below every device key, so an operator works wherever torch does.
+    A kernel for a device is registered by the library that holds it (`flashmla_ops.cpu` for the CPU). The reference
+    sits below every device key, so an operator works wherever torch does.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))

@@ -175,8 +175,8 @@ def decode_out_reference(q: Tensor, *args: object, out: Tensor, lse: Tensor, **k
 
 
 define(f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)", fake=decode_fake, reference=decode_reference)
-# Not tagged torch.Tag.out: Inductor would then lower `decode` to ExternKernelMultiOut, which in torch 2.13 takes the fake
-# outputs' SymInt sizes for sympy expressions and asserts as soon as any size is dynamic.
+# Not tagged torch.Tag.out: Inductor would then lower `decode` to ExternKernelMultiOut, which in torch 2.13 takes the
+# fake outputs' SymInt sizes for sympy expressions and asserts as soon as any size is dynamic.
 define(
     f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> (Tensor(a!), Tensor(b!))",
     fake=decode_out_fake,

@@ -25,7 +25,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q], float64
     """softmax(scale * q k^T) v over each sequence's rows; the value and the key are slices of the same row.
 
-    With ``causal``, query s of a sequence sees the keys before position ``length - s_q + s + 1`` (bottom-right alignment).
+    With ``causal``, query s of a sequence sees the keys before ``length - s_q + s + 1`` (bottom-right alignment).
     A query that sees no key has out 0 and lse +inf. ``attn_sink`` scales out by exp(lse) / (exp(lse) + exp(sink)).
     """
     b, s_q, h_q, d_qk = q.shape

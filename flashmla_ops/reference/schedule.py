@@ -1,11 +1,12 @@
 """The decode schedule: how the work of one `decode` call is cut into parts.
 
-The work is a line of *items*, one for each (sequence, KV head, block of query rows), each as long as its sequence counted
-in units of `UNIT` tokens. The line is cut into ``num_parts`` pieces of equal length, wherever the cuts fall; an item that a
-cut goes through is computed in pieces and merged by LSE. A query row is one (query token, head of the KV head's group).
+The work is a line of *items*, one for each (sequence, KV head, block of query rows), each as long as its sequence
+counted in units of `UNIT` tokens. The line is cut into ``num_parts`` pieces of equal length, wherever the cuts fall; an
+item that a cut goes through is computed in pieces and merged by LSE. A query row is one (query token, head of the KV
+head's group).
 
-Layout of the tensor, int32: ``[b, s_q, h_q, h_kv, num_parts, row_block, 0, 0]``, the ``b`` lengths it was made for, then
-``num_parts + 1`` pairs (item, first token): where each part starts, the last pair being the end of the line.
+Layout of the tensor, int32: ``[b, s_q, h_q, h_kv, num_parts, row_block, 0, 0]``, the ``b`` lengths it was made for,
+then ``num_parts + 1`` pairs (item, first token): where each part starts, the last pair being the end of the line.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def schedule_numel(b: int, num_parts: int) -> int:
 
 
 def row_block(b: int, s_q: int, h_q: int, h_kv: int, num_parts: int) -> int:
-    """Query rows of an item. With fewer sequences than parts, heads are split before sequences are: it needs no merge."""
+    """Query rows of an item. With fewer sequences than parts, heads are split before sequences: it needs no merge."""
     rows = s_q * (h_q // h_kv)
     blocks = -(-num_parts // max(b * h_kv, 1))
     wanted = -(-rows // max(blocks, 1))
