@@ -7,5 +7,14 @@ disable(model)
 
 from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION
 from flashmla_ops.integrations.transformers.hook import SUPPORTED_MODEL_TYPES, disable, enable, is_enabled
+from flashmla_ops.integrations.transformers.paged_cache import PagedLatentCache, StaticPagedLatentCache
 
-__all__ = ["ABSORBED_ATTENTION", "SUPPORTED_MODEL_TYPES", "disable", "enable", "is_enabled"]
+__all__ = [
+    "ABSORBED_ATTENTION",
+    "SUPPORTED_MODEL_TYPES",
+    "PagedLatentCache",
+    "StaticPagedLatentCache",
+    "disable",
+    "enable",
+    "is_enabled",
+]

@@ -48,7 +48,7 @@ def enable(model: nn.Module) -> int:
     Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if
     it has no MLA attention or one that is not known to be exact.
     """
-    modules = _mla_modules(model)
+    modules = mla_modules(model)
     if not modules:
         raise UnsupportedModelError(f"{type(model).__name__} has no attention with expand_kv: it is no MLA model")
     for name, module in modules:
@@ -69,7 +69,7 @@ def disable(model: nn.Module) -> None:
     """
     if not is_enabled(model):
         raise UnsupportedModelError(f"{type(model).__name__} is not enabled")
-    for _, module in _mla_modules(model):
+    for _, module in mla_modules(model):
         if module.config._attn_implementation == ABSORBED_ATTENTION:
             module.config._attn_implementation = getattr(module, PREVIOUS_ATTRIBUTE)
         del module.expand_kv
@@ -78,11 +78,12 @@ def disable(model: nn.Module) -> None:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether every MLA attention of ``model`` (a model or a part of one) is enabled."""
-    modules = _mla_modules(model)
+    modules = mla_modules(model)
     return bool(modules) and all(hasattr(module, PREVIOUS_ATTRIBUTE) for _, module in modules)
 
 
-def _mla_modules(model: nn.Module) -> list[tuple[str, MLAModule]]:
+def mla_modules(model: nn.Module) -> list[tuple[str, MLAModule]]:
+    """The names and modules of every MLA attention in ``model``."""
     return [(name, module) for name, module in model.named_modules() if hasattr(type(module), "expand_kv")]
 
 

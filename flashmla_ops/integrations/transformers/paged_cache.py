@@ -1,0 +1,345 @@
+"""transformers caches over our pages: one tensor of rows ``[c_kv, k_pe]`` a layer, appended to and read in place.
+
+`PagedLatentCache` grows page by page and shares pages between beams. `StaticPagedLatentCache` reserves its pages at the
+first token; its lengths and block table are tensors, so that a compiled decode step serves every length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from flashmla_ops.errors import ArgumentError, UnsupportedModelError
+from flashmla_ops.integrations.transformers.attention import Pages
+from flashmla_ops.integrations.transformers.hook import is_enabled, mla_modules
+from flashmla_ops.kv_cache import BlockTables, PageCopy, as_cache, copy_pages, new_slab, slot_mapping
+
+DEFAULT_PAGES = 256
+
+
+class PagedLatentCache(Cache):  # type: ignore[misc]
+    """A growing cache for ``generate``: all layers share one block table, and beams share pages until they write.
+
+    Serves greedy, sampled, beam, assisted and chunked generation, and several turns on one cache.
+    """
+
+    def __init__(self, model: nn.Module, *, n_pages: int = DEFAULT_PAGES, page_size: int = 64) -> None:
+        """A pool of ``n_pages`` pages of ``page_size`` tokens for all sequences of a batch together.
+
+        A page holds its tokens' rows of every layer. ``model`` says how many layers there are; it is not kept. Raises
+        `UnsupportedModelError` if the model is not enabled or has layers that cache something else than latents.
+        When pages run out, the forward raises `OutOfPagesError`.
+        """
+        self.sequences = PagedSequences(n_pages, page_size)
+        super().__init__(layers=[PagedLatentLayer(self.sequences) for _ in range(count_layers(model))])
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.sequences.names)
+
+    def n_bytes(self) -> int:
+        """Bytes of the pages in use, in all layers."""
+        pages = self.sequences.tables.allocator.n_pages - self.sequences.tables.allocator.n_free
+        return sum(pages * layer.slab[0].nbytes for layer in self.layers if layer.is_initialized)
+
+    def reset(self) -> None:
+        """Forget all tokens and release all pages."""
+        self.sequences.select([])
+        self._set_length(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on from sequence ``beam_idx[i]``. Copies nothing: pages are copied when written."""
+        self.sequences.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.sequences.select([i for i in range(self.batch_size) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.sequences.select(torch.arange(self.batch_size, device=indices.device)[indices].tolist())
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as in transformers."""
+        length = length_after_crop(self.sequences.length, tokens_to_remove)
+        self.sequences.truncate(length)
+        self._set_length(length)
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+
+
+class PagedSequences:
+    """The sequences of one batch in the pool, which all have one length. Shared by the layers of a cache."""
+
+    def __init__(self, n_pages: int, page_size: int) -> None:
+        self.tables = BlockTables(n_pages, page_size)
+        self.names: list[int] = []
+        self.length = 0
+        self.slabs: list[Tensor] = []
+        self._next_name = 0
+        self._step: tuple[Pages, Tensor] | None = None
+
+    def extend(self, b: int, length: int, device: torch.device) -> tuple[Pages, Tensor]:
+        """Make the sequences ``length`` tokens long; how to read them, and the slots ``[b * n]`` of the new ones.
+
+        The first layer of a forward makes the room; the others come here for the same tokens and find it made.
+        """
+        if not self.names:
+            self.names = [self._new_name() for _ in range(b)]
+        if b != len(self.names):
+            raise ArgumentError("PagedLatentCache", "key_states", f"a batch of {len(self.names)}, as cached", b)
+        if self._step is None or length > self.length:
+            copies = self.tables.extend(self.names, length - self.length)
+            self._copy(copies)
+            positions = torch.arange(self.length, length, device=device).expand(b, -1)
+            block_table = self.tables.block_table(self.names, device)
+            seqlens = torch.full((b,), length, dtype=torch.int32, device=device)
+            slots = slot_mapping(block_table, positions, self.tables.page_size)
+            self._step = Pages(block_table, seqlens, length), slots
+            self.length = length
+        return self._step
+
+    def select(self, parents: list[int]) -> None:
+        """Make the batch out of the sequences at these indices; each may be taken any number of times, or never."""
+        old, self.names = self.names, [self._new_name() for _ in parents]
+        for name, parent in zip(self.names, parents, strict=True):
+            self.tables.fork(old[parent], name)
+        for name in old:
+            self.tables.release(name)
+        self.length = self.length if parents else 0
+        self._step = None
+
+    def truncate(self, length: int) -> None:
+        for name in self.names:
+            self.tables.truncate(name, length)
+        self.length = length
+        self._step = None
+
+    def _copy(self, copies: list[PageCopy]) -> None:
+        for slab in self.slabs:
+            copy_pages(slab, copies)
+
+    def _new_name(self) -> int:
+        self._next_name += 1
+        return self._next_name
+
+
+class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The rows of one layer of a `PagedLatentCache`."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, sequences: PagedSequences) -> None:
+        super().__init__()
+        self.sequences = sequences
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        tables = self.sequences.tables
+        self.slab = slab_for(key_states, value_states, tables.allocator.n_pages, tables.page_size)
+        self.sequences.slabs.append(self.slab)
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,  # [b, 1, n, d_c]
+        value_states: Tensor,  # [b, 1, n, d_r]
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Pages]:
+        """Append n tokens; the slab and how to read it, which `absorbed_attention` takes as key and value."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        b, _, n, _ = key_states.shape
+        view, slots = self.sequences.extend(b, self.length + n, key_states.device)
+        append_rows(self.slab, key_states, value_states, slots)
+        self.length += n
+        return self.slab, view
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class StaticPagedLatentCache(Cache):  # type: ignore[misc]
+    """A cache of fixed capacity for compiled decoding: one graph serves every length, and no step copies the cache.
+
+    Pages are given out at the first token, as many as the batch needs at full length. Serves greedy, sampled and beam
+    generation, for batches of one size.
+    """
+
+    def __init__(self, model: nn.Module, max_cache_len: int, *, page_size: int = 64) -> None:
+        """Room for ``max_cache_len`` tokens in each sequence of the first batch. Raises as `PagedLatentCache` does.
+
+        A forward that would write past ``max_cache_len`` raises `RuntimeError`, and `ArgumentError` for a size below 1.
+        """
+        if max_cache_len < 1:
+            raise ArgumentError("StaticPagedLatentCache", "max_cache_len", "at least 1", max_cache_len)
+        self.page_size = page_size
+        layers = [StaticPagedLatentLayer(self, max_cache_len) for _ in range(count_layers(model))]
+        super().__init__(layers=layers)
+        self.tables: BlockTables | None = None
+        self.block_table: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.block_table is None else self.block_table.shape[0]
+
+    def n_bytes(self) -> int:
+        """Bytes of all pages, in all layers."""
+        return sum(layer.slab.nbytes for layer in self.layers if layer.is_initialized)
+
+    def reserve(self, b: int, device: torch.device) -> Tensor:
+        """The block table ``[b, max_pages]`` of the batch; the first layer to ask reserves the pages."""
+        if self.block_table is None:
+            capacity = self.layers[0].max_cache_len
+            self.tables = BlockTables(b * -(-capacity // self.page_size), self.page_size)
+            self.tables.extend(range(b), capacity)
+            self.block_table = self.tables.block_table(range(b), device)
+            mark_static(self.block_table)
+        return self.block_table
+
+    def reset(self) -> None:
+        """Forget all tokens. Pages stay reserved, and tensors where they are."""
+        self._rearrange(0, list(range(self.batch_size)))
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on from sequence ``beam_idx[i]``: it shares full pages and gets a copy of the last one."""
+        self._rearrange(int(self.layers[0].get_seq_length()), beam_idx.tolist())
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as in transformers."""
+        length = length_after_crop(int(self.layers[0].get_seq_length()), tokens_to_remove)
+        self._rearrange(length, list(range(self.batch_size)))
+        for layer in self.layers:
+            layer.cumulative_length.fill_(length)
+
+    def _rearrange(self, length: int, parents: list[int]) -> None:
+        """Cut all sequences to ``length``, make the batch out of ``parents``, and reserve the pages behind again."""
+        if self.tables is None or self.block_table is None:
+            return
+        for i in parents:
+            self.tables.truncate(i, length)
+        moved = [("moved", i) for i in range(len(parents))]
+        for name, parent in zip(moved, parents, strict=True):
+            self.tables.fork(parent, name)
+        for i in range(len(parents)):
+            self.tables.release(i)
+            self.tables.fork(moved[i], i)
+            self.tables.release(moved[i])
+        copies = self.tables.extend(range(len(parents)), self.layers[0].max_cache_len - length)
+        for layer in self.layers:
+            copy_pages(layer.slab, copies)
+        self.block_table.copy_(self.tables.block_table(range(len(parents))))
+
+
+class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The rows of one layer of a `StaticPagedLatentCache`."""
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: StaticPagedLatentCache, max_cache_len: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.max_cache_len = max_cache_len
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.block_table = self.cache.reserve(key_states.shape[0], key_states.device)
+        self.cumulative_length = self.cumulative_length.to(key_states.device)
+        n_pages = self.block_table.numel()
+        self.slab = slab_for(key_states, value_states, n_pages, self.cache.page_size)
+        mark_static(self.slab, self.cumulative_length)
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,  # [b, 1, n, d_c]
+        value_states: Tensor,  # [b, 1, n, d_r]
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Pages]:
+        """As `PagedLatentLayer.update`, with tensors for all that changes from step to step."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        b, _, n, _ = key_states.shape
+        if b != self.block_table.shape[0]:
+            expected = f"a batch of {self.block_table.shape[0]}, as reserved"
+            raise ArgumentError("StaticPagedLatentCache", "key_states", expected, b)
+        positions = (torch.arange(n, device=key_states.device) + self.cumulative_length).expand(b, n)
+        inside = positions < self.max_cache_len
+        slots = slot_mapping(self.block_table, torch.where(inside, positions, 0), self.cache.page_size)
+        # A token past the end gets a slot past the end, which append_ refuses by name.
+        slots = torch.where(inside.flatten(), slots, self.block_table.numel() * self.cache.page_size)
+        append_rows(self.slab, key_states, value_states, slots)
+        self.cumulative_length.add_(n)
+        seqlens = self.cumulative_length.to(torch.int32).expand(b).contiguous()
+        return self.slab, Pages(self.block_table, seqlens, self.max_cache_len)
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            self.slab.zero_()
+        self.cumulative_length.zero_()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> Tensor | int:
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+
+def count_layers(model: nn.Module) -> int:
+    """How many layers of latents the model caches. Raises `UnsupportedModelError` if it caches anything else."""
+    if not is_enabled(model):
+        raise UnsupportedModelError(f"{type(model).__name__}: call enable(model) before making a paged cache for it")
+    indices = sorted(module.layer_idx for _, module in mla_modules(model))
+    if indices != list(range(len(indices))):
+        name = type(model).__name__
+        raise UnsupportedModelError(f"{name}: only layers {indices} cache latents, and a paged cache needs all to")
+    return len(indices)
+
+
+def slab_for(key_states: Tensor, value_states: Tensor, n_pages: int, page_size: int) -> Tensor:
+    """Pages for rows ``[c_kv, k_pe]`` of the states' widths, dtype and device."""
+    d = key_states.shape[-1] + value_states.shape[-1]
+    return new_slab(n_pages, page_size, 1, d, key_states.dtype, key_states.device)
+
+
+def append_rows(slab: Tensor, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
+    """Write the states of n tokens of b sequences to ``slots [b * n]``."""
+    rows = torch.cat([key_states, value_states], dim=-1).flatten(0, 2)[:, None]
+    torch.ops.flashmla.append_(as_cache(slab), rows, slots)
+
+
+def length_after_crop(length: int, tokens_to_remove: int | Tensor) -> int:
+    """What transformers' ``crop`` leaves: 0 removes nothing, a positive number is the length to keep.
+
+    Drafting hands over a tensor of one element where it means a number.
+    """
+    removed = int(tokens_to_remove)
+    return min(length, removed) if removed > 0 else max(0, length + removed)
+
+
+def mark_static(*tensors: Tensor) -> None:
+    """Tell torch.compile that these tensors stay where they are. Not possible while it traces."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
