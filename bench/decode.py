@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flashmla_ops  # noqa: F401 (defines torch.ops.flashmla)
 from bench.peers import Decode, DecodeInputs, Peer
-from bench.runner import OURS, Problem
+from bench.runner import OURS, Problem, Work
 from flashmla_ops import reference
 
 NAME = "decode"
@@ -99,27 +99,29 @@ def bind_ours(inputs: DecodeInputs) -> Decode:
 
 
 def problems(wanted: Iterable[DecodeCase], peers: Iterable[Peer], cold_bytes: int) -> Iterator[Problem]:
-    """Each case with everything that can run it, made when asked for: one case's tensors live at a time."""
-    for case in wanted:
-        inputs = make_inputs(case, cold_bytes)
-        calls = {OURS: rotating(bind_ours(inputs), inputs.caches)}
-        skipped = {}
-        for peer in peers:
-            if reason := peer.missing():
-                skipped[peer.name] = reason
-            else:
-                calls[peer.name] = rotating(peer.bind(inputs), inputs.caches)
-        yield Problem(
-            title=str(case),
-            case=asdict(case),
-            flops=case.flops,
-            bytes=case.cache_bytes,
-            dtype=DTYPES[case.dtype],
-            calls=calls,
-            skipped=skipped,
-            expected=exact(inputs),
-            tolerance=TOLERANCE[case.dtype],
-        )
+    """The cases with everything that can run them, each made when asked for: one case's tensors live at a time."""
+    peers = tuple(peers)
+    return (make_problem(case, peers, cold_bytes) for case in wanted)
+
+
+def make_problem(case: DecodeCase, peers: Iterable[Peer], cold_bytes: int) -> Problem:
+    inputs = make_inputs(case, cold_bytes)
+    calls = {OURS: rotating(bind_ours(inputs), inputs.caches)}
+    skipped = {}
+    for peer in peers:
+        if reason := peer.missing():
+            skipped[peer.name] = reason
+        else:
+            calls[peer.name] = rotating(peer.bind(inputs), inputs.caches)
+    work = Work(
+        title=str(case),
+        case=asdict(case),
+        flops=case.flops,
+        bytes=case.cache_bytes,
+        dtype=DTYPES[case.dtype],
+        tolerance=TOLERANCE[case.dtype],
+    )
+    return Problem(work, calls, skipped, exact(inputs))
 
 
 def rotating(decode: Decode, caches: tuple[Tensor, ...]) -> Callable[[], Tensor]:

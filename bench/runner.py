@@ -29,30 +29,38 @@ SCHEMA = 1  # of the JSON
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One case made concrete: what to call, what must come out, and how much work it is."""
+class Work:
+    """What one case is and how much it is to do."""
 
     title: str
     case: Mapping[str, Any]
     flops: float
     bytes: float  # what must be read from memory at least once
     dtype: torch.dtype
-    calls: Mapping[str, Callable[[], Tensor]]
-    skipped: Mapping[str, str]  # implementations that cannot run here, with the reason
-    expected: Tensor  # float64
     tolerance: float  # largest `row_error`
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A problem's timings and the largest error that each implementation showed while it was timed."""
+class Problem:
+    """One case made concrete: what to call and what must come out."""
 
-    problem: Problem
+    work: Work
+    calls: Mapping[str, Callable[[], Tensor]]
+    skipped: Mapping[str, str]  # implementations that cannot run here, with the reason
+    expected: Tensor  # float64
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A case's timings and the largest error that each implementation showed while it was timed. Holds no tensor."""
+
+    work: Work
     timings: Mapping[str, Timing]
     errors: Mapping[str, float]
+    skipped: Mapping[str, str]  # the problem's, and implementations that failed
 
     def correct(self, name: str) -> bool:
-        return self.errors[name] <= self.problem.tolerance
+        return self.errors[name] <= self.work.tolerance
 
 
 def row_error(result: Tensor, expected: Tensor) -> float:
@@ -65,17 +73,26 @@ def row_error(result: Tensor, expected: Tensor) -> float:
 
 
 def solve(problem: Problem, budget: Budget) -> Solved:
-    errors = dict.fromkeys(problem.calls, 0.0)
+    """Time the implementations and check what they return. One that fails is skipped, unless it is ours."""
+    errors: dict[str, float] = {}
+    skipped = dict(problem.skipped)
 
     def check(name: str, result: Tensor) -> None:
-        errors[name] = max(errors[name], row_error(result, problem.expected))
+        errors[name] = max(errors.get(name, 0.0), row_error(result, problem.expected))
 
-    for (
-        name,
-        call,
-    ) in problem.calls.items():  # compiles, allocates, finds an implementation that is wrong from the start
-        check(name, call())
-    return Solved(problem, interleave(problem.calls, budget, check), errors)
+    for name, call in problem.calls.items():  # compiles and allocates
+        try:
+            check(name, call())
+        except Exception as error:
+            if name == OURS:
+                raise
+            skipped[name] = f"{type(error).__name__}: {first_line(error)}"
+    working = {name: call for name, call in problem.calls.items() if name not in skipped}
+    return Solved(problem.work, interleave(working, budget, check), errors, skipped)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMeter) -> dict[str, Any]:
@@ -85,6 +102,7 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
     for problem in problems:
         meter.measure()
         solved.append(solve(problem, budget))
+        del problem  # its tensors, before the next case makes its own
         print(one_line(solved[-1], meter.limits()), flush=True)
     meter.measure()
     limits = meter.limits()
@@ -106,39 +124,39 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
 
 
 def as_dict(solved: Solved, limits: Limits) -> dict[str, Any]:
-    problem = solved.problem
-    peak = limits.peak(problem.dtype)
+    work = solved.work
+    peak = limits.peak(work.dtype)
     return {
-        "case": dict(problem.case),
-        "flops": problem.flops,
-        "bytes": problem.bytes,
+        "case": dict(work.case),
+        "flops": work.flops,
+        "bytes": work.bytes,
         "peak_flops": peak,
-        "peak": limits.peak_name(problem.dtype),
-        "compute_limit": problem.flops / peak,
-        "memory_limit": problem.bytes / limits.dram_read,
-        "tolerance": problem.tolerance,
+        "peak": limits.peak_name(work.dtype),
+        "compute_limit": work.flops / peak,
+        "memory_limit": work.bytes / limits.dram_read,
+        "tolerance": work.tolerance,
         "timings": {
             name: {
                 **timing.as_dict(),
-                "fraction_of_peak": problem.flops / timing.median / peak,
+                "fraction_of_peak": work.flops / timing.median / peak,
                 "error": solved.errors[name],
                 "correct": solved.correct(name),
             }
             for name, timing in solved.timings.items()
         },
-        "skipped": dict(problem.skipped),
+        "skipped": dict(solved.skipped),
     }
 
 
 def one_line(solved: Solved, limits: Limits) -> str:
     """The progress line of a case: milliseconds of each implementation, ``~`` where CPU time stands in."""
-    problem = solved.problem
+    work = solved.work
     cells = []
     for name, timing in solved.timings.items():
         mark = ("" if timing.clean else "~") + ("" if solved.correct(name) else " WRONG")
         cells.append(f"{name} {timing.median * 1e3:.3f} ms{mark}")
-    fraction = problem.flops / solved.timings[OURS].median / limits.peak(problem.dtype)
-    return f"{problem.title}: {fraction:.0%} of peak; " + ", ".join(cells)
+    fraction = work.flops / solved.timings[OURS].median / limits.peak(work.dtype)
+    return f"{work.title}: {fraction:.0%} of peak; " + ", ".join(cells)
 
 
 def wrong(results: Mapping[str, Any], name: str = OURS) -> list[Mapping[str, Any]]:

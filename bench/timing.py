@@ -32,7 +32,7 @@ class Budget:
     block_seconds: float = 0.02
     clean_blocks: int = 24
     seconds: float = 4.0
-    min_blocks: int = 5
+    min_blocks: int = ENOUGH_CLEAN
     max_delay: float = 0.03  # share of a block's wall time that our threads may have waited for a core
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,16 @@ def test_every_implementation_is_correct_and_absent_peers_say_why() -> None:
     assert problem.skipped == {"absent": "it is not installed"}
     assert set(problem.calls) == {runner.OURS, "torch eager", "torch SDPA"}
     for call in problem.calls.values():
-        assert runner.row_error(call(), problem.expected) < problem.tolerance
+        assert runner.row_error(call(), problem.expected) < problem.work.tolerance
+
+
+def test_solved_cases_hold_no_tensors() -> None:
+    (problem,) = decode.problems([CASE], [], cold_bytes=0)
+    solved = runner.solve(problem, timing.Budget(block_seconds=0.0, seconds=0.0))
+    expected = weakref.ref(problem.expected)
+    del problem
+    assert expected() is None
+    assert solved.correct(runner.OURS)
 
 
 def test_the_suite_is_the_documented_grid() -> None:
@@ -204,20 +214,23 @@ def test_unknown_peers_and_cases_are_refused(capsys: pytest.CaptureFixture[str])
 # --- a whole run and its table
 
 
+def fail() -> torch.Tensor:
+    raise RuntimeError("this build has no such kernel\nand a long story")
+
+
 def small_run(monkeypatch: pytest.MonkeyPatch, wrong: bool = False) -> dict[str, Any]:
     expected = torch.ones(2, 4, dtype=torch.float64)
     ours = expected * (2 if wrong else 1)
-    problem = runner.Problem(
+    work = runner.Work(
         title="tiny",
         case={"b": 1, "h_q": 2, "s_kv": 3, "dtype": "fp32"},
         flops=1e3,
         bytes=1e3,
         dtype=torch.float32,
-        calls={runner.OURS: lambda: ours, "peer": lambda: expected},
-        skipped={"other": "not installed"},
-        expected=expected,
         tolerance=1e-3,
     )
+    calls = {runner.OURS: lambda: ours, "peer": lambda: expected, "broken": fail}
+    problem = runner.Problem(work, calls, {"other": "not installed"}, expected)
     monkeypatch.setattr(
         limits.LimitMeter, "measure", lambda self: self.samples.update(limits.parse_output(output(), 2))
     )
@@ -234,6 +247,8 @@ def test_a_run_is_json_with_its_circumstances(monkeypatch: pytest.MonkeyPatch) -
     (row,) = results["results"]
     ours = row["timings"][runner.OURS]
     assert ours["fraction_of_peak"] == pytest.approx(1e3 / ours["median"] / 190e9)
+    assert row["skipped"] == {"other": "not installed", "broken": "RuntimeError: this build has no such kernel"}
+    assert set(row["timings"]) == {runner.OURS, "peer"}
     assert row["memory_limit"] == pytest.approx(1e3 / 40e9)
 
 
