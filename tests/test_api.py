@@ -1,4 +1,4 @@
-"""The drop-in functions: signatures, lazily filled metadata, results, and typed errors where the official one asserts."""
+"""The drop-in functions: signatures, lazily filled metadata, results, typed errors where the official one asserts."""
 
 from __future__ import annotations
 
