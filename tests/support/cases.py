@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.poison import DEAD_PAGE, strided
+from tests.support.threads import threads
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class DecodeCase:
     @property
     def d_qk(self) -> int:
         return self.d - self.qk_start + (self.d_k or 0)
+
+    @property
+    def small(self) -> bool:
+        """Too little work for threads: waking them would take longer than the work itself."""
+        return sum(self.lengths) * self.h_kv * self.d < 2**23 and sum(self.lengths) * self.s_q * self.h_q < 2**19
 
     @property
     def scale(self) -> float:
@@ -90,6 +96,11 @@ def paged_layout(case: DecodeCase, generator: torch.Generator) -> tuple[Tensor, 
 
 def build(case: DecodeCase) -> DecodeInputs:
     """The case's tensors, with NaN in every slot that no sequence owns."""
+    with threads(1 if case.small else torch.get_num_threads()):
+        return _build(case)
+
+
+def _build(case: DecodeCase) -> DecodeInputs:
     generator = torch.Generator().manual_seed(case.seed)
     dtype = getattr(torch, case.dtype)
     block_table, live = paged_layout(case, generator)

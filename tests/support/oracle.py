@@ -16,6 +16,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from tests.support.cases import DecodeCase, DecodeInputs, build
 from tests.support.compare import OFFICIAL_LSE, OFFICIAL_OUT, Tolerance, difference
+from tests.support.threads import threads
 
 Decode = Callable[..., tuple[Tensor, Tensor]]
 
@@ -66,7 +67,8 @@ def check_decode(case: DecodeCase, decode: Decode = torch.ops.flashmla.decode) -
     """Assert that ``decode`` agrees with the float64 reference, which runs second: it cannot hide a bad write."""
     inputs = build(case)
     actual = decode(**inputs.kwargs())
-    problem = mismatch(case, inputs, actual, reference.decode(**inputs.reference_kwargs()))
+    with threads(1 if case.small else torch.get_num_threads()):
+        problem = mismatch(case, inputs, actual, reference.decode(**inputs.reference_kwargs()))
     assert problem is None, problem
 
 
