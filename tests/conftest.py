@@ -2,6 +2,8 @@
 
 from hypothesis import HealthCheck, settings
 
+import flashmla_ops  # noqa: F401 (defines torch.ops.flashmla)
+
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": False}
 
 settings.register_profile("fixed", derandomize=True, database=None, **_COMMON)

@@ -4,6 +4,6 @@
 or ``reference`` for no C++ at all. ``FLASHMLA_BINDING=ctypes`` loads the same kernels without torch's C++ headers.
 """
 
-from flashmla_ops.cpu.loader import REFERENCE, STATE, load
+from flashmla_ops.cpu.loader import REFERENCE, STATE, load, using
 
-__all__ = ["REFERENCE", "STATE", "load"]
+__all__ = ["REFERENCE", "STATE", "load", "using"]

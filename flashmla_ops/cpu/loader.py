@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from flashmla_ops.cpu import build, ctypes_binding
-from flashmla_ops.errors import BuildError
+from flashmla_ops.errors import ArgumentError, BuildError
 
 REFERENCE = "reference"
 
@@ -73,3 +75,18 @@ def _choose_isa(library: ctypes.CDLL, wanted: str) -> None:
             STATE.reason = f"the fastest this processor has (FLASHMLA_CPU={wanted}: {why})"
             warnings.warn(f"flashmla: FLASHMLA_CPU={wanted} ignored: {why}", stacklevel=3)
     STATE.active = library.flashmla_isa_active().decode()
+
+
+@contextlib.contextmanager
+def using(isa: str) -> Iterator[None]:
+    """Run the whole process on another instruction set of `STATE.isas` for a while (tests, comparisons)."""
+    library, before = STATE.library, STATE.active
+    if library is None or library.flashmla_isa_select(isa.encode()) != 0:
+        runnable = [name for name, supported in STATE.isas.items() if supported]
+        raise ArgumentError("cpu.using", "isa", f"one of {runnable}", isa)
+    STATE.active = isa
+    try:
+        yield
+    finally:
+        library.flashmla_isa_select(before.encode())
+        STATE.active = before

@@ -8,6 +8,8 @@ so one operator serves MLA (absorbed, one KV head, ``qk_start`` 0) and GQA or MH
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.layouts import ROW_FORMATS
 from flashmla_ops.ops._library import (
+    LIBRARY,
     define,
     refuse_gradient,
     require,
@@ -182,3 +185,60 @@ define(
     fake=decode_out_fake,
     reference=decode_out_reference,
 )
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """[size, n, ...] -> [size * n, ...], the mapped dimension ``dim`` (None: the same for all) coming first."""
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    q: Tensor,
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    schedule: Tensor | None = None,
+    row_format: str = "native",
+    attn_sink: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """The mapped dimension joins the sequences; caches that are mapped too join their pages."""
+    op, size = "decode", info.batch_size
+    require(op, "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
+    sink_dim = in_dims[11] if len(in_dims) > 11 else None
+    require(op, "attn_sink", sink_dim is None, "the same heads for all under vmap", "a mapped dimension")
+    q_dim, kv_dim, k_dim, table_dim, lengths_dim = in_dims[:5]
+    require(op, "k_cache", k_cache is None or (k_dim is None) == (kv_dim is None), "mapped as kv_cache", "not")
+    tables = _fold(block_table, table_dim, size)
+    if kv_dim is not None:
+        n_pages = kv_cache.movedim(kv_dim, 0).size(1)
+        first = torch.arange(size, dtype=torch.int32, device=tables.device).repeat_interleave(tables.size(0) // size)
+        # A page that is not in its own cache must not become a page of the next one.
+        tables = torch.where((tables >= 0) & (tables < n_pages), tables + n_pages * first[:, None], -1)
+        kv_cache = _fold(kv_cache, kv_dim, size)
+        k_cache = None if k_cache is None else _fold(k_cache, k_dim, size)
+    out, lse = torch.ops.flashmla.decode(
+        _fold(q, q_dim, size),
+        kv_cache,
+        k_cache,
+        tables,
+        _fold(cache_seqlens, lengths_dim, size),
+        d_v,
+        qk_start,
+        softmax_scale,
+        causal,
+        None,
+        row_format,
+        attn_sink,
+    )
+    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
+
+
+torch.library.register_vmap("flashmla::decode", vmap, lib=LIBRARY)

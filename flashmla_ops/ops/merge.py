@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._library import (
+    LIBRARY,
     define,
     refuse_gradient,
     require,
@@ -56,3 +58,22 @@ def by_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
 
 
 define(f"{OP}(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", fake=fake, reference=by_reference)
+
+
+def vmap(
+    info: Any, in_dims: tuple[list[int | None], list[int | None]], outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """The mapped dimension joins the batch, or becomes it where there was none."""
+    size = info.batch_size
+
+    def mapped(tensors: Sequence[Tensor], dims: list[int | None], batched: bool) -> list[Tensor]:
+        first = [x.expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in zip(tensors, dims, strict=True)]
+        return [x.flatten(0, 1) for x in first] if batched else first
+
+    batched = outs[0].dim() - (in_dims[0][0] is not None) == 4
+    result = torch.ops.flashmla.merge_states(mapped(outs, in_dims[0], batched), mapped(lses, in_dims[1], batched))
+    out, lse = (x.unflatten(0, (size, -1)) if batched else x for x in result)
+    return (out, lse), (0, 0)
+
+
+torch.library.register_vmap(f"flashmla::{OP}", vmap, lib=LIBRARY)

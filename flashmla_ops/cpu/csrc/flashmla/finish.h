@@ -46,7 +46,7 @@ void finish_rows(const FlashmlaDecode& call, const Item& item, const Accumulator
     const int64_t row = item.row + r, token = row / group_size(call);
     const int64_t head = item.kv_head * group_size(call) + row % group_size(call);
     float weight = empty ? 0 : 1 / l;
-    if (call.attn_sink) weight /= 1 + std::exp(call.attn_sink[head * call.attn_sink_stride] - lse);
+    if (call.attn_sink && !empty) weight /= 1 + std::exp(call.attn_sink[head * call.attn_sink_stride] - lse);
     for (int64_t p = 0; p < n_parts; p++) factors[p] *= weight;
 
     T* out = static_cast<T*>(call.out) + item.sequence * call.out_stride[0] + token * call.out_stride[1] +
