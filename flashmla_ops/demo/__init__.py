@@ -1,0 +1,1 @@
+"""``python -m flashmla_ops.demo``: a trained MLA model through FlashMLA, and what a decode step gains."""
