@@ -67,9 +67,9 @@ KERNEL_UNITS = (
         else ()
     ),
 )
-CORE_UNITS = (Unit("dispatch.cpp"), Unit("decode.cpp"), Unit("append.cpp"))
+CORE_UNITS = (Unit("dispatch.cpp"), Unit("decode.cpp"), Unit("append.cpp"), Unit("gemm.cpp"))
 #: What registers the kernels with torch; a build without them is reached through ctypes.
-BINDING_UNITS = (Unit("torch_binding.cpp"), Unit("requires_grad.cpp"))
+BINDING_UNITS = (Unit("torch_attention.cpp"), Unit("torch_gemm.cpp"), Unit("requires_grad.cpp"))
 
 
 @dataclass(frozen=True)

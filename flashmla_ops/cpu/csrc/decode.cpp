@@ -6,33 +6,12 @@
 #include <memory>
 #include <vector>
 
+#include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
 #include "flashmla/schedule.h"
 
 namespace flashmla {
 namespace {
-
-// Memory that a thread keeps from call to call, so that a call in steady state allocates nothing.
-class Arena {
-public:
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = 0;
-      memory_ = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-      if (memory_ != nullptr) size_ = bytes;
-    }
-    return memory_;
-  }
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(memory_); }
-
-private:
-  char* memory_ = nullptr;
-  size_t size_ = 0;
-};
 
 thread_local Arena scratch_arena, result_arena;
 

@@ -8,6 +8,7 @@
 
 #include "flashmla/attend_dot.h"
 #include "flashmla/attend_lanes.h"
+#include "flashmla/bmm.h"
 #include "flashmla/finish.h"
 #if defined(__AVX512F__)
 #include "flashmla/isa/avx512.h"
@@ -33,71 +34,76 @@ using Isa = Emulated;
 using Isa = Portable<4, false>;
 #endif
 
-template <template <class, class> class F, class... Args>
-auto for_dtype(FlashmlaDType dtype, Args&&... args) {
-  switch (dtype) {
-    case FLASHMLA_F32:
-      return F<Isa, float>::call(args...);
-    case FLASHMLA_BF16:
-      return F<Isa, bf16>::call(args...);
-    default:
-      return F<Isa, f16>::call(args...);
+template <class F>
+auto with_gemm(const FlashmlaGemm& call, F f) {
+  if (call.weight_dtype == FLASHMLA_I8) return f(Gemm<Isa, i8, false>(call));
+  if constexpr (Isa::pairs) {
+    if (call.weight_dtype == FLASHMLA_BF16 && call.a_dtype == FLASHMLA_BF16) return f(Gemm<Isa, bf16, true>(call));
   }
+  return with_element(call.weight_dtype, [&](auto w) { return f(Gemm<Isa, decltype(w), false>(call)); });
 }
 
-template <class I, class T>
-struct ScratchBytes {
-  static int64_t call(const FlashmlaDecode& call, int64_t rows) {
-    const int64_t lanes = LaneAttention<I, T>::scratch_bytes(call, rows);
-    const int64_t dot = DotAttention<I, T>::scratch_bytes(call, DotAttention<I, T>::kMaxRows);
-    return lanes > dot ? lanes : dot;
-  }
-};
-
-template <class I, class T>
-struct Attend {
-  static bool call(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
-                   char* scratch, Fault& fault) {
-    if (item.rows <= DotAttention<I, T>::kMaxRows)
-      return DotAttention<I, T>(call, item, into, scratch).run(begin, end, fault);
-    return LaneAttention<I, T>(call, item, into, scratch).run(begin, end, fault);
-  }
-};
-
-template <class I, class T>
-struct Finish {
-  static void call(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,
-                   int64_t end) {
-    finish_rows<I, T>(call, item, parts, n, begin, end);
-  }
-};
-
-template <class I, class T>
-struct Merge {
-  static void call(const FlashmlaMerge& call, int64_t begin, int64_t end) { merge_rows<I, T>(call, begin, end); }
-};
+int64_t gemm_packed_bytes(const FlashmlaGemm& call) {
+  return with_gemm(call, [&](auto gemm) { return gemm.packed_bytes(call); });
+}
+void gemm_pack(const FlashmlaGemm& call, int64_t row, int64_t rows, char* packed) {
+  with_gemm(call, [&](auto gemm) {
+    with_element(call.a_dtype, [&](auto a) { gemm.template pack<decltype(a)>(row, rows, packed); });
+  });
+}
+void gemm_run(const FlashmlaGemm& call, int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) {
+  with_gemm(call, [&](auto gemm) { gemm.run(row, rows, packed, begin, end); });
+}
+void gemm_epilogue(const FlashmlaGemm& call, const void* product, FlashmlaDType dtype, int64_t begin, int64_t end) {
+  with_element(dtype, [&](auto p) {
+    Gemm<Isa, float, false>(call).run_epilogue(static_cast<const decltype(p)*>(product), begin, end);
+  });
+}
+int64_t bmm_scratch_bytes(const FlashmlaBmm& call) {
+  return with_element(call.dtype, [&](auto t) { return Bmm<Isa, decltype(t)>::scratch_bytes(call); });
+}
+void bmm_run(const FlashmlaBmm& call, int64_t index, char* scratch) {
+  with_element(call.dtype, [&](auto t) { Bmm<Isa, decltype(t)>(call).run(index, scratch); });
+}
 
 // One vector more than the columns need: rows of 2048 bytes would all fall into the same few sets of L1.
 int64_t accumulator_stride(int64_t d_v) { return round_up(d_v, Isa::W) + 16; }
+
 int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
-  return for_dtype<ScratchBytes>(call.dtype, call, rows);
+  return with_element(call.dtype, [&](auto t) {
+    using Dot = DotAttention<Isa, decltype(t)>;
+    const int64_t lanes = LaneAttention<Isa, decltype(t)>::scratch_bytes(call, rows);
+    const int64_t dot = Dot::scratch_bytes(call, Dot::kMaxRows);
+    return lanes > dot ? lanes : dot;
+  });
 }
 bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
             char* scratch, Fault& fault) {
-  return for_dtype<Attend>(call.dtype, call, item, begin, end, into, scratch, fault);
+  return with_element(call.dtype, [&](auto t) {
+    using Dot = DotAttention<Isa, decltype(t)>;
+    if (item.rows <= Dot::kMaxRows) return Dot(call, item, into, scratch).run(begin, end, fault);
+    return LaneAttention<Isa, decltype(t)>(call, item, into, scratch).run(begin, end, fault);
+  });
 }
 void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,
             int64_t end) {
-  for_dtype<Finish>(call.dtype, call, item, parts, n, begin, end);
+  with_element(call.dtype, [&](auto t) { finish_rows<Isa, decltype(t)>(call, item, parts, n, begin, end); });
 }
-void merge(const FlashmlaMerge& call, int64_t begin, int64_t end) { for_dtype<Merge>(call.dtype, call, begin, end); }
+void merge(const FlashmlaMerge& call, int64_t begin, int64_t end) {
+  with_element(call.dtype, [&](auto t) { merge_rows<Isa, decltype(t)>(call, begin, end); });
+}
 
 }  // namespace
 }  // namespace FLASHMLA_ISA
 
-const Kernels FLASHMLA_CONCAT(kernels_,
-                              FLASHMLA_ISA) = {FLASHMLA_STRING(FLASHMLA_ISA), FLASHMLA_ISA::accumulator_stride,
-                                               FLASHMLA_ISA::scratch_bytes,   FLASHMLA_ISA::attend,
-                                               FLASHMLA_ISA::finish,          FLASHMLA_ISA::merge};
+const Kernels FLASHMLA_CONCAT(kernels_, FLASHMLA_ISA) = {
+    FLASHMLA_STRING(FLASHMLA_ISA), FLASHMLA_ISA::accumulator_stride,
+    FLASHMLA_ISA::scratch_bytes,   FLASHMLA_ISA::attend,
+    FLASHMLA_ISA::finish,          FLASHMLA_ISA::merge,
+    FLASHMLA_ISA::kGemmRows,       FLASHMLA_ISA::gemm_packed_bytes,
+    FLASHMLA_ISA::gemm_pack,       FLASHMLA_ISA::gemm_run,
+    FLASHMLA_ISA::gemm_epilogue,   FLASHMLA_ISA::bmm_scratch_bytes,
+    FLASHMLA_ISA::bmm_run,
+};
 
 }  // namespace flashmla

@@ -1,8 +1,10 @@
-// The 16-bit element types, as storage, and their conversions one at a time.
+// The narrow element types, as storage, and their conversions one at a time.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "flashmla/interface.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
@@ -11,6 +13,9 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+struct i8 {
+  int8_t value;
 };
 
 inline uint32_t bits_of(float x) {
@@ -25,6 +30,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(i8 x) { return x.value; }
 inline float to_float(bf16 x) { return float_of(uint32_t{x.bits} << 16); }
 inline float to_float(f16 x) {
   const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13, sign = uint32_t{x.bits & 0x8000u} << 16;
@@ -49,6 +55,19 @@ inline void from_float(float x, f16& y) { y = to_f16(x); }
 inline void from_float(float x, bf16& y) {
   const uint32_t bits = bits_of(x);
   y.bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t((bits >> 16) | 0x40u);
+}
+
+// Calls f with an object of the element type; what it holds is not used.
+template <class F>
+inline auto with_element(FlashmlaDType dtype, F f) {
+  switch (dtype) {
+    case FLASHMLA_F32:
+      return f(float{});
+    case FLASHMLA_BF16:
+      return f(bf16{});
+    default:
+      return f(f16{});
+  }
 }
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -8,7 +8,15 @@
 
 extern "C" {
 
-enum FlashmlaDType : int32_t { FLASHMLA_F32 = 0, FLASHMLA_BF16 = 1, FLASHMLA_F16 = 2 };
+enum FlashmlaDType : int32_t { FLASHMLA_F32 = 0, FLASHMLA_BF16 = 1, FLASHMLA_F16 = 2, FLASHMLA_I8 = 3 };
+
+enum FlashmlaActivation : int32_t {
+  FLASHMLA_NONE = 0,
+  FLASHMLA_RELU = 1,
+  FLASHMLA_GELU = 2,
+  FLASHMLA_SILU = 3,
+  FLASHMLA_SILU_MUL = 4  // silu(first half of the columns) * second half
+};
 
 // A paged cache tensor [n_pages, page_size, h_kv, d] whose last dimension is contiguous.
 struct FlashmlaCache {
@@ -63,6 +71,37 @@ struct FlashmlaMerge {
   float* lse;                  // contiguous
 };
 
+// out [m, n] = activation(a [m, k] weight [n, k]^T * weight_scale + bias) + residual, for few rows m: what a decode
+// step is made of. With SILU_MUL, n counts the columns of out, and weight, weight_scale and bias have 2 n rows.
+struct FlashmlaGemm {
+  FlashmlaDType a_dtype, weight_dtype, out_dtype;
+  FlashmlaActivation activation;
+  int64_t m, n, k;
+  const void* a;
+  int64_t a_stride;  // between rows; the last dimension is contiguous, here and below
+  const void* weight;
+  int64_t weight_stride;
+  const float* weight_scale;  // a factor for each row of weight, or null
+  const void* bias;           // of a's type, or null
+  const void* residual;       // [m, n] of out's type, or null
+  int64_t residual_stride;
+  void* out;
+  int64_t out_stride;
+};
+
+// For each i < batch: out [m, n] = a [m, k] weight [k, n], where weight is contiguous along k or along n.
+struct FlashmlaBmm {
+  FlashmlaDType dtype;
+  int64_t batch, m, n, k;
+  const void* a;
+  int64_t a_stride[2];  // of batch and m
+  const void* weight;
+  int64_t weight_stride[3];
+  int32_t weight_along_k;
+  void* out;
+  int64_t out_stride[2];
+};
+
 // Runs body(begin, end, context) over [0, n) on the caller's threads.
 typedef void (*FlashmlaBody)(int64_t begin, int64_t end, void* context);
 typedef void (*FlashmlaParallel)(int64_t n, FlashmlaBody body, void* context);
@@ -74,6 +113,7 @@ struct FlashmlaRuntime {
 
 enum {
   FLASHMLA_MESSAGE = 512,    // bytes of an error message, the final zero included
+  FLASHMLA_SMALL_ROWS = 32,  // more rows than this are left to a general product
   FLASHMLA_MAX_PARTS = 1024  // parts of a schedule, and states of one merge: their factors lie on the stack
 };
 
@@ -86,6 +126,14 @@ FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* s
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
+
+FLASHMLA_EXPORT int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* runtime, char* message);
+// Whether flashmla_gemm is the faster way, rather than a general product followed by the epilogue.
+FLASHMLA_EXPORT int flashmla_gemm_is_small(const FlashmlaGemm* call);
+// The epilogue alone, over the product a weight^T [m, rows of weight], contiguous.
+FLASHMLA_EXPORT int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* product, FlashmlaDType product_dtype,
+                                           const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_bmm(const FlashmlaBmm* call, const FlashmlaRuntime* runtime, char* message);
 
 FLASHMLA_EXPORT int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts);
 

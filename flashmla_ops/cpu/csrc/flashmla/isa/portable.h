@@ -45,6 +45,10 @@ struct Portable {
     const F scaled = reinterpret<F>(magnitude) * set1(0x1p112f);       // exact, subnormals included
     return reinterpret<F>(reinterpret<U>(scaled) | special | sign);
   }
+  static F load(const i8* p) {
+    const auto bytes = copy<typename VectorOf<int8_t, LANES>::type>(p);
+    return __builtin_convertvector(__builtin_convertvector(bytes, I), F);
+  }
   static void store(bf16* p, F x) {
     const H narrow = __builtin_convertvector(round_to_bf16(x), H);
     std::memcpy(p, &narrow, sizeof narrow);

@@ -1,0 +1,144 @@
+// What the files that register operators with torch share: argument checks, with the words of flashmla_ops/ops, and the
+// way to torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "flashmla/interface.h"
+#include "flashmla/requires_grad.h"
+
+namespace flashmla {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream stream;
+  for (int64_t i = 0; i < tensor.dim(); i++) stream << (i ? ", " : "[") << tensor.size(i);
+  stream << (tensor.dim() ? "]" : "[]");
+  return stream.str();
+}
+
+// Checks of one operator's arguments. Messages are built only when a check fails.
+struct Check {
+  const char* op;
+
+  [[noreturn]] void fail(const std::string& argument, const std::string& expected, const std::string& actual) const {
+    throw std::runtime_error(
+        text("flashmla::", op, ": argument '", argument, "': expected ", expected, ", got ", actual));
+  }
+  void gradient(const std::string& argument, const Tensor& tensor) const {
+    if (aoti_torch_grad_mode_is_enabled() && flashmla_requires_grad(tensor.get())) {
+      throw std::runtime_error(text("flashmla::", op, ": argument '", argument,
+                                    "' requires a gradient, but the operator has no backward; call it under "
+                                    "torch.no_grad() or detach the argument"));
+    }
+  }
+  void dims(const char* argument, const Tensor& tensor, int64_t n, const char* shape) const {
+    if (tensor.dim() != n) fail(argument, text("shape ", shape), text(tensor.dim(), " dimensions"));
+  }
+  void dtype(const std::string& argument, const Tensor& tensor, ScalarType type) const {
+    if (tensor.scalar_type() != type) fail(argument, name_of(type), name_of(tensor.scalar_type()));
+  }
+  void floating(const std::string& argument, const Tensor& tensor) const {
+    const ScalarType type = tensor.scalar_type();
+    if (!is_floating(type)) fail(argument, "float32, bfloat16 or float16", name_of(type));
+  }
+  void on_cpu(const std::string& argument, const Tensor& tensor) const {
+    if (!tensor.is_cpu()) fail(argument, "device cpu", "another device");
+  }
+  void contiguous_rows(const char* argument, const Tensor& tensor) const {
+    if (tensor.stride(-1) != 1 && tensor.size(-1) != 1) {
+      fail(argument, "a contiguous last dimension", text("stride ", tensor.stride(-1)));
+    }
+  }
+  void size(const char* argument, const Tensor& tensor, int64_t dim, int64_t wanted, const char* rest) const {
+    if (tensor.size(dim) != wanted) fail(argument, text(wanted, rest), text(tensor.size(dim)));
+  }
+  void same_pages(const Tensor& kv_cache, const Tensor& k_cache, int64_t dims) const {
+    for (int64_t i = 0; i < dims; i++) {
+      if (k_cache.size(i) != kv_cache.size(i)) {
+        fail("k_cache", text("size ", kv_cache.size(i), " in dimension ", i, ", as kv_cache"), text(k_cache.size(i)));
+      }
+    }
+  }
+  void shape(const std::string& argument, const Tensor& tensor, const std::vector<int64_t>& wanted) const {
+    bool same = tensor.dim() == int64_t(wanted.size());
+    for (size_t i = 0; same && i < wanted.size(); i++) same = tensor.size(int64_t(i)) == wanted[i];
+    if (same) return;
+    std::ostringstream expected;
+    for (size_t i = 0; i < wanted.size(); i++) expected << (i ? ", " : "shape [") << wanted[i];
+    fail(argument, expected.str() + "]", shape_of(tensor));
+  }
+};
+
+inline FlashmlaDType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return FLASHMLA_F32;
+    case ScalarType::BFloat16:
+      return FLASHMLA_BF16;
+    case ScalarType::Char:
+      return FLASHMLA_I8;
+    default:
+      return FLASHMLA_F16;
+  }
+}
+
+inline FlashmlaRuntime runtime() {
+  return {int64_t(torch::stable::get_num_threads()), [](int64_t n, FlashmlaBody body, void* context) {
+            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
+}
+
+inline void raise_if(int failed, const char* message) {
+  if (failed) throw std::runtime_error(message);
+}
+
+}  // namespace flashmla

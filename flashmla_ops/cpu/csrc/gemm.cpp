@@ -1,0 +1,100 @@
+// The small products in parallel: columns of out for gemm, batch entries for bmm.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
+#include "flashmla/arena.h"
+#include "flashmla/dispatch.h"
+
+namespace flashmla {
+namespace {
+
+thread_local Arena arena;
+
+constexpr int64_t kColumnStep = 64;
+constexpr int64_t kSerial = 1 << 16;  // multiply-adds that cost less than waking a thread
+
+int out_of_memory(const char* op, char* message) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", op);
+  return 1;
+}
+
+struct GemmPass {
+  const Kernels& kernels;
+  const FlashmlaGemm& call;
+  int64_t row, rows;
+  const char* packed;
+};
+
+struct EpiloguePass {
+  const Kernels& kernels;
+  const FlashmlaGemm& call;
+  const void* product;
+  FlashmlaDType dtype;
+};
+
+struct BmmPass {
+  const Kernels& kernels;
+  const FlashmlaBmm& call;
+  bool out_of_memory = false;
+};
+
+}  // namespace
+}  // namespace flashmla
+
+using namespace flashmla;
+
+extern "C" int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* runtime, char* message) {
+  const Kernels& active = kernels();
+  char* packed = arena.reserve(size_t(active.gemm_packed_bytes(*call)));
+  if (packed == nullptr) return out_of_memory("gemm", message);
+  for (int64_t row = 0; row < call->m; row += active.gemm_rows) {
+    GemmPass pass{active, *call, row, std::min(active.gemm_rows, call->m - row), packed};
+    active.gemm_pack(*call, pass.row, pass.rows, packed);
+    const FlashmlaBody body = [](int64_t begin, int64_t end, void* context) {
+      const GemmPass& p = *static_cast<const GemmPass*>(context);
+      p.kernels.gemm_run(p.call, p.row, p.rows, p.packed, begin * kColumnStep, std::min(end * kColumnStep, p.call.n));
+    };
+    const int64_t blocks = (call->n + kColumnStep - 1) / kColumnStep;
+    if (pass.rows * call->n * call->k < kSerial || runtime->num_threads <= 1) {
+      body(0, blocks, &pass);
+    } else {
+      runtime->parallel(blocks, body, &pass);
+    }
+  }
+  return 0;
+}
+
+extern "C" int flashmla_gemm_is_small(const FlashmlaGemm* call) { return call->m <= FLASHMLA_SMALL_ROWS; }
+
+extern "C" int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* product, FlashmlaDType product_dtype,
+                                      const FlashmlaRuntime* runtime, char*) {
+  EpiloguePass pass{kernels(), *call, product, product_dtype};
+  runtime->parallel(
+      call->m,
+      [](int64_t begin, int64_t end, void* context) {
+        const EpiloguePass& p = *static_cast<const EpiloguePass*>(context);
+        p.kernels.gemm_epilogue(p.call, p.product, p.dtype, begin, end);
+      },
+      &pass);
+  return 0;
+}
+
+extern "C" int flashmla_bmm(const FlashmlaBmm* call, const FlashmlaRuntime* runtime, char* message) {
+  BmmPass pass{kernels(), *call};
+  const FlashmlaBody body = [](int64_t begin, int64_t end, void* context) {
+    BmmPass& p = *static_cast<BmmPass*>(context);
+    char* scratch = arena.reserve(size_t(p.kernels.bmm_scratch_bytes(p.call)));
+    if (scratch == nullptr) {
+      __atomic_store_n(&p.out_of_memory, true, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int64_t i = begin; i < end; i++) p.kernels.bmm_run(p.call, i, scratch);
+  };
+  if (call->batch * call->m * call->n * call->k < kSerial || runtime->num_threads <= 1) {
+    body(0, call->batch, &pass);
+  } else {
+    runtime->parallel(call->batch, body, &pass);
+  }
+  return pass.out_of_memory ? out_of_memory("bmm", message) : 0;
+}

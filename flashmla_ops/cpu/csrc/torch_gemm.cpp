@@ -1,0 +1,154 @@
+// flashmla::gemm and flashmla::bmm on the CPU, through torch's stable ABI; checks as in flashmla_ops/ops/gemm.py.
+#include <algorithm>
+
+#include "flashmla/torch_checks.h"
+
+namespace {
+
+using namespace flashmla;
+
+constexpr const char* kActivations[] = {"none", "relu", "gelu", "silu", "silu_mul"};  // in the order of the enum
+
+struct GemmArguments {
+  const Tensor &a, &weight;
+  const std::optional<Tensor>&bias, &residual, &weight_scale;
+  const std::string& activation;
+  ScalarType out_dtype;
+};
+
+FlashmlaActivation activation_of(const Check& check, const std::string& name) {
+  for (int i = 0; i < 5; i++) {
+    if (name == kActivations[i]) return FlashmlaActivation(i);
+  }
+  check.fail("activation", "one of none, relu, gelu, silu, silu_mul", name);
+}
+
+void check_row_vector(const Check& check, const char* name, const Tensor& tensor, ScalarType type, int64_t rows) {
+  check.dims(name, tensor, 1, "[n]");
+  check.dtype(name, tensor, type);
+  check.on_cpu(name, tensor);
+  check.contiguous_rows(name, tensor);
+  check.size(name, tensor, 0, rows, " elements, as weight");
+}
+
+// The shape of out.
+std::vector<int64_t> check_gemm(const GemmArguments& g) {
+  const Check check{"gemm"};
+  check.gradient("a", g.a);
+  check.gradient("weight", g.weight);
+  if (g.bias) check.gradient("bias", *g.bias);
+  if (g.residual) check.gradient("residual", *g.residual);
+  if (g.weight_scale) check.gradient("weight_scale", *g.weight_scale);
+  const bool gated = activation_of(check, g.activation) == FLASHMLA_SILU_MUL;
+  if (g.a.dim() < 1) check.fail("a", "shape [..., k]", "0 dimensions");
+  check.floating("a", g.a);
+  check.dims("weight", g.weight, 2, "[n, k]");
+  if (g.weight.scalar_type() != ScalarType::Char && !is_floating(g.weight.scalar_type())) {
+    check.fail("weight", "float32, bfloat16, float16 or int8", name_of(g.weight.scalar_type()));
+  }
+  check.on_cpu("weight", g.weight);
+  check.contiguous_rows("weight", g.weight);
+  const int64_t rows = g.weight.size(0), k = g.weight.size(1);
+  if (g.a.size(-1) != k) check.fail("a", text("rows of ", k, " elements, as weight"), text(g.a.size(-1)));
+  if (gated && rows % 2 != 0) check.fail("weight", "an even number of rows with silu_mul", text(rows));
+  if (!g.weight_scale && g.weight.scalar_type() == ScalarType::Char) {
+    check.fail("weight", "weight_scale with int8", "none");
+  }
+  if (g.weight_scale) check_row_vector(check, "weight_scale", *g.weight_scale, ScalarType::Float, rows);
+  if (g.bias) check_row_vector(check, "bias", *g.bias, g.a.scalar_type(), rows);
+  if (!is_floating(g.out_dtype)) check.fail("out_dtype", "float32, bfloat16 or float16", name_of(g.out_dtype));
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < g.a.dim() - 1; i++) shape.push_back(g.a.size(i));
+  shape.push_back(gated ? rows / 2 : rows);
+  if (g.residual) {
+    check.dtype("residual", *g.residual, g.out_dtype);
+    check.on_cpu("residual", *g.residual);
+    check.shape("residual", *g.residual, shape);
+  }
+  return shape;
+}
+
+// [..., k] as rows of k contiguous elements; a copy only where the strides leave no other way.
+Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t columns) {
+  if (tensor.dim() == 2 && (tensor.stride(1) == 1 || columns == 1)) return tensor;
+  return torch::stable::reshape(torch::stable::contiguous(tensor), {rows, columns});
+}
+
+Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+            std::optional<Tensor> weight_scale, std::string activation, std::optional<ScalarType> out_dtype) {
+  const GemmArguments g{a, weight, bias, residual, weight_scale, activation, out_dtype.value_or(a.scalar_type())};
+  const std::vector<int64_t> shape = check_gemm(g);
+  const Tensor out = torch::stable::new_empty(a, shape, g.out_dtype);
+
+  FlashmlaGemm call{};
+  call.activation = activation_of(Check{"gemm"}, activation);
+  call.k = weight.size(1), call.n = shape.back(), call.m = 1;
+  for (size_t i = 0; i + 1 < shape.size(); i++) call.m *= shape[i];
+  if (call.m == 0 || call.n == 0) return out;
+  const Tensor rows = as_rows(a, call.m, call.k);
+  std::optional<Tensor> added;
+  if (residual) added = as_rows(*residual, call.m, call.n);
+  call.a_dtype = dtype_of(a), call.weight_dtype = dtype_of(weight), call.out_dtype = dtype_of(out);
+  call.a = rows.const_data_ptr(), call.a_stride = rows.stride(0);
+  call.weight = weight.const_data_ptr(), call.weight_stride = weight.stride(0);
+  call.weight_scale = weight_scale ? weight_scale->const_data_ptr<float>() : nullptr;
+  call.bias = bias ? bias->const_data_ptr() : nullptr;
+  call.residual = added ? added->const_data_ptr() : nullptr, call.residual_stride = added ? added->stride(0) : 0;
+  call.out = out.mutable_data_ptr(), call.out_stride = call.n;
+
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  if (flashmla_gemm_is_small(&call)) {
+    raise_if(flashmla_gemm(&call, &threads, message), message);
+    return out;
+  }
+  // Many rows: torch's product in the wider of the two types, then the epilogue alone.
+  const ScalarType type = g.out_dtype == ScalarType::Float ? ScalarType::Float : a.scalar_type();
+  const Tensor left = torch::stable::to(rows, type), right = torch::stable::to(weight, type);
+  const Tensor product = torch::stable::matmul(left, torch::stable::transpose(right, 0, 1));
+  if (call.activation == FLASHMLA_NONE && !bias && !residual && !weight_scale && type == g.out_dtype) {
+    return torch::stable::view(product, shape);
+  }
+  raise_if(flashmla_gemm_epilogue(&call, product.const_data_ptr(), dtype_of(product), &threads, message), message);
+  return out;
+}
+
+Tensor bmm(const Tensor& a, const Tensor& weight) {
+  const Check check{"bmm"};
+  check.gradient("a", a);
+  check.gradient("weight", weight);
+  check.dims("a", a, 3, "[batch, m, k]");
+  check.floating("a", a);
+  check.dims("weight", weight, 3, "[batch, k, n]");
+  check.dtype("weight", weight, a.scalar_type());
+  check.on_cpu("weight", weight);
+  check.size("weight", weight, 0, a.size(0), " batch entries, as a");
+  if (weight.size(1) != a.size(2)) check.fail("weight", text("k ", a.size(2), ", as a"), text(weight.size(1)));
+
+  FlashmlaBmm call{};
+  call.dtype = dtype_of(a);
+  call.batch = a.size(0), call.m = a.size(1), call.k = a.size(2), call.n = weight.size(2);
+  if (call.m > FLASHMLA_SMALL_ROWS) return torch::stable::matmul(a, weight);
+  const Tensor out = torch::stable::new_empty(a, {call.batch, call.m, call.n});
+  if (call.batch == 0 || call.m == 0 || call.n == 0) return out;
+  // Rows of a and of weight (or its columns) must be contiguous: what is not is copied, as torch.bmm would.
+  const Tensor left = a.stride(2) == 1 || call.k == 1 ? a : torch::stable::contiguous(a);
+  const bool along_n = weight.stride(2) == 1 || call.n == 1, along_k = weight.stride(1) == 1;
+  const Tensor right = along_n || along_k ? weight : torch::stable::contiguous(weight);
+  call.a = left.const_data_ptr(), call.weight = right.const_data_ptr(), call.out = out.mutable_data_ptr();
+  for (int i = 0; i < 2; i++) call.a_stride[i] = left.stride(i), call.out_stride[i] = out.stride(i);
+  for (int i = 0; i < 3; i++) call.weight_stride[i] = right.stride(i);
+  call.weight_along_k = !along_n && along_k;
+
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_bmm(&call, &threads, message), message);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
+  m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("bmm", TORCH_BOX(&bmm));
+}

@@ -1,0 +1,130 @@
+"""``flashmla::gemm`` and ``flashmla::bmm``: the products around attention, for the few rows of a decode step.
+
+``weight`` lies as in ``torch.nn.Linear``, [n, k]. Every weight is read once; scale, bias, activation and residual are
+applied before the result is rounded. With many rows torch's own product runs, followed by the same epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import reference
+from flashmla_ops.ops._library import (
+    FLOAT_NAMES,
+    FLOATS,
+    define,
+    dtype_name,
+    refuse_gradient,
+    require,
+    require_contiguous_rows,
+    require_device,
+    require_dims,
+    require_dtype,
+    require_float,
+)
+
+OP = "gemm"
+ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
+WEIGHT_NAMES = "float32, bfloat16, float16 or int8"
+
+
+def check(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_scale: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> list[int]:
+    """Raise on a bad argument; the shape of out otherwise. The C++ binding checks the same, with the same words."""
+    refuse_gradient(OP, a=a, weight=weight, bias=bias, residual=residual, weight_scale=weight_scale)
+    require(OP, "activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", activation)
+    require(OP, "a", a.dim() >= 1, "shape [..., k]", f"{a.dim()} dimensions")
+    require_float(OP, "a", a)
+    require_dims(OP, "weight", weight, "[n, k]")
+    known = weight.dtype in (*FLOATS, torch.int8)
+    require(OP, "weight", known, WEIGHT_NAMES, dtype_name(weight.dtype))
+    require_device(OP, "weight", weight, a.device)
+    require_contiguous_rows(OP, "weight", weight)
+    rows, k = weight.shape
+    require(OP, "a", a.size(-1) == k, f"rows of {k} elements, as weight", a.size(-1))
+    gated = activation == "silu_mul"
+    require(OP, "weight", not gated or rows % 2 == 0, "an even number of rows with silu_mul", rows)
+    require(OP, "weight", weight_scale is not None or weight.dtype != torch.int8, "weight_scale with int8", "none")
+    if weight_scale is not None:
+        require_dims(OP, "weight_scale", weight_scale, "[n]")
+        require_dtype(OP, "weight_scale", weight_scale, torch.float32)
+        require_device(OP, "weight_scale", weight_scale, a.device)
+        require_contiguous_rows(OP, "weight_scale", weight_scale)
+        require(OP, "weight_scale", weight_scale.size(0) == rows, f"{rows} elements, as weight", weight_scale.size(0))
+    if bias is not None:
+        require_dims(OP, "bias", bias, "[n]")
+        require_dtype(OP, "bias", bias, a.dtype)
+        require_device(OP, "bias", bias, a.device)
+        require_contiguous_rows(OP, "bias", bias)
+        require(OP, "bias", bias.size(0) == rows, f"{rows} elements, as weight", bias.size(0))
+    dtype = a.dtype if out_dtype is None else out_dtype
+    require(OP, "out_dtype", dtype in FLOATS, FLOAT_NAMES, dtype_name(dtype))
+    shape = [*a.shape[:-1], rows // 2 if gated else rows]
+    if residual is not None:
+        require_dtype(OP, "residual", residual, dtype)
+        require_device(OP, "residual", residual, a.device)
+        same = residual.dim() == len(shape) and all(x == y for x, y in zip(residual.shape, shape, strict=True))
+        require(OP, "residual", same, f"shape {shape}", list(residual.shape))
+    return shape
+
+
+def gemm_fake(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    shape = check(a, weight, bias, residual, weight_scale, activation, out_dtype)
+    return a.new_empty(shape, dtype=out_dtype or a.dtype)
+
+
+def gemm_reference(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    check(a, weight, bias, residual, weight_scale, activation, out_dtype)
+    out = reference.gemm(a, weight, bias, residual, weight_scale, activation)
+    return out.to(out_dtype or a.dtype).contiguous()
+
+
+def bmm_fake(a: Tensor, weight: Tensor) -> Tensor:
+    op = "bmm"
+    refuse_gradient(op, a=a, weight=weight)
+    require_dims(op, "a", a, "[batch, m, k]")
+    require_float(op, "a", a)
+    require_dims(op, "weight", weight, "[batch, k, n]")
+    require_dtype(op, "weight", weight, a.dtype)
+    require_device(op, "weight", weight, a.device)
+    require(op, "weight", weight.size(0) == a.size(0), f"{a.size(0)} batch entries, as a", weight.size(0))
+    require(op, "weight", weight.size(1) == a.size(2), f"k {a.size(2)}, as a", weight.size(1))
+    return a.new_empty((a.size(0), a.size(1), weight.size(2)))
+
+
+def bmm_reference(a: Tensor, weight: Tensor) -> Tensor:
+    bmm_fake(a, weight)
+    return reference.bmm(a, weight).to(a.dtype).contiguous()
+
+
+define(
+    f"{OP}(Tensor a, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_scale=None,"
+    ' str activation="none", ScalarType? out_dtype=None) -> Tensor',
+    fake=gemm_fake,
+    reference=gemm_reference,
+)
+define("bmm(Tensor a, Tensor weight) -> Tensor", fake=bmm_fake, reference=bmm_reference)

@@ -1,0 +1,40 @@
+"""Products with an epilogue, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def gemm(
+    a: Tensor,  # [..., k]
+    weight: Tensor,  # [n, k]; [2 n, k] with silu_mul
+    bias: Tensor | None = None,  # [n]; [2 n] with silu_mul
+    residual: Tensor | None = None,  # [..., n]
+    weight_scale: Tensor | None = None,  # [n]; [2 n] with silu_mul: a factor for each row of weight
+    activation: str = "none",
+) -> Tensor:  # [..., n] float64
+    """activation(a weight^T * weight_scale + bias) + residual. silu_mul is silu(first half) * second half."""
+    product = a.double() @ weight.double().T
+    if weight_scale is not None:
+        product = product * weight_scale.double()
+    if bias is not None:
+        product = product + bias.double()
+    if activation == "silu_mul":
+        gate, up = product.chunk(2, dim=-1)
+        product = torch.nn.functional.silu(gate) * up
+    else:
+        product = ACTIVATIONS[activation](product)
+    return product if residual is None else product + residual.double()
+
+
+def bmm(a: Tensor, weight: Tensor) -> Tensor:
+    """a [batch, m, k] times weight [batch, k, n], float64."""
+    return a.double() @ weight.double()
