@@ -1,0 +1,206 @@
+"""`flashmla::gemm` and `flashmla::bmm` against their float64 definitions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from flashmla_ops import cpu, reference
+from flashmla_ops.errors import from_message
+
+FLOATS = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
+#: One rounding of the result; a second one of the product where many rows go through torch's own.
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    m: int = 2
+    n: int = 5
+    k: int = 7
+    dtype: str = "bfloat16"
+    weight_dtype: str | None = None  # None: dtype
+    out_dtype: str | None = None
+    activation: str = "none"
+    scale: bool = False
+    bias: bool = False
+    residual: bool = False
+    strided: bool = False
+    seed: int = 0
+
+
+@st.composite
+def gemm_cases(draw: st.DrawFn) -> GemmCase:
+    dtype = draw(st.sampled_from(FLOATS))
+    weight_dtype = draw(st.sampled_from([None, "float32", "bfloat16", "int8"]))
+    return GemmCase(
+        m=draw(st.integers(0, 9) | st.sampled_from([31, 32, 33, 70])),
+        n=draw(st.integers(1, 140)),
+        k=draw(st.integers(1, 70) | st.sampled_from([128, 1024, 1025, 2050])),
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        out_dtype=draw(st.sampled_from([None, *FLOATS])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        scale=weight_dtype == "int8" or draw(st.booleans()),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+def wide(tensor: Tensor, strided: bool) -> Tensor:
+    """The same values, as a slice of rows that are longer."""
+    return torch.cat([tensor, tensor], dim=-1)[..., : tensor.size(-1)] if strided else tensor
+
+
+def build(case: GemmCase) -> dict[str, Tensor | str | torch.dtype | None]:
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = getattr(torch, case.dtype)
+    out_dtype = None if case.out_dtype is None else getattr(torch, case.out_dtype)
+    rows = 2 * case.n if case.activation == "silu_mul" else case.n
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if case.weight_dtype == "int8":
+        weight = torch.randint(-127, 128, (rows, case.k), generator=generator, dtype=torch.int8)
+    else:
+        weight = normal(rows, case.k).to(getattr(torch, case.weight_dtype or case.dtype))
+    return {
+        "a": wide(normal(case.m, case.k).to(dtype), case.strided),
+        "weight": wide(weight, case.strided),
+        "bias": normal(rows).to(dtype) if case.bias else None,
+        "residual": wide(normal(case.m, case.n).to(out_dtype or dtype), case.strided) if case.residual else None,
+        "weight_scale": torch.rand(rows, generator=generator) / 64 if case.scale else None,
+        "activation": case.activation,
+        "out_dtype": out_dtype,
+    }
+
+
+def check(case: GemmCase) -> None:
+    inputs = build(case)
+    actual = torch.ops.flashmla.gemm(**inputs)
+    out_dtype = inputs.pop("out_dtype") or inputs["a"].dtype
+    assert actual.dtype == out_dtype
+    expected = reference.gemm(**inputs)
+    # What rounding in float32 may cost: of the sum of |a| |w|, carried through an activation of slope at most 1.13.
+    magnitudes = inputs | {"a": inputs["a"].abs(), "weight": inputs["weight"].abs(), "bias": None, "residual": None}
+    if case.activation == "silu_mul":
+        parts = reference.gemm(**magnitudes | {"activation": "none"}) + 3
+        size = parts[..., : case.n] * parts[..., case.n :]
+    else:
+        size = reference.gemm(**magnitudes | {"activation": "none"}) + 3
+    many = 2 * UNIT[case.dtype] if case.m > 32 else 0.0
+    bound = (2.0**-21 + many) * size + 1.01 * UNIT[str(out_dtype).removeprefix("torch.")] * expected.abs() + 2.0**-24
+    error = (actual.double() - expected).abs()
+    assert (error <= bound).all(), f"error {(error / bound).max():.3g} of the bound: {case!r}"
+
+
+@settings(max_examples=600)
+@given(gemm_cases())
+def test_gemm(case: GemmCase) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("isa", [name for name, supported in cpu.STATE.isas.items() if supported])
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_instruction_set(isa: str, dtype: str, weight_dtype: str | None) -> None:
+    with cpu.using(isa):
+        for m in (1, 2, 3, 4, 5, 8, 32):
+            check(GemmCase(m, 70, 1100, dtype, weight_dtype, None, "silu_mul", True, True, True, True))
+            check(GemmCase(m, 3, 33, dtype, weight_dtype, None, "silu", True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m", [1, 4, 32, 40])
+def test_small_integers_are_exact(dtype: str, m: int) -> None:
+    generator = torch.Generator().manual_seed(m)
+    a, weight = (
+        torch.randint(-3, 4, shape, generator=generator).to(getattr(torch, dtype)) for shape in [(m, 20), (67, 20)]
+    )
+    expected = (a.long() @ weight.long().T).double()
+    assert torch.equal(torch.ops.flashmla.gemm(a, weight).double(), expected)
+    assert torch.equal(torch.ops.flashmla.gemm(a, weight, out_dtype=torch.float32).double(), expected)
+    stacked = torch.ops.flashmla.bmm(torch.stack([a, a]), torch.stack([weight.T, weight.T]))
+    assert torch.equal(stacked.double(), torch.stack([expected, expected]))
+
+
+@settings(max_examples=200)
+@given(
+    batch=st.integers(0, 5),
+    m=st.integers(0, 9) | st.sampled_from([32, 33]),
+    n=st.integers(1, 70) | st.just(520),
+    k=st.integers(1, 140),
+    dtype=st.sampled_from(FLOATS),
+    along_k=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_bmm(batch: int, m: int, n: int, k: int, dtype: str, along_k: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(m, batch, k, generator=generator).to(getattr(torch, dtype)).transpose(0, 1)
+    shape = (batch, n, k) if along_k else (batch, k, n)
+    weight = torch.randn(shape, generator=generator).to(a.dtype)
+    weight = weight.mT if along_k else weight
+    actual, expected = torch.ops.flashmla.bmm(a, weight), reference.bmm(a, weight)
+    assert actual.shape == (batch, m, n)
+    bound = 2.0**-21 * reference.bmm(a.abs(), weight.abs()) + 1.01 * UNIT[dtype] * expected.abs() + 2.0**-24
+    assert ((actual.double() - expected).abs() <= bound).all()
+
+
+def test_leading_dimensions_are_kept() -> None:
+    a, weight = torch.randn(2, 3, 5), torch.randn(4, 5)
+    out = torch.ops.flashmla.gemm(a, weight)
+    torch.testing.assert_close(out, torch.nn.functional.linear(a, weight))
+    vector = torch.ops.flashmla.gemm(a[0, 0], weight)
+    torch.testing.assert_close(vector, torch.nn.functional.linear(a[0, 0], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 33])
+def test_opcheck(dtype: torch.dtype, m: int) -> None:
+    a, weight, bias = torch.randn(m, 16, dtype=dtype), torch.randn(24, 16, dtype=dtype), torch.randn(24, dtype=dtype)
+    residual = torch.randn(m, 12, dtype=dtype)
+    opcheck(torch.ops.flashmla.gemm.default, (a, weight, bias, residual), {"activation": "silu_mul"})
+    opcheck(torch.ops.flashmla.gemm.default, (a[None], weight), {"out_dtype": torch.float32})
+    opcheck(torch.ops.flashmla.bmm.default, (a.expand(3, m, 16), weight.T.expand(3, 16, 24)))
+
+
+A, WEIGHT = torch.randn(2, 8), torch.randn(6, 8)
+BAD = {
+    "activation": ({"activation": "swish"}, "one of none, relu, gelu, silu, silu_mul"),
+    "a": ({"a": torch.randn(2, 7)}, "rows of 8 elements, as weight"),
+    "weight": ({"weight": torch.ones(6, 8, dtype=torch.int8)}, "weight_scale with int8"),
+    "weight_scale": ({"weight_scale": torch.ones(5)}, "6 elements, as weight"),
+    "bias": ({"bias": torch.ones(6, dtype=torch.bfloat16)}, "float32"),
+    "residual": ({"residual": torch.ones(2, 5)}, "shape [2, 6]"),
+    "out_dtype": ({"out_dtype": torch.int32}, "float32, bfloat16 or float16"),
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_bad_argument_is_named(argument: str, device: str) -> None:
+    changed, expected = BAD[argument]
+    inputs = {"a": A, "weight": WEIGHT} | changed
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    with pytest.raises(RuntimeError) as raised:
+        torch.ops.flashmla.gemm(**inputs)
+    error = from_message(str(raised.value))
+    assert (error.argument, error.expected) == (argument, expected)
+
+
+def test_a_gradient_is_refused() -> None:
+    weight = WEIGHT.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="argument 'weight' requires a gradient"):
+        torch.ops.flashmla.gemm(A, weight)
+    with torch.no_grad():
+        torch.ops.flashmla.gemm(A, weight)
