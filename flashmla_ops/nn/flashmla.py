@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError
 from flashmla_ops.kv_cache import BlockTables, as_cache, copy_pages, new_slab, slot_mapping
+from flashmla_ops.ops._library import FLOAT_NAMES, FLOATS
 
 
 class Step(NamedTuple):
@@ -52,9 +53,12 @@ class FlashMLA(nn.Module):
         """A cache of ``n_pages * page_size`` tokens. ``softmax_scale`` None means ``(d_c + d_r) ** -0.5``.
 
         Models scale by the width of their expanded heads, not of the row: give the model's own scale. Raises
-        `ArgumentError` for a size below 1 (``d_r`` may be 0).
+        `ArgumentError` for a size below 1 (``d_r`` may be 0) and for a dtype other than float32, bfloat16 and float16.
         """
         super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in FLOATS:
+            raise ArgumentError("FlashMLA", "dtype", FLOAT_NAMES, dtype)
         for name, size, least in (("d_c", d_c, 1), ("d_r", d_r, 0), ("h_kv", h_kv, 1)):
             if size < least:
                 raise ArgumentError("FlashMLA", name, f"at least {least}", size)

@@ -14,7 +14,7 @@ from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
 from tests.integrations.conftest import Pair
 from tests.integrations.models import left_padded, tiny_model, tokens
 
-LENGTHS = [20, 13, 3]
+LENGTHS = [MAX_ABSORBED_QUERIES + 6, 33, 3]  # the prompt is expanded; the last is mostly padding
 
 
 def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -30,7 +30,7 @@ def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) 
         {"num_beams": 4},
         {"cache_implementation": "static"},
         {"cache_implementation": "static", "num_beams": 2},
-        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 30},
     ],
     ids=["greedy", "beam", "static", "static-beam", "chunked-prefill"],
 )
@@ -40,7 +40,7 @@ def test_left_padded_batch(pair: Pair, options: dict[str, Any]) -> None:
     assert torch.equal(generate(pair.absorbed, inputs, **options), expected)
 
 
-@pytest.mark.parametrize("length", [1, MAX_ABSORBED_QUERIES, MAX_ABSORBED_QUERIES + 1, 40])
+@pytest.mark.parametrize("length", [1, 9, MAX_ABSORBED_QUERIES, MAX_ABSORBED_QUERIES + 1])
 def test_single_prompt_of_any_length(pair: Pair, length: int) -> None:
     inputs = {"input_ids": tokens(1, length)}
     assert torch.equal(generate(pair.absorbed, inputs), generate(pair.eager, inputs))
@@ -54,8 +54,9 @@ def test_prompt_lookup(pair: Pair) -> None:
 
 def test_assisted(pair: Pair) -> None:
     inputs = {"input_ids": tokens(1, 20)}
-    drafted = generate(pair.absorbed, inputs, assistant_model=pair.eager)
-    assert torch.equal(drafted, generate(pair.eager, inputs))
+    expected = generate(pair.eager, inputs)
+    for model, assistant in ((pair.absorbed, pair.eager), (pair.eager, pair.absorbed)):
+        assert torch.equal(generate(model, inputs, assistant_model=assistant), expected)
 
 
 def test_several_turns_on_one_cache(pair: Pair) -> None:

@@ -19,8 +19,8 @@ from tests.integrations.test_generate import LENGTHS, generate
 AnyCache = PagedLatentCache | StaticPagedLatentCache
 CACHES: dict[str, Callable[[PreTrainedModel], AnyCache]] = {
     "paged": lambda model: PagedLatentCache(model, page_size=4),
-    "page-of-1": lambda model: PagedLatentCache(model, page_size=1),
-    "static": lambda model: StaticPagedLatentCache(model, 70, page_size=4),
+    "page-of-1": lambda model: PagedLatentCache(model, n_pages=2048, page_size=1),
+    "static": lambda model: StaticPagedLatentCache(model, 120, page_size=4),
 }
 
 
@@ -35,7 +35,7 @@ def pages_in_use(cache: PagedLatentCache) -> int:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 4}, {"prefill_chunk_size": 7}], ids=["greedy", "beam", "chunked"]
+    "options", [{}, {"num_beams": 4}, {"prefill_chunk_size": 30}], ids=["greedy", "beam", "chunked"]
 )
 def test_left_padded_batch(pair: Pair, new_cache: Callable[..., AnyCache], options: dict[str, Any]) -> None:
     inputs = left_padded(LENGTHS)
@@ -115,6 +115,9 @@ def test_crop_releases_pages(pair: Pair) -> None:
 
 def test_out_of_pages_changes_nothing(pair: Pair) -> None:
     cache = PagedLatentCache(pair.absorbed, n_pages=3, page_size=4)
+    with pytest.raises(OutOfPagesError):
+        pair.absorbed(tokens(1, 13), past_key_values=cache)
+    cache.reset()
     pair.absorbed(tokens(1, 10), past_key_values=cache)
     with pytest.raises(OutOfPagesError):
         pair.absorbed(tokens(1, 3), past_key_values=cache)

@@ -118,6 +118,11 @@ def test_gradient() -> None:
     assert "a" not in mla.tables
 
 
+def test_dtype_without_a_kernel() -> None:
+    with pytest.raises(ArgumentError, match="argument 'dtype'"):
+        module(dtype=torch.float64)
+
+
 @pytest.mark.parametrize("size", ["d_c", "h_kv", "n_pages", "page_size"])
 def test_sizes_below_one(size: str) -> None:
     with pytest.raises(ArgumentError, match=size):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
@@ -21,6 +21,7 @@ from flashmla_ops.integrations.transformers.masks import (
     is_prefix,
     tokens_mask,
 )
+from flashmla_ops.ops._library import FLOATS
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
 #: own flash-attention kernels.
@@ -31,8 +32,6 @@ PREVIOUS_ATTRIBUTE = "absorbed_mla_previous"
 
 #: An attention module with ``kv_b_proj`` and ``expand_kv``; transformers has no common class for them.
 MLAModule = Any
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pages(NamedTuple):
@@ -67,8 +66,9 @@ def absorbed_attention(
 
     ``attention_mask`` is a boolean mask ``[b or 1, 1, s_q or 1, s_kv]``, an int32 mask of `masks`, None (attend to all;
     causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones,
-    and those that need what the operator lacks (a gradient, dropout, an additive mask, a mask for each head, float64),
-    run transformers' own SDPA on the expanded cache. Returns ``out [b, s_q, h_q, d_v]`` and None.
+    and those that need what the operator lacks (a gradient, dropout, an additive mask, a mask for each head, float64, a
+    ``kv_b_proj`` that was adapted or hooked), run transformers' own SDPA on the expanded cache. Returns
+    ``out [b, s_q, h_q, d_v]`` and None.
 
     Raises `UnsupportedModelError` unless `enable` was called, and `ArgumentError` for a mask whose length is not the
     cache's.
@@ -106,12 +106,13 @@ def _check_mask(mask: Tensor, s_kv: int) -> None:
 
 def _can_absorb(module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor | None, dropout: float) -> bool:
     s_q = query.shape[2]
-    if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0:
+    if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0 or not is_plain_projection(module.kv_b_proj):
         return False
-    if query.dtype not in KERNEL_DTYPES or query.dtype != rows.kv_cache.dtype:
+    read = (query, rows.kv_cache, rows.k_cache, module.kv_b_proj.weight)
+    tensors = [tensor for tensor in read if tensor is not None]
+    if query.dtype not in FLOATS or any(tensor.dtype != query.dtype for tensor in tensors):
         return False
-    tensors = (query, rows.kv_cache, rows.k_cache, module.kv_b_proj.weight)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if mask is None:
         return s_q == 1  # for longer queries SDPA defines what no mask means
@@ -156,6 +157,16 @@ def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling:
         softmax_scale=scaling,
     )
     return out.view(b, s_q, h_q, d_c)
+
+
+def is_plain_projection(projection: nn.Module) -> bool:
+    """Whether a projection computes what its weight says: not quantised, adapted (LoRA), offloaded or hooked."""
+    if type(projection) is not nn.Linear or projection.bias is not None or "forward" in vars(projection):
+        return False
+    if torch.compiler.is_exporting():  # which makes every weight a fake tensor and hooks every module
+        return True
+    plain_weight = type(projection.weight) in (nn.Parameter, Tensor)
+    return plain_weight and not projection._forward_hooks and not projection._forward_pre_hooks
 
 
 def up_projections(module: MLAModule) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import MethodType
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -15,6 +14,7 @@ from flashmla_ops.integrations.transformers.attention import (
     MLAModule,
     Pages,
     absorbed_attention,
+    is_plain_projection,
 )
 from flashmla_ops.integrations.transformers.masks import absorbed_mask
 
@@ -94,13 +94,10 @@ def _check_supported(name: str, module: MLAModule) -> None:
     if model_type not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES)
         raise UnsupportedModelError(f"{name}: model type '{model_type}' is not known to be exact; known: {known}")
-    projection = module.kv_b_proj
-    # A quantised, adapted (LoRA) or hooked projection computes something else than its weight says.
-    if type(projection) is not nn.Linear or projection.bias is not None:
-        kind = "nn.Linear with a bias" if type(projection) is nn.Linear else type(projection).__name__
-        raise UnsupportedModelError(f"{name}.kv_b_proj: expected a plain nn.Linear without bias, got {kind}")
-    if type(projection.weight) not in (nn.Parameter, torch.Tensor):
-        raise UnsupportedModelError(f"{name}.kv_b_proj.weight: expected a plain tensor, got {type(projection.weight)}")
+    if not is_plain_projection(module.kv_b_proj):
+        found = f"{type(module.kv_b_proj).__name__} with weight {type(module.kv_b_proj.weight).__name__}"
+        expected = "a plain nn.Linear without bias, hooks or adapters"
+        raise UnsupportedModelError(f"{name}.kv_b_proj: expected {expected}, got {found}")
     if getattr(module, "num_key_value_groups", 1) != 1:
         raise UnsupportedModelError(f"{name}: expected as many key as query heads in the expanded attention")
 

@@ -24,8 +24,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 #: Longest query (in tokens of one sequence) that attends in the latent space. Longer ones expand the cache to heads, as
-#: transformers does: the expansion is then shared by enough queries to pay.
-MAX_ABSORBED_QUERIES = 16
+#: transformers does. Expanding a cached token costs d_c * (d_nope + d_v) multiply-adds a head, and each query then
+#: saves 2 d_c - d_nope - d_v of them: at DeepSeek's sizes the expansion pays from 170 queries on. Without a cached
+#: prefix the expanded form is never dearer, which is why this bound is lower.
+MAX_ABSORBED_QUERIES = 64
 
 
 def absorbed_mask(

@@ -87,13 +87,12 @@ class PagedSequences:
 
         The first layer of a forward makes the room; the others come here for the same tokens and find it made.
         """
-        if not self.names:
-            self.names = [self._new_name() for _ in range(b)]
-        if b != len(self.names):
-            raise ArgumentError("PagedLatentCache", "key_states", f"a batch of {len(self.names)}, as cached", b)
+        names = self.names or [self._new_name() for _ in range(b)]
+        if b != len(names):
+            raise ArgumentError("PagedLatentCache", "key_states", f"a batch of {len(names)}, as cached", b)
         if self._step is None or length > self.length:
-            copies = self.tables.extend(self.names, length - self.length)
-            self._copy(copies)
+            self._copy(self.tables.extend(names, length - self.length))
+            self.names = names
             positions = torch.arange(self.length, length, device=device).expand(b, -1)
             block_table = self.tables.block_table(self.names, device)
             seqlens = torch.full((b,), length, dtype=torch.int32, device=device)
