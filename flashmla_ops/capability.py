@@ -10,8 +10,7 @@ import torch
 
 from flashmla_ops import cpu
 
-#: Operators by the implementation that serves them on the CPU once the C++ library is loaded.
-OPERATORS = ("decode", "decode_schedule", "append_", "merge_states")
+OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm")
 
 _ISA_NOTES = {
     "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps, fp32 and fp16 in fp32",
@@ -40,6 +39,15 @@ def implementations() -> list[Implementation]:
     return [Implementation(name, usable, name == state.active, _ISA_NOTES[name]) for name, usable in isas]
 
 
+def operators() -> dict[str, str]:
+    """What serves each operator on the CPU, as torch's dispatcher has it."""
+
+    def has_kernel(name: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashmla::{name}", "CPU")
+
+    return {name: cpu.STATE.active if has_kernel(name) else cpu.REFERENCE for name in OPERATORS}
+
+
 def processor() -> str:
     """The processor's name as the system gives it."""
     try:
@@ -62,7 +70,8 @@ def explain() -> str:
         lines.append(
             f"  {mark} {choice.name:<12} {choice.note}" + ("" if choice.available else " (not on this processor)")
         )
-    lines.append(f"operators   {', '.join(OPERATORS)}: CPU {state.active}; other devices: {cpu.REFERENCE}")
+    for name, served in operators().items():
+        lines.append(f"operator    {name:<16} CPU {served}; other devices {cpu.REFERENCE}")
     if torch.cuda.is_available():
         lines.append("CUDA        a device is present; no CUDA kernel is built, the reference runs there")
     return "\n".join(lines)

@@ -67,7 +67,7 @@ KERNEL_UNITS = (
         else ()
     ),
 )
-CORE_UNITS = (Unit("dispatch.cpp"), Unit("decode.cpp"), Unit("append.cpp"), Unit("gemm.cpp"))
+CORE_UNITS = tuple(Unit(f"{name}.cpp") for name in ("dispatch", "decode", "prefill", "append", "gemm"))
 #: What registers the kernels with torch; a build without them is reached through ctypes.
 BINDING_UNITS = (Unit("torch_attention.cpp"), Unit("torch_gemm.cpp"), Unit("requires_grad.cpp"))
 

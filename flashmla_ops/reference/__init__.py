@@ -1,8 +1,8 @@
 """The float64 definitions of the operators: the specification that kernels are compared with."""
 
-from flashmla_ops.reference.attention import decode, merge_states
+from flashmla_ops.reference.attention import decode, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm
 from flashmla_ops.reference.schedule import decode_schedule
 
-__all__ = ["append", "bmm", "decode", "decode_schedule", "gather_rows", "gemm", "merge_states"]
+__all__ = ["append", "bmm", "decode", "decode_schedule", "gather_rows", "gemm", "merge_states", "prefill"]

@@ -59,6 +59,32 @@ def decode(
     return out, lse
 
 
+def prefill(
+    q: Tensor,  # [t_q, h_q, d_qk]
+    k: Tensor,  # [t_k, h_kv, d_qk]
+    v: Tensor,  # [t_k, h_kv, d_v]
+    cu_seqlens_q: Tensor,  # [b + 1] int32
+    cu_seqlens_k: Tensor,  # [b + 1] int32
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # out [t_q, h_q, d_v], lse [h_q, t_q], float64
+    """Each sequence is a `decode` whose one page holds V as its rows' values and K as their keys."""
+    t_q, h_q, _ = q.shape
+    out = q.new_zeros((t_q, h_q, v.size(2)), dtype=torch.float64)
+    lse = q.new_full((h_q, t_q), math.inf, dtype=torch.float64)
+    first_page = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(bounds_q) - 1):
+        queries, keys = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+        length = torch.tensor([bounds_k[i + 1] - bounds_k[i]], dtype=torch.int32, device=q.device)
+        if length == 0 or queries.start == queries.stop:
+            continue
+        values, d_v = v[None, keys], v.size(2)
+        part = decode(q[None, queries], values, k[None, keys], first_page, length, d_v, d_v, softmax_scale, causal)
+        out[queries], lse[:, queries] = part[0][0], part[1][0]
+    return out, lse
+
+
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over a union of disjoint key sets, from the results over each: out [..., s, h, d], lse [..., h, s].
 

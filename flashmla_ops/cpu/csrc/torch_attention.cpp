@@ -170,6 +170,60 @@ Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, in
   return schedule;
 }
 
+std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                   const Tensor& cu_seqlens_k, bool causal, std::optional<double> softmax_scale) {
+  const Check check{"prefill"};
+  check.gradient("q", q);
+  check.gradient("k", k);
+  check.gradient("v", v);
+  check.dims("q", q, 3, "[t_q, h_q, d_qk]");
+  check.floating("q", q);
+  if (q.size(2) < 1) check.fail("q", "d_qk of at least 1", text(q.size(2)));
+  check.dims("k", k, 3, "[t_k, h_kv, d_qk]");
+  check.dims("v", v, 3, "[t_k, h_kv, d_v]");
+  for (const auto& [name, tensor] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
+    check.dtype(name, *tensor, q.scalar_type());
+    check.on_cpu(name, *tensor);
+    check.contiguous_rows(name, *tensor);
+  }
+  if (k.size(2) != q.size(2)) check.fail("k", text("d_qk ", q.size(2), ", as q"), text(k.size(2)));
+  if (k.size(1) < 1) check.fail("k", "at least 1 KV head (h_kv)", text(k.size(1)));
+  if (q.size(1) % k.size(1) != 0) {
+    check.fail("q", text("query heads in multiples of the ", k.size(1), " KV heads"), text(q.size(1)));
+  }
+  if (v.size(0) != k.size(0)) check.fail("v", text(k.size(0), " tokens, as k"), text(v.size(0)));
+  if (v.size(1) != k.size(1)) check.fail("v", text(k.size(1), " KV heads, as k"), text(v.size(1)));
+  if (v.size(2) < 1) check.fail("v", "d_v of at least 1", text(v.size(2)));
+  for (const auto& [name, tensor] :
+       {std::pair{"cu_seqlens_q", &cu_seqlens_q}, std::pair{"cu_seqlens_k", &cu_seqlens_k}}) {
+    check.dims(name, *tensor, 1, "[b + 1]");
+    check.dtype(name, *tensor, ScalarType::Int);
+    check.on_cpu(name, *tensor);
+    if (tensor->size(0) < 1) check.fail(name, "at least 1 element", text(tensor->size(0)));
+  }
+  if (cu_seqlens_k.size(0) != cu_seqlens_q.size(0)) {
+    check.fail("cu_seqlens_k", text(cu_seqlens_q.size(0), " elements, as cu_seqlens_q"), text(cu_seqlens_k.size(0)));
+  }
+
+  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
+  const Tensor lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  FlashmlaPrefill call{};
+  call.dtype = dtype_of(q), call.causal = causal;
+  call.b = cu_seqlens_q.size(0) - 1, call.h_q = q.size(1), call.h_kv = k.size(1);
+  call.d_qk = q.size(2), call.d_v = v.size(2), call.t_q = q.size(0), call.t_k = k.size(0);
+  call.softmax_scale = float(softmax_scale ? *softmax_scale : 1 / std::sqrt(double(call.d_qk)));
+  call.q = q.const_data_ptr(), call.k = k.const_data_ptr(), call.v = v.const_data_ptr();
+  for (int i = 0; i < 3; i++) call.q_stride[i] = q.stride(i);
+  for (int i = 0; i < 2; i++) call.k_stride[i] = k.stride(i), call.v_stride[i] = v.stride(i);
+  call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>(), call.cu_seqlens_q_stride = cu_seqlens_q.stride(0);
+  call.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>(), call.cu_seqlens_k_stride = cu_seqlens_k.stride(0);
+  call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_prefill(&call, &threads, message), message);
+  return {out, lse};
+}
+
 void check_append(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping, const char* cache_name,
                   const char* rows_name) {
   const Check check{"append_"};
@@ -285,6 +339,7 @@ std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Te
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("decode.out", TORCH_BOX(&decode_out));
+  m.impl("prefill", TORCH_BOX(&prefill));
   m.impl("decode_schedule", TORCH_BOX(&decode_schedule));
   m.impl("append_", TORCH_BOX(&append));
   m.impl("append_.two", TORCH_BOX(&append_two));

@@ -51,6 +51,22 @@ struct FlashmlaDecode {
   int64_t lse_stride[3];
 };
 
+// Sequences lie one after another: sequence i has query tokens [cu_seqlens_q[i], cu_seqlens_q[i + 1]), keys likewise.
+struct FlashmlaPrefill {
+  FlashmlaDType dtype;
+  int32_t causal;
+  int64_t b, h_q, h_kv, d_qk, d_v, t_q, t_k;
+  float softmax_scale;
+  const void* q;  // [t_q, h_q, d_qk]
+  int64_t q_stride[3];
+  const void *k, *v;  // [t_k, h_kv, d_qk], [t_k, h_kv, d_v], last dimension contiguous
+  int64_t k_stride[2], v_stride[2];
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [b + 1]
+  int64_t cu_seqlens_q_stride, cu_seqlens_k_stride;
+  void* out;   // [t_q, h_q, d_v], contiguous
+  float* lse;  // [h_q, t_q], contiguous
+};
+
 // rows [n, h_kv, d] are written to slots of a cache; bytes, not elements: the copy knows no dtype.
 struct FlashmlaAppend {
   char* cache;
@@ -123,6 +139,7 @@ FLASHMLA_EXPORT int flashmla_decode_schedule(const int32_t* cache_seqlens, int64
                                              char* message);
 FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,
                                     const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);

@@ -1,0 +1,102 @@
+"""``flashmla::prefill``: dense attention of many query tokens over keys and values that lie beside them.
+
+The heads are expanded ones: MLA's after ``kv_b_proj``, or those of GQA and MHA.
+
+Sequences of different lengths lie one after another; ``cu_seqlens_q`` and ``cu_seqlens_k`` say where each begins and
+ends. No score matrix is ever in memory: only a block of it, in cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import reference
+from flashmla_ops.errors import ArgumentError
+from flashmla_ops.ops._library import (
+    define,
+    refuse_gradient,
+    require,
+    require_contiguous_rows,
+    require_device,
+    require_dims,
+    require_dtype,
+    require_float,
+)
+
+OP = "prefill"
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """The preconditions that shapes, strides and dtypes decide; the C++ binding checks the same, in the same words."""
+    refuse_gradient(OP, q=q, k=k, v=v)
+    require_dims(OP, "q", q, "[t_q, h_q, d_qk]")
+    require_float(OP, "q", q)
+    require(OP, "q", q.size(2) >= 1, "d_qk of at least 1", q.size(2))
+    for name, tensor, d in (("k", k, "d_qk"), ("v", v, "d_v")):
+        require_dims(OP, name, tensor, f"[t_k, h_kv, {d}]")
+        require_dtype(OP, name, tensor, q.dtype)
+        require_device(OP, name, tensor, q.device)
+        require_contiguous_rows(OP, name, tensor)
+    require(OP, "k", k.size(2) == q.size(2), f"d_qk {q.size(2)}, as q", k.size(2))
+    require(OP, "k", k.size(1) >= 1, "at least 1 KV head (h_kv)", k.size(1))
+    require(OP, "q", q.size(1) % k.size(1) == 0, f"query heads in multiples of the {k.size(1)} KV heads", q.size(1))
+    require(OP, "v", v.size(0) == k.size(0), f"{k.size(0)} tokens, as k", v.size(0))
+    require(OP, "v", v.size(1) == k.size(1), f"{k.size(1)} KV heads, as k", v.size(1))
+    require(OP, "v", v.size(2) >= 1, "d_v of at least 1", v.size(2))
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        require_dims(OP, name, tensor, "[b + 1]")
+        require_dtype(OP, name, tensor, torch.int32)
+        require_device(OP, name, tensor, q.device)
+        require(OP, name, tensor.size(0) >= 1, "at least 1 element", tensor.size(0))
+    same = cu_seqlens_k.size(0) == cu_seqlens_q.size(0)
+    require(OP, "cu_seqlens_k", same, f"{cu_seqlens_q.size(0)} elements, as cu_seqlens_q", cu_seqlens_k.size(0))
+
+
+def check_bounds(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise unless ``cu_seqlens`` begins at 0, never falls and ends at ``tokens``."""
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ArgumentError(OP, name, "0 at [0]", bounds[0])
+    for i in range(1, len(bounds)):
+        if bounds[i] < bounds[i - 1]:
+            raise ArgumentError(OP, name, f"at least {bounds[i - 1]} at [{i}]", bounds[i])
+    if bounds[-1] != tokens:
+        raise ArgumentError(OP, name, f"{tokens} at [{len(bounds) - 1}], the number of tokens", bounds[-1])
+
+
+def fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    return q.new_empty((q.size(0), q.size(1), v.size(2))), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+def by_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_bounds("cu_seqlens_q", cu_seqlens_q, q.size(0))
+    check_bounds("cu_seqlens_k", cu_seqlens_k, k.size(0))
+    out, lse = reference.prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale)
+    return out.to(q.dtype), lse.to(torch.float32)
+
+
+define(
+    f"{OP}(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal=False,"
+    " float? softmax_scale=None) -> (Tensor out, Tensor lse)",
+    fake=fake,
+    reference=by_reference,
+)
