@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers import ABSORBED_ATTENTION, disable, enable, is_enabled
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
+from flashmla_ops.nn.fast_linear import fast_linear
 from tests.integrations.models import left_padded, tiny_model, tokens
 
 
@@ -198,6 +199,16 @@ def add_hook(model: PreTrainedModel) -> None:
 def add_forward(model: PreTrainedModel) -> None:
     projection = model.model.layers[1].self_attn.kv_b_proj
     projection.forward = lambda x: nn.functional.linear(x, projection.weight) * 1.5
+
+
+@pytest.mark.parametrize("first", [enable, fast_linear])
+def test_fast_linear_layers_are_plain(first: Callable[[nn.Module], int]) -> None:
+    model, eager = tiny_model(), tiny_model()
+    first(model)
+    fast_linear(model)
+    enable(model)
+    torch.testing.assert_close(logits(model), logits(eager), atol=1e-4, rtol=1e-4)
+    assert count_decodes(model) == 2
 
 
 CHANGES = [add_adapter, add_bias, add_hook, add_forward]

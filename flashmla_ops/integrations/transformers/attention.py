@@ -21,6 +21,7 @@ from flashmla_ops.integrations.transformers.masks import (
     is_prefix,
     tokens_mask,
 )
+from flashmla_ops.nn.fast_linear import FastLinear
 from flashmla_ops.ops._library import FLOATS
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
@@ -161,7 +162,7 @@ def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling:
 
 def is_plain_projection(projection: nn.Module) -> bool:
     """Whether a projection computes what its weight says: not quantised, adapted (LoRA), offloaded or hooked."""
-    if type(projection) is not nn.Linear or projection.bias is not None or "forward" in vars(projection):
+    if type(projection) not in (nn.Linear, FastLinear) or projection.bias is not None or "forward" in vars(projection):
         return False
     if torch.compiler.is_exporting():  # which makes every weight a fake tensor and hooks every module
         return True
@@ -183,7 +184,7 @@ def absorb_query(query: Tensor, w_uk: Tensor) -> Tensor:
     d_nope = w_uk.shape[1]
     by_head = query.transpose(0, 1).reshape(h_q, b * s_q, d_qk)
     nope, rope = by_head.split([d_nope, d_qk - d_nope], dim=-1)
-    q = torch.cat([torch.bmm(nope, w_uk), rope], dim=-1)
+    q = torch.cat([torch.ops.flashmla.bmm(nope, w_uk), rope], dim=-1)
     return q.view(h_q, b, s_q, -1).permute(1, 2, 0, 3)
 
 
@@ -191,7 +192,7 @@ def project_values(out: Tensor, w_uv: Tensor) -> Tensor:
     """``[b, s_q, h_q, d_c]`` to ``[b, s_q, h_q, d_v]``: each head's attended latent through its W_UV."""
     b, s_q, h_q, d_c = out.shape
     by_head = out.view(b * s_q, h_q, d_c).transpose(0, 1)
-    values = torch.bmm(by_head, w_uv.transpose(1, 2))
+    values: Tensor = torch.ops.flashmla.bmm(by_head, w_uv.transpose(1, 2))
     return values.transpose(0, 1).reshape(b, s_q, h_q, -1)
 
 
