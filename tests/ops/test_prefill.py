@@ -164,8 +164,6 @@ def test_a_bad_argument_is_named(changed: dict[str, Tensor], argument: str, expe
 def test_bad_bounds_are_named(
     implementation: str, argument: str, bounds: list[int], expected: str, actual: str
 ) -> None:
-    from flashmla_ops.ops import prefill
-
     call = torch.ops.flashmla.prefill if implementation == "kernel" else prefill.by_reference
     with pytest.raises(RuntimeError) as raised:
         call(**GOOD | {argument: torch.tensor(bounds, dtype=torch.int32)})
