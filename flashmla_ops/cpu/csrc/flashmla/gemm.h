@@ -12,7 +12,7 @@ namespace flashmla::FLASHMLA_ISA {
 
 constexpr int kGemmRows = 32;     // rows of a that one pass over the weights serves
 constexpr int kGemmColumns = 64;  // columns of out that one task finishes at a time
-constexpr int kGemmDepth = 1024;  // elements of k that stay in L1: four weight rows and the rows of a they meet
+constexpr int kGemmDepth = 512;   // elements of k that stay in L1: four weight rows and the rows of a they meet
 
 // PAIRS: bf16 on both sides and a processor that multiplies it, so that rows are read as pairs and a stays as it is.
 template <class Isa, class W, bool PAIRS>
@@ -79,68 +79,96 @@ public:
   }
 
 private:
-  // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns)
+  // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns), four weight rows at a time.
   void multiply(const Packed* a, int64_t rows, int64_t n, int64_t columns, float* sums) const {
-    // Accumulators: 4 weight rows times these. AVX2 has 16 registers, AVX-512 has 32.
-    constexpr int kTile = Isa::W >= 16 ? 4 : 2;
     const W* weight = static_cast<const W*>(call_.weight) + n * call_.weight_stride;
+    // A weight that several tiles of rows meet is read in chunks that stay in L1, widened to fp32 once if need be.
+    const bool again = rows > Isa::gemm_m;
+    const int64_t step = again ? kGemmDepth : call_.k;
     for (int64_t j = 0; j < columns;) {
-      const int64_t left = columns - j;
-      for (int64_t k = 0; k < call_.k; k += kGemmDepth) {
-        const int64_t depth = call_.k - k < kGemmDepth ? call_.k - k : kGemmDepth;
-        for (int64_t m = 0; m < rows;) {
-          const W* w = weight + j * call_.weight_stride + k;
-          const Packed* x = a + m * packed_stride(call_.k) + k;
-          float* s = sums + m * kGemmColumns + j;
-          const bool first = k == 0, fetch = m == 0;
-          if (left >= 4) {
-            if (rows - m >= kTile)
-              tile<4, kTile>(w, x, depth, s, first, fetch), m += kTile;
-            else
-              tile<4, 1>(w, x, depth, s, first, fetch), m += 1;
-          } else {
-            tile<1, 1>(w, x, depth, s, first, fetch), m += 1;
+      const bool four = columns - j >= 4;
+      for (int64_t k = 0; k < call_.k; k += step) {
+        const int64_t depth = call_.k - k < step ? call_.k - k : step;
+        const W* w = weight + j * call_.weight_stride + k;
+        float* s = sums + j;
+        if constexpr (!pairs && !std::is_same_v<W, float>) {
+          if (again && four) {
+            float wide[4 * kGemmDepth];
+            for (int r = 0; r < 4; r++) widen(w + r * call_.weight_stride, depth, wide + r * kGemmDepth);
+            tiles<4>(wide, kGemmDepth, a + k, rows, depth, s, k == 0);
+            continue;
           }
         }
+        four ? tiles<4>(w, call_.weight_stride, a + k, rows, depth, s, k == 0)
+             : tiles<1>(w, call_.weight_stride, a + k, rows, depth, s, k == 0);
       }
-      j += left >= 4 ? 4 : 1;
+      j += four ? 4 : 1;
     }
   }
 
-  template <int R, int M>
-  void tile(const W* w, const Packed* a, int64_t depth, float* sums, bool first, bool fetch) const {
+  void widen(const W* from, int64_t n, float* to) const {
+    int64_t i = 0;
+    for (; i + Isa::W <= n; i += Isa::W) {
+      // 4 KB ahead of each of four rows: their next chunk is in L2 when they get there.
+      __builtin_prefetch(reinterpret_cast<const char*>(from + i) + 4096, 0, 2);
+      Isa::store(to + i, Isa::load(from + i));
+    }
+    for (; i < n; i++) to[i] = to_float(from[i]);
+  }
+
+  template <int R, class V>
+  void tiles(const V* w, int64_t w_stride, const Packed* a, int64_t rows, int64_t depth, float* sums,
+             bool first) const {
+    const int64_t stride = packed_stride(call_.k);
+    int64_t m = 0;
+    for (; m + Isa::gemm_m <= rows; m += Isa::gemm_m) {
+      tile<R, Isa::gemm_m>(w, w_stride, a + m * stride, depth, sums + m * kGemmColumns, first);
+    }
+    if (m < rows)
+      last_tile<R, Isa::gemm_m - 1>(w, w_stride, a + m * stride, rows - m, depth, sums + m * kGemmColumns, first);
+  }
+  template <int R, int M, class V>
+  void last_tile(const V* w, int64_t w_stride, const Packed* a, int64_t rows, int64_t depth, float* sums,
+                 bool first) const {
+    if (rows == M) {
+      tile<R, M>(w, w_stride, a, depth, sums, first);
+    } else if constexpr (M > 1) {
+      last_tile<R, M - 1>(w, w_stride, a, rows, depth, sums, first);
+    }
+  }
+
+  template <int R, int M, class V>
+  void tile(const V* w, int64_t w_stride, const Packed* a, int64_t depth, float* sums, bool first) const {
     // Two accumulators for each product where there are registers: four alone would wait for one another.
     constexpr int kChains = R * M <= 4 ? 2 : 1;
     F c[R][M][kChains] = {};
     const int64_t stride = packed_stride(call_.k);
     int64_t i = 0;
     for (; i + kChains * kStep <= depth; i += kChains * kStep) {
-      // Rows are several streams at once, which the processor's own prefetcher follows late: 2 KB ahead.
-      if (fetch) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-          __builtin_prefetch(reinterpret_cast<const char*>(w + r * call_.weight_stride + i) + 2048, 0, 2);
-      }
 #pragma GCC unroll 2
       for (int u = 0; u < kChains; u++) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          const auto v = operand(w + r * call_.weight_stride + i + u * kStep);
-#pragma GCC unroll 4
+          // Four rows are four streams, which the processor's own prefetcher follows late: 1 KB ahead.
+          __builtin_prefetch(reinterpret_cast<const char*>(w + r * w_stride + i + u * kStep) + 1024, 0, 3);
+          const auto v = operand(w + r * w_stride + i + u * kStep);
+#pragma GCC unroll 8
           for (int m = 0; m < M; m++) c[r][m][u] = mac(c[r][m][u], v, a + m * stride + i + u * kStep);
         }
       }
     }
     for (; i < depth; i += kStep) {
       for (int r = 0; r < R; r++) {
-        W part[kStep] = {};
-        std::memcpy(part, w + r * call_.weight_stride + i, size_t(depth - i < kStep ? depth - i : kStep) * sizeof(W));
+        V part[kStep] = {};
+        std::memcpy(part, w + r * w_stride + i, size_t(depth - i < kStep ? depth - i : kStep) * sizeof(V));
         const auto v = operand(part);
         for (int m = 0; m < M; m++) c[r][m][0] = mac(c[r][m][0], v, a + m * stride + i);
       }
     }
-    for (int r = 0; r < R; r++) {
-      for (int m = 0; m < M; m++) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
         F total = c[r][m][0];
         if constexpr (kChains == 2) total += c[r][m][1];
         float& sum = sums[m * kGemmColumns + r];
@@ -149,7 +177,8 @@ private:
     }
   }
 
-  static auto operand(const W* w) {
+  template <class V>
+  static auto operand(const V* w) {
     if constexpr (pairs) {
       return Isa::load(reinterpret_cast<const uint32_t*>(w));
     } else {

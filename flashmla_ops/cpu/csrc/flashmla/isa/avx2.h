@@ -11,6 +11,7 @@ struct Avx2 : Portable<8, false> {
   // 12 accumulators each: 2 FMA a cycle with a latency of 4 need at least 8. 6 x 2 leaves 2 registers for the rows and
   // 1 for the broadcast; 4 x 3 leaves 3 and 1, and 4 divides every padded number of rows.
   static constexpr int qk_m = 6, qk_n = 2, pv_m = 4, pv_n = 3;
+  static constexpr int gemm_m = 3;
   // 72 is a multiple of qk_m, and 72 rows of 576 floats (166 KB) stay in a 512 KB L2 beside the accumulators.
   static constexpr int block = 72;
 
@@ -22,6 +23,11 @@ struct Avx2 : Portable<8, false> {
   }
   static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+  static float sum(F x) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+  }
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

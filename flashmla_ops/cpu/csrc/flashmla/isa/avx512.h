@@ -14,6 +14,7 @@ struct Avx512 : Portable<16, PAIRS> {
   using typename Base::F, typename Base::U, typename Base::I;
   // 24 accumulators each (vdpbf16ps: 2 a cycle, latency 6, so at least 12); the broadcast is a memory operand.
   static constexpr int qk_m = 12, qk_n = 2, pv_m = 8, pv_n = 3;
+  static constexpr int gemm_m = 6;
   static constexpr int block = 96;
 
   using Base::load, Base::max, Base::store;
@@ -24,6 +25,7 @@ struct Avx512 : Portable<16, PAIRS> {
   }
   static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   static F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+  static float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
 
 #ifdef __AVX512BF16__
   static F dot(F c, U a, U b) { return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }

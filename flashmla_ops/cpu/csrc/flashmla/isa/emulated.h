@@ -8,6 +8,7 @@ namespace flashmla::FLASHMLA_ISA {
 
 struct Emulated : Portable<16, true> {
   static constexpr int qk_m = 12, qk_n = 2, pv_m = 8, pv_n = 3;
+  static constexpr int gemm_m = 6;
   static constexpr int block = 96;
 };
 

@@ -24,6 +24,7 @@ struct Portable {
   // Register tiles: qk_m tokens x qk_n vectors of rows, and pv_m rows x pv_n vectors of columns. Eight accumulators
   // fill the sixteen 128-bit registers of the oldest x86-64 together with their operands.
   static constexpr int qk_m = 4, qk_n = 2, pv_m = 4, pv_n = 2;
+  static constexpr int gemm_m = 2;  // rows of a that four weight rows meet at once
   static constexpr int block = 64;  // tokens staged at a time
 
   using F = typename VectorOf<float, LANES>::type;
