@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from flashmla_ops.nn.fast_linear import FastLinear, fast_linear, restore_linear
+from flashmla_ops.nn import FastLinear, fast_linear, restore_linear
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
