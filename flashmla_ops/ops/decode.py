@@ -163,25 +163,24 @@ def check_out(q: Tensor, d_v: int, out: Tensor, lse: Tensor) -> None:
     require_contiguous_rows(op, "out", out)
 
 
-def decode_out_fake(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
+def decode_out_fake(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> None:
     decode_fake(q, *args, **kwargs)  # type: ignore[arg-type]
     check_out(q, args[4] if len(args) > 4 else kwargs["d_v"], out, lse)  # type: ignore[arg-type]
-    return out, lse
 
 
-def decode_out_reference(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
+def decode_out_reference(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> None:
     check_out(q, args[4] if len(args) > 4 else kwargs["d_v"], out, lse)  # type: ignore[arg-type]
     new_out, new_lse = decode_reference(q, *args, **kwargs)  # type: ignore[arg-type]
     out.copy_(new_out)
     lse.copy_(new_lse)
-    return out, lse
 
 
 define(f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)", fake=decode_fake, reference=decode_reference)
-# Not tagged torch.Tag.out: Inductor would then lower `decode` to ExternKernelMultiOut, which in torch 2.13 takes the
-# fake outputs' SymInt sizes for sympy expressions and asserts as soon as any size is dynamic.
+# It returns nothing and is not tagged torch.Tag.out. With the tag, Inductor lowers `decode` to ExternKernelMultiOut, which
+# in torch 2.13 takes the fake outputs' SymInt sizes for sympy expressions and asserts as soon as a size is dynamic; and
+# without it, an operator that returns its arguments cannot be traced.
 define(
-    f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> (Tensor(a!), Tensor(b!))",
+    f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()",
     fake=decode_out_fake,
     reference=decode_out_reference,
 )

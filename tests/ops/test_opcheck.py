@@ -12,11 +12,6 @@ from tests.support.poison import strided
 
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
-#: `decode.out` is for eager callers: torch functionalizes no custom operator that returns its arguments, but for those
-#: tagged torch.Tag.out, which `flashmla_ops.ops.decode` says why this one is not. Compiled code calls `decode`, whose
-#: outputs Inductor plans itself.
-EAGER_UTILITIES = UTILITIES[:3]
-
 LAYOUTS = {
     "mla": {"d": 40, "d_v": 32},
     "mla_two": {"d": 32, "d_v": 32, "d_k": 8},
@@ -61,7 +56,7 @@ def test_decode_out(dtype: str, lay_out: bool) -> None:
     if lay_out:
         generator = torch.Generator().manual_seed(0)
         out, lse = strided(out, generator), strided(lse, generator, contiguous_rows=False)
-    check(torch.ops.flashmla.decode.out, **inputs.kwargs(), out=out, lse=lse, utilities=EAGER_UTILITIES)
+    check(torch.ops.flashmla.decode.out, **inputs.kwargs(), out=out, lse=lse)
 
 
 @pytest.mark.parametrize("num_parts", [1, 4])

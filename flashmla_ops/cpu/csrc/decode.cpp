@@ -1,5 +1,6 @@
 // One decode call: check what only the data can tell, run the schedule's parts in parallel, merge what was cut.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -28,7 +29,7 @@ public:
     accumulator_floats_ = Schedule::kMaxRows * (stride_ + 2);
   }
 
-  // False if a thread could not get its memory; a bad page is in `fault`.
+  // False if a thread could not get its memory, or met a page that the cache does not have (then `bad_page`).
   bool run(const FlashmlaRuntime& runtime) {
     plan();
     results_ = result_arena.reserve(size_t(2 * shape_.num_parts) * size_t(accumulator_floats_) * sizeof(float));
@@ -40,12 +41,12 @@ public:
           shape_.num_parts, [](int64_t a, int64_t b, void* self) { static_cast<Decode*>(self)->attend_parts(a, b); },
           this);
     }
-    if (fault.found || __atomic_load_n(&out_of_memory_, __ATOMIC_ACQUIRE)) return !out_of_memory_;
+    if (bad_page || out_of_memory_) return false;
     merge(runtime);
     return true;
   }
 
-  Fault fault;
+  std::atomic<bool> bad_page{false};
 
 private:
   Item item_at(int64_t index) const {
@@ -93,18 +94,20 @@ private:
     const int64_t scratch = kernels_.scratch_bytes(call_, std::min(shape_.row_block, shape_.rows()));
     char* memory = scratch_arena.reserve(size_t(scratch) + size_t(accumulator_floats_) * sizeof(float));
     if (memory == nullptr) {
-      __atomic_store_n(&out_of_memory_, true, __ATOMIC_RELEASE);
+      out_of_memory_ = true;
       return;
     }
     const Accumulator own = accumulator(reinterpret_cast<float*>(memory));
     for (int64_t part = begin; part < end; part++) {
       for_pieces(part, [&](int64_t index, int64_t from, int64_t to, bool whole, int64_t slot_index) {
-        if (__atomic_load_n(&fault.found, __ATOMIC_ACQUIRE)) return;
+        if (bad_page) return;
         const Item item = item_at(index);
         const Accumulator into = whole ? own : slot(slot_index);
-        const bool good =
-            kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float), fault);
-        if (good && whole) kernels_.finish(call_, item, &own, 1, 0, item.rows);
+        if (!kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float))) {
+          bad_page = true;
+        } else if (whole) {
+          kernels_.finish(call_, item, &own, 1, 0, item.rows);
+        }
       });
     }
   }
@@ -140,7 +143,7 @@ private:
   const int32_t* starts_;
   int64_t stride_, accumulator_floats_, busy_parts_ = 0;
   char* results_ = nullptr;
-  bool out_of_memory_ = false;
+  std::atomic<bool> out_of_memory_{false};
   std::vector<Piece> pieces_;
 };
 
@@ -167,6 +170,21 @@ int check_lengths(const FlashmlaDecode& call, char* message) {
     }
   }
   return 0;
+}
+
+// The first bad page in the order of the table, whichever thread met one first.
+int name_bad_page(const FlashmlaDecode& call, char* message) {
+  char expected[128], actual[128];
+  for (int64_t i = 0; i < call.b; i++) {
+    const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
+    for (int64_t j = 0; j * call.page_size < length; j++) {
+      const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
+      if (page >= 0 && page < call.n_pages) continue;
+      return fail(message, "decode", "block_table", text(expected, "pages in [0, %lld)", (long long)call.n_pages),
+                  text(actual, "%lld at [%lld, %lld]", (long long)page, (long long)i, (long long)j));
+    }
+  }
+  return fail(message, "decode", "block_table", "a tensor that nobody writes to during the call", "another one");
 }
 
 // The schedule is a tensor that anyone may have written: nothing in it is trusted.
@@ -239,17 +257,10 @@ int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t
   }
   const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, schedule[4]);
   Decode decode(*call, shape, schedule);
-  if (!decode.run(*runtime)) {
-    std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
-    return 1;
-  }
-  if (decode.fault.found) {
-    char expected[128], actual[128];
-    return fail(message, "decode", "block_table", text(expected, "pages in [0, %lld)", (long long)call->n_pages),
-                text(actual, "%lld at [%lld, %lld]", (long long)decode.fault.page, (long long)decode.fault.sequence,
-                     (long long)decode.fault.page_index));
-  }
-  return 0;
+  if (decode.run(*runtime)) return 0;
+  if (decode.bad_page) return name_bad_page(*call, message);
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
+  return 1;
 } catch (const std::bad_alloc&) {
   std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
   return 1;

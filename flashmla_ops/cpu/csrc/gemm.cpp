@@ -1,5 +1,6 @@
 // The small products in parallel: columns of out for gemm, batch entries for bmm.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 
@@ -36,7 +37,7 @@ struct EpiloguePass {
 struct BmmPass {
   const Kernels& kernels;
   const FlashmlaBmm& call;
-  bool out_of_memory = false;
+  std::atomic<bool> out_of_memory{false};
 };
 
 }  // namespace
@@ -65,7 +66,9 @@ extern "C" int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* ru
   return 0;
 }
 
-extern "C" int flashmla_gemm_is_small(const FlashmlaGemm* call) { return call->m <= FLASHMLA_SMALL_ROWS; }
+extern "C" int flashmla_multiplies(FlashmlaDType dtype) {
+  return dtype == FLASHMLA_F32 || (dtype == FLASHMLA_BF16 && kernels().multiplies_bf16);
+}
 
 extern "C" int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* product, FlashmlaDType product_dtype,
                                       const FlashmlaRuntime* runtime, char*) {
@@ -81,12 +84,12 @@ extern "C" int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* prod
 }
 
 extern "C" int flashmla_bmm(const FlashmlaBmm* call, const FlashmlaRuntime* runtime, char* message) {
-  BmmPass pass{kernels(), *call};
+  BmmPass pass{kernels(), *call, {}};
   const FlashmlaBody body = [](int64_t begin, int64_t end, void* context) {
     BmmPass& p = *static_cast<BmmPass*>(context);
     char* scratch = arena.reserve(size_t(p.kernels.bmm_scratch_bytes(p.call)));
     if (scratch == nullptr) {
-      __atomic_store_n(&p.out_of_memory, true, __ATOMIC_RELEASE);
+      p.out_of_memory = true;
       return;
     }
     for (int64_t i = begin; i < end; i++) p.kernels.bmm_run(p.call, i, scratch);

@@ -78,11 +78,11 @@ int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
   });
 }
 bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
-            char* scratch, Fault& fault) {
+            char* scratch) {
   return with_element(call.dtype, [&](auto t) {
     using Dot = DotAttention<Isa, decltype(t)>;
-    if (item.rows <= Dot::kMaxRows) return Dot(call, item, into, scratch).run(begin, end, fault);
-    return LaneAttention<Isa, decltype(t)>(call, item, into, scratch).run(begin, end, fault);
+    if (item.rows <= Dot::kMaxRows) return Dot(call, item, into, scratch).run(begin, end);
+    return LaneAttention<Isa, decltype(t)>(call, item, into, scratch).run(begin, end);
   });
 }
 void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,
@@ -97,13 +97,20 @@ void merge(const FlashmlaMerge& call, int64_t begin, int64_t end) {
 }  // namespace FLASHMLA_ISA
 
 const Kernels FLASHMLA_CONCAT(kernels_, FLASHMLA_ISA) = {
-    FLASHMLA_STRING(FLASHMLA_ISA), FLASHMLA_ISA::accumulator_stride,
-    FLASHMLA_ISA::scratch_bytes,   FLASHMLA_ISA::attend,
-    FLASHMLA_ISA::finish,          FLASHMLA_ISA::merge,
-    FLASHMLA_ISA::kGemmRows,       FLASHMLA_ISA::gemm_packed_bytes,
-    FLASHMLA_ISA::gemm_pack,       FLASHMLA_ISA::gemm_run,
-    FLASHMLA_ISA::gemm_epilogue,   FLASHMLA_ISA::bmm_scratch_bytes,
-    FLASHMLA_ISA::bmm_run,
+    .name = FLASHMLA_STRING(FLASHMLA_ISA),
+    .multiplies_bf16 = FLASHMLA_ISA::Isa::pairs,
+    .accumulator_stride = FLASHMLA_ISA::accumulator_stride,
+    .scratch_bytes = FLASHMLA_ISA::scratch_bytes,
+    .attend = FLASHMLA_ISA::attend,
+    .finish = FLASHMLA_ISA::finish,
+    .merge = FLASHMLA_ISA::merge,
+    .gemm_rows = FLASHMLA_ISA::kGemmRows,
+    .gemm_packed_bytes = FLASHMLA_ISA::gemm_packed_bytes,
+    .gemm_pack = FLASHMLA_ISA::gemm_pack,
+    .gemm_run = FLASHMLA_ISA::gemm_run,
+    .gemm_epilogue = FLASHMLA_ISA::gemm_epilogue,
+    .bmm_scratch_bytes = FLASHMLA_ISA::bmm_scratch_bytes,
+    .bmm_run = FLASHMLA_ISA::bmm_run,
 };
 
 }  // namespace flashmla

@@ -92,8 +92,7 @@ private:
       }
       float* floats = reinterpret_cast<float*>(memory);
       const Accumulator into{floats + 2 * Schedule::kMaxRows, floats, floats + Schedule::kMaxRows, stride_};
-      Fault fault;  // cannot occur: the only page is page 0
-      kernels_.attend(one, item, 0, tokens(items_[i]), into, memory + accumulator, fault);
+      kernels_.attend(one, item, 0, tokens(items_[i]), into, memory + accumulator);
       kernels_.finish(one, item, &into, 1, 0, item.rows);
     }
   }

@@ -131,11 +131,10 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache,
-                                      const Tensor& block_table, const Tensor& cache_seqlens, int64_t d_v,
-                                      int64_t qk_start, std::optional<double> softmax_scale, bool causal,
-                                      std::optional<Tensor> schedule, std::string row_format,
-                                      std::optional<Tensor> attn_sink, Tensor out, Tensor lse) {
+void decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache, const Tensor& block_table,
+                const Tensor& cache_seqlens, int64_t d_v, int64_t qk_start, std::optional<double> softmax_scale,
+                bool causal, std::optional<Tensor> schedule, std::string row_format, std::optional<Tensor> attn_sink,
+                Tensor out, Tensor lse) {
   const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
                           qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
   check_decode(a);
@@ -148,7 +147,6 @@ std::tuple<Tensor, Tensor> decode_out(const Tensor& q, const Tensor& kv_cache, s
   check.shape("lse", lse, {q.size(0), q.size(2), q.size(1)});
   check.contiguous_rows("out", out);
   run_decode(a, out, lse);
-  return {out, lse};
 }
 
 Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, int64_t h_kv, int64_t num_parts) {

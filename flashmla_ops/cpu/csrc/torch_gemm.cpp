@@ -98,12 +98,13 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
 
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
-  if (flashmla_gemm_is_small(&call)) {
+  if (call.m <= FLASHMLA_SMALL_ROWS) {
     raise_if(flashmla_gemm(&call, &threads, message), message);
     return out;
   }
-  // Many rows: torch's product in the wider of the two types, then the epilogue alone.
-  const ScalarType type = g.out_dtype == ScalarType::Float ? ScalarType::Float : a.scalar_type();
+  // Many rows: torch's product, then the epilogue alone.
+  const bool narrow = g.out_dtype != ScalarType::Float && flashmla_multiplies(call.a_dtype);
+  const ScalarType type = narrow ? a.scalar_type() : ScalarType::Float;
   const Tensor left = torch::stable::to(rows, type), right = torch::stable::to(weight, type);
   const Tensor product = torch::stable::matmul(left, torch::stable::transpose(right, 0, 1));
   if (call.activation == FLASHMLA_NONE && !bias && !residual && !weight_scale && type == g.out_dtype) {
@@ -128,7 +129,11 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
   FlashmlaBmm call{};
   call.dtype = dtype_of(a);
   call.batch = a.size(0), call.m = a.size(1), call.k = a.size(2), call.n = weight.size(2);
-  if (call.m > FLASHMLA_SMALL_ROWS) return torch::stable::matmul(a, weight);
+  if (call.m > FLASHMLA_SMALL_ROWS) {
+    const ScalarType type = flashmla_multiplies(call.dtype) ? a.scalar_type() : ScalarType::Float;
+    const Tensor product = torch::stable::matmul(torch::stable::to(a, type), torch::stable::to(weight, type));
+    return torch::stable::contiguous(torch::stable::to(product, a.scalar_type()));
+  }
   const Tensor out = torch::stable::new_empty(a, {call.batch, call.m, call.n});
   if (call.batch == 0 || call.m == 0 || call.n == 0) return out;
   // Rows of a and of weight (or its columns) must be contiguous: what is not is copied, as torch.bmm would.

@@ -35,19 +35,19 @@ public:
     return DotAttention(call, item, {}, nullptr).bytes_;
   }
 
-  bool run(int64_t begin, int64_t end, Fault& fault) {
+  bool run(int64_t begin, int64_t end) {
     unpack_queries();
     for (int64_t r = 0; r < item_.rows; r++) {
       into_.m[r] = -INFINITY, into_.l[r] = 0;
       std::memset(into_.o + r * into_.stride, 0, size_t(call_.d_v) * sizeof(float));
     }
     Rows<T, kBlock> blocks[2];
-    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock, fault)) return false;
+    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
     int current = 0;
     for (int64_t t = begin; t < end; t += kBlock, current ^= 1) {
       const int64_t next = t + kBlock, last = end < next + kBlock ? end : next + kBlock;
       Rows<T, kBlock>&here = blocks[current], &ahead = blocks[current ^ 1];
-      if (!ahead.locate(call_, item_, next, last, fault)) return false;
+      if (!ahead.locate(call_, item_, next, last)) return false;
       score(here, ahead);
       weigh(here.n, t);
       for (int64_t r = 0; r < item_.rows;) {

@@ -36,16 +36,16 @@ public:
     return sized.bytes_;
   }
 
-  bool run(int64_t begin, int64_t end, Fault& fault) {
+  bool run(int64_t begin, int64_t end) {
     pack_queries();
     for (int64_t r = 0; r < rows_; r++) into_.m[r] = -INFINITY, into_.l[r] = 0;
     Rows<T, kBlock> blocks[2];
-    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock, fault)) return false;
+    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
     int current = 0;
     for (int64_t t = begin; t < end; t += kBlock, current ^= 1) {
       const int64_t next = t + kBlock, last = end < next + kBlock ? end : next + kBlock;
       Rows<T, kBlock>&here = blocks[current], &ahead = blocks[current ^ 1];
-      if (!ahead.locate(call_, item_, next, last, fault)) return false;
+      if (!ahead.locate(call_, item_, next, last)) return false;
       stage(here);
       score(here.n, ahead);
       weigh(here.n, t);

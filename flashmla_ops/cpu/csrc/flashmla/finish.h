@@ -33,11 +33,13 @@ void finish_rows(const FlashmlaDecode& call, const Item& item, const Accumulator
                  int64_t end) {
   float factors[FLASHMLA_MAX_PARTS];
   for (int64_t r = begin; r < end; r++) {
+    // A maximum drops NaN, a sum keeps it: a row that has met one is NaN, not empty.
+    const auto maximum = [&](int64_t p) { return std::isnan(parts[p].l[r]) ? parts[p].l[r] : parts[p].m[r]; };
     float m = -INFINITY;
-    for (int64_t p = 0; p < n_parts; p++) m = parts[p].m[r] > m || std::isnan(parts[p].m[r]) ? parts[p].m[r] : m;
+    for (int64_t p = 0; p < n_parts; p++) m = maximum(p) > m || std::isnan(maximum(p)) ? maximum(p) : m;
     float l = 0;
     for (int64_t p = 0; p < n_parts; p++) {
-      factors[p] = parts[p].m[r] == -INFINITY ? 0 : std::exp2(parts[p].m[r] - m);
+      factors[p] = maximum(p) == -INFINITY ? 0 : std::exp2(maximum(p) - m);
       l += factors[p] != 0 ? parts[p].l[r] * factors[p] : 0;
     }
     const bool empty = m == -INFINITY;

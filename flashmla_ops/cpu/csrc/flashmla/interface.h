@@ -145,8 +145,9 @@ FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_ten
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
 
 FLASHMLA_EXPORT int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* runtime, char* message);
-// Whether flashmla_gemm is the faster way, rather than a general product followed by the epilogue.
-FLASHMLA_EXPORT int flashmla_gemm_is_small(const FlashmlaGemm* call);
+// Whether a general product of this type is fast here. Where not, widening to float32 first is: without an instruction
+// for them, torch multiplies 16-bit types about ten times slower.
+FLASHMLA_EXPORT int flashmla_multiplies(FlashmlaDType dtype);
 // The epilogue alone, over the product a weight^T [m, rows of weight], contiguous.
 FLASHMLA_EXPORT int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* product, FlashmlaDType product_dtype,
                                            const FlashmlaRuntime* runtime, char* message);

@@ -5,19 +5,6 @@
 
 namespace flashmla {
 
-// The first bad index a thread met; written once, read after all threads have joined.
-struct Fault {
-  int32_t found = 0;  // accessed with __atomic builtins: several threads may race to report
-  int64_t sequence = 0, page_index = 0, page = 0;
-
-  void report(int64_t sequence_, int64_t page_index_, int64_t page_) {
-    int32_t expected = 0;
-    if (__atomic_compare_exchange_n(&found, &expected, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-      sequence = sequence_, page_index = page_index_, page = page_;
-    }
-  }
-};
-
 // Query rows [row, row + rows) of one (sequence, KV head). Row r is query token r / group, head r % group of the group.
 struct Item {
   int64_t sequence, kv_head, row, rows;
@@ -33,11 +20,12 @@ struct Accumulator {
 
 struct Kernels {
   const char* name;
+  bool multiplies_bf16;  // in one instruction, with fp32 sums
   int64_t (*accumulator_stride)(int64_t d_v);
   int64_t (*scratch_bytes)(const FlashmlaDecode& call, int64_t rows);
-  // Attend tokens [begin, end). False if a page index was bad (then `fault` says which).
+  // Attend tokens [begin, end). False if the block table names a page that the cache does not have.
   bool (*attend)(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
-                 char* scratch, Fault& fault);
+                 char* scratch);
   // Merge the item's parts and write rows [begin, end) of out and lse.
   void (*finish)(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n_parts, int64_t begin,
                  int64_t end);

@@ -12,17 +12,14 @@ struct Rows {
   const T* k[N];
   int n = 0;
 
-  // False, with the fault reported, if a page of tokens [begin, end) is not in the cache.
-  bool locate(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, Fault& fault) {
+  // False if a page of tokens [begin, end) is not in the cache.
+  bool locate(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end) {
     n = 0;
     const int32_t* table = call.block_table + item.sequence * call.block_table_stride[0];
     for (int64_t t = begin; t < end;) {
       const int64_t index = t / call.page_size, first = t - index * call.page_size;
       const int64_t page = table[index * call.block_table_stride[1]];
-      if (page < 0 || page >= call.n_pages) {
-        fault.report(item.sequence, index, page);
-        return false;
-      }
+      if (page < 0 || page >= call.n_pages) return false;
       const int64_t last = first + (end - t) < call.page_size ? first + (end - t) : call.page_size;
       const T* kv_page = at(call.kv, page, item.kv_head);
       const T* k_page = at(call.k, page, item.kv_head);

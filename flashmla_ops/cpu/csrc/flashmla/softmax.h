@@ -20,11 +20,11 @@ typename Isa::F exp2(typename Isa::F x) {
   const F magic = Isa::set1(0x1.8p23f + 127.0f);
   const F shifted = x + magic;
   const F r = x - (shifted - magic);
-  F p = Isa::set1(1.3333558e-3f);
-  p = Isa::fma(p, r, Isa::set1(9.6181291e-3f));
-  p = Isa::fma(p, r, Isa::set1(5.5504109e-2f));
-  p = Isa::fma(p, r, Isa::set1(2.4022651e-1f));
-  p = Isa::fma(p, r, Isa::set1(6.9314718e-1f));
+  F p = Isa::set1(1.32647273e-3f);
+  p = Isa::fma(p, r, Isa::set1(9.67151299e-3f));
+  p = Isa::fma(p, r, Isa::set1(5.55073358e-2f));
+  p = Isa::fma(p, r, Isa::set1(2.40222424e-1f));
+  p = Isa::fma(p, r, Isa::set1(6.93147004e-1f));
   p = Isa::fma(p, r, Isa::set1(1.0f));
   const F power = Isa::template reinterpret<F>(Isa::template reinterpret<I>(shifted) << 23);
   return x < Isa::set1(-126.0f) ? F{} : p * power;
