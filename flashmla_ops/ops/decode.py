@@ -176,9 +176,9 @@ def decode_out_reference(q: Tensor, *args: object, out: Tensor, lse: Tensor, **k
 
 
 define(f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)", fake=decode_fake, reference=decode_reference)
-# It returns nothing and is not tagged torch.Tag.out. With the tag, Inductor lowers `decode` to ExternKernelMultiOut, which
-# in torch 2.13 takes the fake outputs' SymInt sizes for sympy expressions and asserts as soon as a size is dynamic; and
-# without it, an operator that returns its arguments cannot be traced.
+# It returns nothing and is not tagged torch.Tag.out. With the tag, Inductor lowers `decode` to ExternKernelMultiOut,
+# which in torch 2.13 takes the fake outputs' SymInt sizes for sympy expressions and asserts as soon as a size is
+# dynamic; and without it, an operator that returns its arguments cannot be traced.
 define(
     f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()",
     fake=decode_out_fake,
