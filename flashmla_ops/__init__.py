@@ -1,9 +1,24 @@
 """FlashMLA: Multi-head Latent Attention over one paged latent cache, as ``torch.ops.flashmla.*``."""
 
 from flashmla_ops import cpu, ops
-from flashmla_ops.api import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_ops.api import (
+    FlashMLASchedMeta,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
 
-__all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata", "ops"]
-cpu.load()
-
+__all__ = [
+    "FlashMLASchedMeta",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "ops",
+]
 __version__ = "0.1.0"
+
+cpu.load()

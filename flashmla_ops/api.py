@@ -2,8 +2,8 @@
 
     import flashmla_ops as flash_mla
 
-Dense decode is served, for more than the official package serves: any head counts, page size, row width, float32 too.
-What the official functions assert raises `ArgumentError`, and so does every argument of a mode that is not served here:
+Dense decode and dense prefill (forward) are served, for more than the official package serves: any head counts, page
+size and row width, float32 too. What the official functions assert raises `ArgumentError`, and so does every argument of a mode that is not served here:
 nothing is silently ignored.
 """
 
@@ -117,6 +117,82 @@ def flash_mla_with_kvcache(
         return _decode(q, k_cache, block_table, cache_seqlens, head_dim_v, meta, softmax_scale, causal)
     with typed():
         return _decode(q, k_cache, block_table, cache_seqlens, head_dim_v, meta, softmax_scale, causal)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,  # [t_q, h_q, d_qk]
+    k: Tensor,  # [t_k, h_kv, d_qk]
+    v: Tensor,  # [t_k, h_kv, d_v]
+    cu_seqlens_qo: Tensor,  # [b + 1] int32
+    cu_seqlens_kv: Tensor,  # [b + 1] int32
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:  # out [t_q, h_q, d_v], lse [t_q, h_q] float32
+    """Dense attention over sequences that lie one after another; ``causal`` is aligned bottom-right.
+
+    ``lse`` is the natural log, and -inf for a query that sees no key, as the official function has it (the operator
+    says +inf). ``max_seqlen_qo``, ``max_seqlen_kv`` and ``is_varlen`` are hints that nothing here needs.
+
+    Raises:
+        ArgumentError: a shape, dtype or bound does not fit; ``dropout_p`` or ``deterministic`` is given, which the
+            official function refuses too.
+        NotDifferentiableError: a gradient is required: there is no backward yet.
+    """
+    op = "flash_attn_varlen_func"
+    if dropout_p != 0.0:
+        raise ArgumentError(op, "dropout_p", "0.0", dropout_p)
+    if deterministic:
+        raise ArgumentError(op, "deterministic", "False (results are deterministic anyway)", deterministic)
+    arguments = (q, k, v, cu_seqlens_qo, cu_seqlens_kv, causal, softmax_scale)
+    if torch.compiler.is_compiling():
+        out, lse = torch.ops.flashmla.prefill(*arguments)
+    else:
+        with typed():
+            out, lse = torch.ops.flashmla.prefill(*arguments)
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf).T
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,  # [t, h, d_qk + d_qk + d_v]
+    cu_seqlens: Tensor,  # [b + 1] int32
+    max_seqlen: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_varlen_func` on q, k and v that lie in one tensor; they are read in place."""
+    d_v = qkv.shape[-1] - 2 * head_dim_qk
+    q, k, v = qkv.split([head_dim_qk, head_dim_qk, d_v], dim=-1)
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *bounds, dropout_p, softmax_scale, causal, deterministic, is_varlen)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,  # [t_q, h_q, d_qk]
+    kv: Tensor,  # [t_k, h_kv, d_qk + d_v]
+    cu_seqlens_qo: Tensor,  # [b + 1] int32
+    cu_seqlens_kv: Tensor,  # [b + 1] int32
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_varlen_func` on k and v that lie in one tensor; they are read in place."""
+    k, v = kv.split([head_dim_qk, kv.shape[-1] - head_dim_qk], dim=-1)
+    bounds = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
+    return flash_attn_varlen_func(q, k, v, *bounds, dropout_p, softmax_scale, causal, deterministic, is_varlen)
 
 
 def _decode(
