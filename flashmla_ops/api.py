@@ -3,8 +3,8 @@
     import flashmla_ops as flash_mla
 
 Dense decode and dense prefill (forward) are served, for more than the official package serves: any head counts, page
-size and row width, float32 too. What the official functions assert raises `ArgumentError`, and so does every argument of a mode that is not served here:
-nothing is silently ignored.
+size and row width, float32 too. What the official functions assert raises `ArgumentError`, and so does every argument
+of a mode that is not served here: nothing is silently ignored.
 """
 
 from __future__ import annotations
