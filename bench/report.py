@@ -1,17 +1,30 @@
-"""Tables from results: Markdown, written between markers, never typed."""
+"""Tables from results: Markdown, generated, never typed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.runner import OURS, ROOT
+from bench.runner import OURS, ROOT, file_name
 
 README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "bench.md"
+PICTURES = ROOT / "docs" / "bench"
 RESULTS = ROOT / "bench" / "results"
 NO_RESULTS = "No results yet: `make bench` writes them."
+#: What the README shows: the suite, and the group of its cases. All else is in `DOCUMENT`.
+SHOWN = ("decode", "grid")
+INTRODUCTION = """# The bench
+
+Written by `make bench` from [`bench/results`](../bench/results); nothing here is typed. Every timed result was checked
+against float64. [CONTRIBUTING.md](../CONTRIBUTING.md) says how we time."""
+
+Row = Mapping[str, Any]
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -20,46 +33,109 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in files]
 
 
+def group_of(row: Row) -> str:
+    return str(row["case"].get("group", ""))
+
+
+def groups(results: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """The rows by their group, in the order in which they ran."""
+    found: dict[str, list[Row]] = {}
+    for row in results["results"]:
+        found.setdefault(group_of(row), []).append(row)
+    return found
+
+
+def peers_of(rows: Iterable[Row]) -> list[str]:
+    """The peers that ran in any of these rows."""
+    return [name for name in dict.fromkeys(name for row in rows for name in row["timings"]) if name != OURS]
+
+
+def best_peer(row: Row) -> Mapping[str, Any] | None:
+    """The fastest peer with a correct result."""
+    correct = (timing for name, timing in row["timings"].items() if name != OURS and timing["correct"])
+    return min(correct, key=lambda timing: timing["median"], default=None)
+
+
+def limit_of(row: Row) -> float:
+    """Seconds that the machine needs at least."""
+    return float(max(row["compute_limit"], row["memory_limit"]))
+
+
+def limited_by(row: Row) -> str:
+    return "compute" if row["compute_limit"] >= row["memory_limit"] else "memory"
+
+
+def split_keys(rows: Sequence[Row]) -> tuple[list[str], dict[str, Any]]:
+    """The keys of the cases whose values differ, and the others with the value that they have everywhere."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row["case"]) if key != "group"]
+    values = {key: [row["case"].get(key) for row in rows] for key in keys}
+    differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
+    return differing, {key: values[key][0] for key in keys if key not in differing}
+
+
+@dataclass(frozen=True)
+class Unit:
+    name: str
+    seconds: float
+
+    def show(self, seconds: float, digits: int = 3) -> str:
+        """With so many digits that count, and never with an exponent for being large."""
+        value = seconds / self.seconds
+        return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def unit_of(rows: Sequence[Row]) -> Unit:
+    """Milliseconds, or microseconds where none of ours takes as much as one."""
+    longest = max(row["timings"][OURS]["median"] for row in rows)
+    return Unit("ms", 1e-3) if longest >= 1e-3 else Unit("µs", 1e-6)
+
+
 def disturbed(*timings: Mapping[str, Any]) -> str:
     """``~`` if other load disturbed any of these, so that CPU time stands in for wall time."""
     return "" if all(timing["clean"] for timing in timings) else "~"
 
 
-def milliseconds(timing: Mapping[str, Any] | None) -> str:
-    """``1.23 ± 0.04``: the median and half the interquartile range, in milliseconds."""
+def duration(timing: Mapping[str, Any] | None, unit: Unit) -> str:
+    """``1.23 ± 0.04``: the median and half the interquartile range."""
     if timing is None:
-        return "absent"
+        return "–"
     if not timing["correct"]:
         return "wrong"
-    return f"{disturbed(timing)}{timing['median'] * 1e3:.3g} ± {(timing['q3'] - timing['q1']) / 2 * 1e3:.1g}"
+    half = (timing["q3"] - timing["q1"]) / 2
+    return f"{disturbed(timing)}{unit.show(timing['median'])} ± {unit.show(half, 1)}"
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """One run as Markdown: where it ran, its limits, and a row for each case."""
-    rows: Sequence[Mapping[str, Any]] = results["results"]
-    peers = [
-        name for name in dict.fromkeys(n for row in rows for n in (*row["timings"], *row["skipped"])) if name != OURS
-    ]
-    header = ["b", "h_q", "s_kv", "dtype", "limit", OURS, "of peak", *peers, "faster than the best peer"]
+def table(rows: Sequence[Row], dram_read: float) -> str:
+    """Cases of one group as Markdown: a row for each, columns for what differs between them."""
+    differing, constant = split_keys(rows)
+    unit, peers = unit_of(rows), peers_of(rows)
+    limited, computes = any(limit_of(row) for row in rows), any(row["flops"] for row in rows)
+    header = [*differing, *(["limit", "limited by"] if limited else []), OURS]
+    header += [*(["of peak"] if computes else []), *(["of DRAM"] if limited else []), *peers]
+    header += [f"best peer / {OURS}"] if peers else []
     lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
     for row in rows:
-        timings, case = row["timings"], row["case"]
-        ours = timings[OURS]
-        best = min(
-            (timings[p] for p in peers if p in timings and timings[p]["correct"]),
-            key=lambda timing: timing["median"],
-            default=None,
-        )
-        cells = [
-            *(str(case[name]) for name in ("b", "h_q", "s_kv", "dtype")),
-            f"{max(row['compute_limit'], row['memory_limit']) * 1e3:.3g}",
-            milliseconds(ours),
-            disturbed(ours) + f"{ours['fraction_of_peak']:.0%}",
-            *(milliseconds(timings.get(peer)) for peer in peers),
-            "" if best is None else disturbed(ours, best) + f"{best['median'] / ours['median']:.2f}x",
-        ]
+        ours, best = row["timings"][OURS], best_peer(row)
+        mark = disturbed(ours)
+        cells = [str(row["case"].get(name)) for name in differing]
+        cells += [unit.show(limit_of(row)), limited_by(row)] if limited else []
+        cells += [duration(ours, unit)]
+        cells += [f"{mark}{ours['fraction_of_peak']:.0%}"] if computes else []
+        cells += [f"{mark}{row['bytes'] / ours['median'] / dram_read:.0%}"] if limited else []
+        cells += [duration(row["timings"].get(peer), unit) for peer in peers]
+        if peers:
+            cells.append("" if best is None else disturbed(ours, best) + f"{best['median'] / ours['median']:.2f}x")
         lines.append("| " + " | ".join(cells) + " |")
-    return heading(results) + "\n\n" + "\n".join(lines)
+    notes = [f"Times in {unit.name}."]
+    if constant:
+        notes.append("In all cases: " + ", ".join(f"{key} {value}" for key, value in constant.items()) + ".")
+    notes += [f"{name}: {reason}." for name, reason in reasons(rows)]
+    return " ".join(notes) + "\n\n" + "\n".join(lines)
+
+
+def reasons(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Why peers are missing, each reason once."""
+    return list(dict.fromkeys((name, reason) for row in rows for name, reason in row["skipped"].items()))
 
 
 def heading(results: Mapping[str, Any]) -> str:
@@ -68,13 +144,46 @@ def heading(results: Mapping[str, Any]) -> str:
     if limits["bf16_flops"] is not None:
         peaks += f", vdpbf16ps {limits['bf16_flops'] / 1e9:.0f} GFLOP/s"
     return (
-        f"`{results['suite']}`, ms a call (median ± half the interquartile range; `~`: CPU time of the busiest thread,"
-        f" where other load disturbed the wall time). {host['cpu']}, {host['threads']} threads,"
+        f"`{results['suite']}`: time of a call, median ± half the interquartile range (`~`: CPU time of the busiest"
+        f" thread, where other load disturbed the wall time). {host['cpu']}, {host['threads']} threads,"
         f" torch {versions['torch']}, commit {results['commit'][:12]}, {results['date'][:10]}."
         f" Limits measured in the same run: {peaks}, DRAM read {limits['dram_read'] / 1e9:.0f} GB/s."
-        ' "limit" is the larger of FLOPs over peak and cache bytes over DRAM bandwidth; "of peak" is of peak FLOP/s.'
+        ' "limit" is the larger of FLOPs over peak and bytes over DRAM bandwidth, where bytes are what must be read'
+        ' once; "of peak" is of peak FLOP/s, "of DRAM" of its bandwidth.'
         f" Made by `{results['command']}`."
     )
+
+
+def picture(results: Mapping[str, Any], kind: str, folder: Path = PICTURES) -> Path:
+    """Where a picture of a run lies."""
+    return folder / f"{Path(file_name(results, quick=False)).stem}-{kind}.svg"
+
+
+def bars_of(group: str) -> str:
+    """The kind of picture that shows the cases of a group."""
+    return "-".join(["bars", *re.findall(r"[a-z0-9]+", group.lower())])
+
+
+def link(path: Path, beside: Path) -> list[str]:
+    """Markdown of a picture for a document in the folder ``beside``; nothing if it is not there."""
+    return [f"![{path.stem}]({os.path.relpath(path, beside)})"] if path.exists() else []
+
+
+def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES) -> str:
+    """One run: where it ran, its limits, and a table for each group, with the pictures that there are."""
+    parts = [heading(results), *link(picture(results, "roofline", pictures), beside)]
+    for name, rows in groups(results).items():
+        parts += [f"**{name}**"] if name else []
+        parts.append(table(rows, results["limits"]["dram_read"]))
+        parts += link(picture(results, bars_of(name), pictures), beside)
+    return "\n\n".join(parts)
+
+
+def excerpt(results: Mapping[str, Any], beside: Path, group: str, pictures: Path = PICTURES) -> str:
+    """One run in short: where it ran, its limits, its roofline and the table of one group."""
+    rows = [row for row in results["results"] if group_of(row) in (group, "")]
+    roofline = link(picture(results, "roofline", pictures), beside)
+    return "\n\n".join([heading(results), *roofline, table(rows, results["limits"]["dram_read"])])
 
 
 def markers(suite: str) -> tuple[str, str]:
@@ -91,10 +200,10 @@ def between_markers(text: str, suite: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
-def write_tables(path: Path = README, folder: Path = RESULTS, suites: Sequence[str] = ("decode",)) -> None:
-    """Bring the tables of ``path`` up to date with the results."""
-    text, runs = path.read_text(), load(folder)
-    for suite in suites:
-        tables = [table(run) for run in runs if run["suite"] == suite]
-        text = between_markers(text, suite, "\n\n".join(tables) or NO_RESULTS)
-    path.write_text(text)
+def write_tables(readme: Path = README, document: Path = DOCUMENT, folder: Path = RESULTS) -> None:
+    """Bring the README's table and the whole of ``document`` up to date with the results."""
+    runs, (suite, group) = load(folder), SHOWN
+    shown = [excerpt(run, readme.parent, group) for run in runs if run["suite"] == suite]
+    readme.write_text(between_markers(readme.read_text(), suite, "\n\n".join(shown) or NO_RESULTS))
+    chapters = [f"## {run['suite']}\n\n{chapter(run, document.parent)}" for run in runs]
+    document.write_text("\n\n".join([INTRODUCTION, *(chapters or [NO_RESULTS])]) + "\n")

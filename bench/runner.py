@@ -10,15 +10,16 @@ import shlex
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import peers
 from bench.limits import LimitMeter, Limits
 from bench.timing import Budget, Timing, interleave, stolen
 from flashmla_ops import capability
@@ -35,7 +36,7 @@ class Work:
     title: str
     case: Mapping[str, Any]
     flops: float
-    bytes: float  # what must be read from memory at least once
+    bytes: float  # what must be read from memory at least once; with flops 0 too, nothing limits the case
     dtype: torch.dtype
     tolerance: float  # largest `row_error`
 
@@ -48,6 +49,8 @@ class Problem:
     calls: Mapping[str, Callable[[], Tensor]]
     skipped: Mapping[str, str]  # implementations that cannot run here, with the reason
     expected: Tensor  # float64
+    #: What of a result is compared with ``expected``; not timed.
+    read: Callable[[Tensor], Tensor] = lambda result: result
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def solve(problem: Problem, budget: Budget) -> Solved:
     skipped = dict(problem.skipped)
 
     def check(name: str, result: Tensor) -> None:
-        errors[name] = max(errors.get(name, 0.0), row_error(result, problem.expected))
+        errors[name] = max(errors.get(name, 0.0), row_error(problem.read(result), problem.expected))
 
     for name, call in problem.calls.items():  # compiles and allocates
         try:
@@ -139,6 +142,7 @@ def as_dict(solved: Solved, limits: Limits) -> dict[str, Any]:
             name: {
                 **timing.as_dict(),
                 "fraction_of_peak": work.flops / timing.median / peak,
+                "fraction_of_dram": work.bytes / timing.median / limits.dram_read,
                 "error": solved.errors[name],
                 "correct": solved.correct(name),
             }
@@ -155,8 +159,10 @@ def one_line(solved: Solved, limits: Limits) -> str:
     for name, timing in solved.timings.items():
         mark = ("" if timing.clean else "~") + ("" if solved.correct(name) else " WRONG")
         cells.append(f"{name} {timing.median * 1e3:.3f} ms{mark}")
-    fraction = work.flops / solved.timings[OURS].median / limits.peak(work.dtype)
-    return f"{work.title}: {fraction:.0%} of peak; " + ", ".join(cells)
+    seconds = solved.timings[OURS].median
+    peak, dram = work.flops / seconds / limits.peak(work.dtype), work.bytes / seconds / limits.dram_read
+    shares = f" ({peak:.0%} of peak, {dram:.0%} of DRAM)" if work.flops else ""
+    return f"{work.title}{shares}: " + ", ".join(cells)
 
 
 def wrong(results: Mapping[str, Any], name: str = OURS) -> list[Mapping[str, Any]]:
@@ -176,18 +182,19 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!docs")
     return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def versions() -> dict[str, str]:
     compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True)
     return {
-        "flashmla-ops": metadata.version("flashmla-ops"),
+        "flashmla-ops": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": compiler.stdout.split("\n", 1)[0],
         "kernel": platform.release(),
+        **peers.versions(),
     }
 
 
@@ -202,9 +209,8 @@ def host(meter: LimitMeter) -> dict[str, Any]:
     }
 
 
-def default_path(results: Mapping[str, Any], *, quick: bool) -> Path:
-    """Where results go: one file for each suite, CPU and thread count, so that a new run replaces the old."""
+def file_name(results: Mapping[str, Any], *, quick: bool) -> str:
+    """One file for each suite, CPU and thread count, so that a new run replaces the old; looks are kept apart."""
     words = [results["suite"], results["host"]["cpu"], results["host"]["instruction_set"]]
     slug = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
-    name = f"{slug}-{results['host']['threads']}-threads" + ("-quick" if quick else "")
-    return ROOT / "bench" / "results" / f"{name}.json"
+    return f"{slug}-{results['host']['threads']}-threads" + ("-quick.json" if quick else ".json")

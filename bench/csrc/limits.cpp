@@ -207,7 +207,10 @@ int main(int argc, char** argv) {
   constexpr int kRounds = 200;
   machine.measure("l2_read", 1.0 * kRounds * kSmall * threads, [&](int thread, int) {
     uint64_t sum = 0;
-    for (int round = 0; round < kRounds; ++round) sum ^= read<0>(data + thread * kChunk, kSmall);
+    for (int round = 0; round < kRounds; ++round) {
+      sum ^= read<0>(data + thread * kChunk, kSmall);
+      __asm__ volatile("" ::: "memory");  // or the compiler reads once and multiplies
+    }
     word_sink = sum;
   });
   // Each repetition reads chunks that no thread has read for `bytes` bytes.

@@ -39,7 +39,10 @@ def test_mla_case(isa: str, case: DecodeCase) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_is_read_and_written_exactly(isa: str, dtype: torch.dtype) -> None:
-    """Attention to one token returns its row: all 65,536 bit patterns, NaN as NaN."""
+    """Attention to one token returns its row: all 65,536 bit patterns, NaN as NaN.
+
+    But for subnormal bf16 (below 2**-126), which the AVX512_BF16 instructions take and return as zero.
+    """
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     rows = torch.cat(
         [values.view(-1, 1, 1, 256), values.new_zeros(256, 1, 1, 1)], dim=-1
@@ -51,6 +54,9 @@ def test_every_16_bit_value_is_read_and_written_exactly(isa: str, dtype: torch.d
             values.new_zeros(256, 1, heads, 1), rows, None, block_table, lengths, 256, qk_start=256
         )
         expected = rows[:, 0, 0, None, None, :256].expand_as(out)
+        if isa == "avx512_bf16" and dtype == torch.bfloat16:
+            smallest = torch.finfo(dtype).tiny
+            expected = torch.where((expected.abs() < smallest) & (out == 0), 0, expected)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
         assert lse.eq(0).all()
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flashmla_ops import reference
+from flashmla_ops import cpu, reference
 from tests.support.cases import DecodeCase, DecodeInputs, build
 from tests.support.compare import OFFICIAL_LSE, OFFICIAL_OUT, Tolerance, difference
 from tests.support.threads import threads
@@ -30,6 +31,12 @@ def score_error(case: DecodeCase, inputs: DecodeInputs) -> float:
     return 2.0**-22 * abs(case.scale) * (largest[0] * largest[1]) ** 0.5
 
 
+#: These multiply pairs of bf16, and so round the weights, as the official kernels do.
+ROUND_WEIGHTS = ("avx512_bf16", "emulated")
+#: That rounding is one error for all heads of a column: a cosine of fewer columns is no average.
+FEW_COLUMNS = 64
+
+
 def tolerances(case: DecodeCase, inputs: DecodeInputs) -> tuple[Tolerance, Tolerance]:
     """For out and lse. The official bounds assume the official data (scores far below 1); larger scores widen lse's."""
     if case.dtype == "float32":
@@ -38,10 +45,13 @@ def tolerances(case: DecodeCase, inputs: DecodeInputs) -> tuple[Tolerance, Toler
         largest = float(values.abs().max()) if values.numel() else 0.0
         out = Tolerance(absolute=(2.0**-19 + 2 * error) * largest, relative=0.0, cosine=1e-9)
         return out, Tolerance(absolute=2.0**-20 + error, relative=2.0**-21, cosine=1e-9)
+    out = OFFICIAL_OUT
+    columns = sum(length > 0 for length in case.lengths) * case.h_kv * case.d_v
+    if case.dtype == "bfloat16" and cpu.STATE.active in ROUND_WEIGHTS and columns < FEW_COLUMNS:
+        out = replace(out, cosine=8 * out.cosine)
     if case.q_spread <= 0.1 and case.softmax_scale is None:
-        return OFFICIAL_OUT, OFFICIAL_LSE
-    widened = max(OFFICIAL_LSE.absolute, score_error(case, inputs))
-    return OFFICIAL_OUT, Tolerance(widened, OFFICIAL_LSE.relative, OFFICIAL_LSE.cosine)
+        return out, OFFICIAL_LSE
+    return out, replace(OFFICIAL_LSE, absolute=max(OFFICIAL_LSE.absolute, score_error(case, inputs)))
 
 
 def mismatch(

@@ -34,12 +34,29 @@ using Isa = Emulated;
 using Isa = Portable<4, false>;
 #endif
 
+template <class Kernel>
+struct Tag {
+  using type = Kernel;
+};
+
+// Calls f with the kernel for so many query rows a KV head.
+template <class T, class F>
+auto with_attention(int64_t rows, F f) {
+  if (rows > kFewRows) return f(Tag<LaneAttention<Isa, T>>{});
+  if constexpr (Mac<Isa, T>::pairs) {
+    return f(Tag<LaneAttention<typename Mac<Isa, T>::Isa::Half, T, Isa>>{});
+  } else {
+    return f(Tag<DotAttention<Isa, T>>{});
+  }
+}
+
 template <class F>
 auto with_gemm(const FlashmlaGemm& call, F f) {
-  if (call.weight_dtype == FLASHMLA_I8) return f(Gemm<Isa, i8, false>(call));
   if constexpr (Isa::pairs) {
-    if (call.weight_dtype == FLASHMLA_BF16 && call.a_dtype == FLASHMLA_BF16) return f(Gemm<Isa, bf16, true>(call));
+    if (call.a_dtype == FLASHMLA_BF16 && call.weight_dtype == FLASHMLA_BF16) return f(Gemm<Isa, bf16, true>(call));
+    if (call.a_dtype == FLASHMLA_BF16 && call.weight_dtype == FLASHMLA_I8) return f(Gemm<Isa, i8, true>(call));
   }
+  if (call.weight_dtype == FLASHMLA_I8) return f(Gemm<Isa, i8, false>(call));
   return with_element(call.weight_dtype, [&](auto w) { return f(Gemm<Isa, decltype(w), false>(call)); });
 }
 
@@ -71,18 +88,18 @@ int64_t accumulator_stride(int64_t d_v) { return round_up(d_v, Isa::W) + 16; }
 
 int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
   return with_element(call.dtype, [&](auto t) {
-    using Dot = DotAttention<Isa, decltype(t)>;
-    const int64_t lanes = LaneAttention<Isa, decltype(t)>::scratch_bytes(call, rows);
-    const int64_t dot = Dot::scratch_bytes(call, Dot::kMaxRows);
-    return lanes > dot ? lanes : dot;
+    const auto bytes = [&](auto tag) { return decltype(tag)::type::scratch_bytes(call, rows); };
+    // The last item of a head may have fewer rows than the others.
+    const int64_t few = with_attention<decltype(t)>(rows < kFewRows ? rows : kFewRows, bytes);
+    const int64_t all = with_attention<decltype(t)>(rows, bytes);
+    return few > all ? few : all;
   });
 }
 bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
             char* scratch) {
   return with_element(call.dtype, [&](auto t) {
-    using Dot = DotAttention<Isa, decltype(t)>;
-    if (item.rows <= Dot::kMaxRows) return Dot(call, item, into, scratch).run(begin, end);
-    return LaneAttention<Isa, decltype(t)>(call, item, into, scratch).run(begin, end);
+    return with_attention<decltype(t)>(
+        item.rows, [&](auto tag) { return typename decltype(tag)::type(call, item, into, scratch).run(begin, end); });
   });
 }
 void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,

@@ -98,7 +98,8 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
 
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
-  if (call.m <= FLASHMLA_SMALL_ROWS) {
+  const bool epilogue = call.activation != FLASHMLA_NONE || bias || residual || weight_scale;
+  if (call.m <= (epilogue ? FLASHMLA_SMALL_ROWS : flashmla_small_rows(call.a_dtype, call.weight_dtype))) {
     raise_if(flashmla_gemm(&call, &threads, message), message);
     return out;
   }
@@ -107,7 +108,7 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
   const ScalarType type = narrow ? a.scalar_type() : ScalarType::Float;
   const Tensor left = torch::stable::to(rows, type), right = torch::stable::to(weight, type);
   const Tensor product = torch::stable::matmul(left, torch::stable::transpose(right, 0, 1));
-  if (call.activation == FLASHMLA_NONE && !bias && !residual && !weight_scale && type == g.out_dtype) {
+  if (!epilogue && type == g.out_dtype) {
     return torch::stable::view(product, shape);
   }
   raise_if(flashmla_gemm_epilogue(&call, product.const_data_ptr(), dtype_of(product), &threads, message), message);
@@ -129,7 +130,7 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
   FlashmlaBmm call{};
   call.dtype = dtype_of(a);
   call.batch = a.size(0), call.m = a.size(1), call.k = a.size(2), call.n = weight.size(2);
-  if (call.m > FLASHMLA_SMALL_ROWS) {
+  if (call.m > flashmla_small_rows(call.dtype, call.dtype)) {
     const ScalarType type = flashmla_multiplies(call.dtype) ? a.scalar_type() : ScalarType::Float;
     const Tensor product = torch::stable::matmul(torch::stable::to(a, type), torch::stable::to(weight, type));
     return torch::stable::contiguous(torch::stable::to(product, a.scalar_type()));

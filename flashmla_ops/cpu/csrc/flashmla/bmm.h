@@ -63,7 +63,7 @@ private:
       for (int64_t m = 0; m < rows; m++) {
         float x[4];
         for (int64_t d = 0; d < 4; d++) x[d] = d < depth ? to_float(a[m * call_.a_stride[1] + k + d]) : 0;
-        add_rows(sums[m], w, x, depth, columns);
+        add_rows(sums[m], w, x, depth, columns, m == 0);
       }
     }
     for (int64_t m = 0; m < rows; m++) {
@@ -73,11 +73,16 @@ private:
       for (; i < columns; i++) from_float(sums[m][i], out[i]);
     }
   }
-  static void add_rows(float* sums, const T* const (&w)[4], const float (&x)[4], int64_t depth, int64_t columns) {
+  void add_rows(float* sums, const T* const (&w)[4], const float (&x)[4], int64_t depth, int64_t columns,
+                bool fetch) const {
     int64_t i = 0;
     if (depth == 4) {
       const F x0 = Isa::set1(x[0]), x1 = Isa::set1(x[1]), x2 = Isa::set1(x[2]), x3 = Isa::set1(x[3]);
+      const int64_t next = 4 * call_.weight_stride[1];
       for (; i + Isa::W <= columns; i += Isa::W) {
+        if (fetch && i * int64_t{sizeof(T)} % 64 == 0) {  // rows are short: the processor has no time to see a stream
+          for (int d = 0; d < 4; d++) __builtin_prefetch(w[d] + i + next);
+        }
         F s = Isa::fma(Isa::load(w[0] + i), x0, Isa::load(sums + i));
         s = Isa::fma(Isa::load(w[1] + i), x1, s);
         s = Isa::fma(Isa::load(w[2] + i), x2, s);

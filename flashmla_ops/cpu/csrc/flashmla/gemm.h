@@ -14,7 +14,8 @@ constexpr int kGemmRows = 32;     // rows of a that one pass over the weights se
 constexpr int kGemmColumns = 64;  // columns of out that one task finishes at a time
 constexpr int kGemmDepth = 512;   // elements of k that stay in L1: four weight rows and the rows of a they meet
 
-// PAIRS: bf16 on both sides and a processor that multiplies it, so that rows are read as pairs and a stays as it is.
+// PAIRS: a in bf16, weights in bf16 or int8 (whose values bf16 holds exactly) and a processor that multiplies pairs, so
+// that a stays as it is.
 template <class Isa, class W, bool PAIRS>
 class Gemm {
   using F = typename Isa::F;
@@ -25,7 +26,8 @@ class Gemm {
 public:
   explicit Gemm(const FlashmlaGemm& call) : call_(call) {}
 
-  static int64_t packed_stride(int64_t k) { return round_up(k, 2 * Isa::W); }
+  // A vector more than k needs: rows of a, at multiples of 4 KB, would all fall into the same set of L1.
+  static int64_t packed_stride(int64_t k) { return round_up(k, 2 * Isa::W) + 2 * Isa::W; }
   static int64_t packed_bytes(const FlashmlaGemm& call) {
     return kGemmRows * packed_stride(call.k) * int64_t{sizeof(Packed)};
   }
@@ -79,80 +81,101 @@ public:
   }
 
 private:
-  // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns), four weight rows at a time.
+  // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns). With few rows of a, four or two weight rows
+  // are read along their whole length and meet all of them in registers; with more, four weight rows are read (and
+  // widened, if need be) in chunks that stay in L1 while they meet one group of rows after another.
   void multiply(const Packed* a, int64_t rows, int64_t n, int64_t columns, float* sums) const {
     const W* weight = static_cast<const W*>(call_.weight) + n * call_.weight_stride;
-    // A weight that several tiles of rows meet is read in chunks that stay in L1, widened to fp32 once if need be.
-    const bool again = rows > Isa::gemm_m;
-    const int64_t step = again ? kGemmDepth : call_.k;
-    for (int64_t j = 0; j < columns;) {
-      const bool four = columns - j >= 4;
-      for (int64_t k = 0; k < call_.k; k += step) {
-        const int64_t depth = call_.k - k < step ? call_.k - k : step;
-        const W* w = weight + j * call_.weight_stride + k;
-        float* s = sums + j;
-        if constexpr (!pairs && !std::is_same_v<W, float>) {
-          if (again && four) {
-            float wide[4 * kGemmDepth];
-            for (int r = 0; r < 4; r++) widen(w + r * call_.weight_stride, depth, wide + r * kGemmDepth);
-            tiles<4>(wide, kGemmDepth, a + k, rows, depth, s, k == 0);
-            continue;
-          }
-        }
-        four ? tiles<4>(w, call_.weight_stride, a + k, rows, depth, s, k == 0)
-             : tiles<1>(w, call_.weight_stride, a + k, rows, depth, s, k == 0);
+    for (int64_t j = 0, count; j < columns; j += count) {
+      const W* w = weight + j * call_.weight_stride;
+      const int64_t left = columns - j;
+      count = left < 2 ? 1 : left < 4 || (rows > Isa::gemm_m && rows <= 2 * Isa::gemm_m) ? 2 : 4;
+      if (count == 1) {
+        whole<1, 2 * Isa::gemm_m>(w, a, rows, sums + j);
+      } else if (count == 2) {
+        whole<2, 2 * Isa::gemm_m>(w, a, rows, sums + j);
+      } else if (rows <= Isa::gemm_m) {
+        whole<4, Isa::gemm_m>(w, a, rows, sums + j);
+      } else {
+        in_chunks(w, a, rows, sums + j);
       }
-      j += four ? 4 : 1;
+    }
+  }
+  template <int R, int M>
+  void whole(const W* w, const Packed* a, int64_t rows, float* sums) const {
+    tiles<R, M>(w, call_.weight_stride, w + R * call_.weight_stride, a, rows, call_.k, sums, true);
+  }
+  void in_chunks(const W* w, const Packed* a, int64_t rows, float* sums) const {
+    const int64_t stride = call_.weight_stride;
+    for (int64_t k = 0; k < call_.k; k += kGemmDepth) {
+      const bool last = k + kGemmDepth >= call_.k;
+      const int64_t depth = last ? call_.k - k : kGemmDepth;
+      const W* next = last ? w + 4 * stride : w + k + depth;
+      if constexpr (std::is_same_v<W, Packed>) {
+        tiles<4, Isa::gemm_m>(w + k, stride, next, a + k, rows, depth, sums, k == 0);
+      } else {
+        Packed wide[4 * kGemmDepth];
+        for (int r = 0; r < 4; r++) widen(w + r * stride + k, next + r * stride, depth, wide + r * kGemmDepth);
+        tiles<4, Isa::gemm_m>(wide, kGemmDepth, static_cast<const Packed*>(nullptr), a + k, rows, depth, sums, k == 0);
+      }
     }
   }
 
-  void widen(const W* from, int64_t n, float* to) const {
+  // To the type that a is packed in; fetches as many weights from `next` on.
+  void widen(const W* from, const W* next, int64_t n, Packed* to) const {
+    for (int64_t i = 0; i < n; i += 64 / int64_t{sizeof(W)}) __builtin_prefetch(next + i, 0, 3);
     int64_t i = 0;
-    for (; i + Isa::W <= n; i += Isa::W) {
-      // 4 KB ahead of each of four rows: their next chunk is in L2 when they get there.
-      __builtin_prefetch(reinterpret_cast<const char*>(from + i) + 4096, 0, 2);
-      Isa::store(to + i, Isa::load(from + i));
+    if constexpr (pairs) {
+      for (; i + kStep <= n; i += kStep) Isa::store(reinterpret_cast<uint32_t*>(to + i), Isa::load_pairs(from + i));
+      for (; i < n; i++) from_float(to_float(from[i]), to[i]);
+    } else {
+      for (; i + kStep <= n; i += kStep) Isa::store(to + i, Isa::load(from + i));
+      for (; i < n; i++) to[i] = to_float(from[i]);
     }
-    for (; i < n; i++) to[i] = to_float(from[i]);
   }
 
-  template <int R, class V>
-  void tiles(const V* w, int64_t w_stride, const Packed* a, int64_t rows, int64_t depth, float* sums,
+  // R weight rows and all rows of a, up to M at a time. `next`: where these R rows are read after this, or null.
+  template <int R, int M, class V>
+  void tiles(const V* w, int64_t w_stride, const V* next, const Packed* a, int64_t rows, int64_t depth, float* sums,
              bool first) const {
     const int64_t stride = packed_stride(call_.k);
-    int64_t m = 0;
-    for (; m + Isa::gemm_m <= rows; m += Isa::gemm_m) {
-      tile<R, Isa::gemm_m>(w, w_stride, a + m * stride, depth, sums + m * kGemmColumns, first);
+    for (int64_t m = 0; m < rows; m += M, next = nullptr) {
+      const int64_t left = rows - m < M ? rows - m : M;
+      sized_tile<R, M>(w, w_stride, next, a + m * stride, left, depth, sums + m * kGemmColumns, first);
     }
-    if (m < rows)
-      last_tile<R, Isa::gemm_m - 1>(w, w_stride, a + m * stride, rows - m, depth, sums + m * kGemmColumns, first);
   }
   template <int R, int M, class V>
-  void last_tile(const V* w, int64_t w_stride, const Packed* a, int64_t rows, int64_t depth, float* sums,
-                 bool first) const {
+  void sized_tile(const V* w, int64_t w_stride, const V* next, const Packed* a, int64_t rows, int64_t depth,
+                  float* sums, bool first) const {
     if (rows == M) {
-      tile<R, M>(w, w_stride, a, depth, sums, first);
+      next ? tile<R, M, true>(w, w_stride, next, a, depth, sums, first)
+           : tile<R, M, false>(w, w_stride, next, a, depth, sums, first);
     } else if constexpr (M > 1) {
-      last_tile<R, M - 1>(w, w_stride, a, rows, depth, sums, first);
+      sized_tile<R, M - 1>(w, w_stride, next, a, rows, depth, sums, first);
     }
   }
 
-  template <int R, int M, class V>
-  void tile(const V* w, int64_t w_stride, const Packed* a, int64_t depth, float* sums, bool first) const {
-    // Two accumulators for each product where there are registers: four alone would wait for one another.
-    constexpr int kChains = R * M <= 4 ? 2 : 1;
+  template <int R, int M, bool PREFETCH, class V>
+  void tile(const V* w, int64_t w_stride, const V* next, const Packed* a, int64_t depth, float* sums,
+            bool first) const {
+    // Several accumulators for each product where there are registers: four alone would wait for one another.
+    constexpr int kChains = R * M <= 2 ? 4 : R * M <= 4 ? 2 : 1;
     F c[R][M][kChains] = {};
     const int64_t stride = packed_stride(call_.k);
+    // R rows are R streams, which the processor's own prefetcher follows late and never across 4 KB: what is fetched is
+    // kAhead further along these rows or, near their end, where they are read next.
+    constexpr int64_t kAhead = 1024 / sizeof(V);
+    const V *along = w + kAhead, *beyond = next - (depth - kAhead);
     int64_t i = 0;
     for (; i + kChains * kStep <= depth; i += kChains * kStep) {
-#pragma GCC unroll 2
+      const V* ahead = i + kAhead < depth ? along : beyond;
+#pragma GCC unroll 4
       for (int u = 0; u < kChains; u++) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          // Four rows are four streams, which the processor's own prefetcher follows late: 1 KB ahead.
-          __builtin_prefetch(reinterpret_cast<const char*>(w + r * w_stride + i + u * kStep) + 1024, 0, 3);
+          if constexpr (PREFETCH) __builtin_prefetch(ahead + r * w_stride + i + u * kStep, 0, 3);
           const auto v = operand(w + r * w_stride + i + u * kStep);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int m = 0; m < M; m++) c[r][m][u] = mac(c[r][m][u], v, a + m * stride + i + u * kStep);
         }
       }
@@ -165,12 +188,13 @@ private:
         for (int m = 0; m < M; m++) c[r][m][0] = mac(c[r][m][0], v, a + m * stride + i);
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         F total = c[r][m][0];
-        if constexpr (kChains == 2) total += c[r][m][1];
+#pragma GCC unroll 4
+        for (int u = 1; u < kChains; u++) total += c[r][m][u];
         float& sum = sums[m * kGemmColumns + r];
         sum = (first ? 0 : sum) + Isa::sum(total);
       }
@@ -180,7 +204,7 @@ private:
   template <class V>
   static auto operand(const V* w) {
     if constexpr (pairs) {
-      return Isa::load(reinterpret_cast<const uint32_t*>(w));
+      return Isa::load_pairs(w);
     } else {
       return Isa::load(w);
     }

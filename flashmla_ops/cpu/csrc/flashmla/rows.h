@@ -10,6 +10,7 @@ template <class T, int N>
 struct Rows {
   const T* kv[N];
   const T* k[N];
+  int page_end[N];  // the first token after this one that lies in another page
   int n = 0;
 
   // False if a page of tokens [begin, end) is not in the cache.
@@ -23,7 +24,9 @@ struct Rows {
       const int64_t last = first + (end - t) < call.page_size ? first + (end - t) : call.page_size;
       const T* kv_page = at(call.kv, page, item.kv_head);
       const T* k_page = at(call.k, page, item.kv_head);
+      const int end_of_page = n + int(last - first);
       for (int64_t i = first; i < last; i++, n++) {
+        page_end[n] = end_of_page;
         kv[n] = kv_page + i * call.kv.token_stride;
         k[n] = k_page + i * call.k.token_stride;
       }
@@ -38,33 +41,33 @@ private:
   }
 };
 
-// Fetches the next block's rows into L2 while this block is being multiplied, a few lines at a time: at 16 heads a
-// block is multiplied in little more time than DRAM takes to deliver the next one.
+// Fetches the next block's rows into L2 while this block is being multiplied, spread evenly over `steps` calls of
+// step(): at 16 heads a block is multiplied in little more time than DRAM takes to deliver the next one, and a burst of
+// prefetches waits for the few line buffers of a core.
 template <class T, int N>
 class Prefetcher {
 public:
   Prefetcher(const FlashmlaDecode& call, const Rows<T, N>& rows, int64_t steps)
-      : rows_(rows), kv_bytes_(call.kv.d * int64_t{sizeof(T)}), k_bytes_(call.k.d * int64_t{sizeof(T)}) {
-    const int64_t lines = rows.n * ((kv_bytes_ + 63) / 64 + (k_bytes_ + 63) / 64);
-    per_step_ = steps > 0 ? (lines + steps - 1) / steps : 0;
+      : rows_(rows), kv_bytes_(call.kv.d * int64_t{sizeof(T)}), k_bytes_(call.k.d * int64_t{sizeof(T)}), steps_(steps) {
   }
 
   void step() {
-    for (int64_t left = per_step_; left > 0 && row_ < rows_.n; left--) {
-      const bool in_kv = offset_ < kv_bytes_;
-      const char* row = reinterpret_cast<const char*>(in_kv ? rows_.kv[row_] : rows_.k[row_]);
-      __builtin_prefetch(row + (in_kv ? offset_ : offset_ - kv_bytes_), 0, 2);
-      offset_ += 64;
-      if (in_kv && offset_ >= kv_bytes_) offset_ = kv_bytes_;
-      if (offset_ >= kv_bytes_ + k_bytes_) offset_ = 0, row_++;
+    for (due_ += rows_.n; due_ >= steps_ && row_ < rows_.n; due_ -= steps_, row_++) {
+      fetch(rows_.kv[row_], kv_bytes_);
+      fetch(rows_.k[row_], k_bytes_);
     }
   }
 
 private:
+  static void fetch(const T* row, int64_t bytes) {
+    const char* line = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+
   const Rows<T, N>& rows_;
-  int64_t kv_bytes_, k_bytes_, per_step_;
+  const int64_t kv_bytes_, k_bytes_, steps_;
+  int64_t due_ = 0;
   int row_ = 0;
-  int64_t offset_ = 0;
 };
 
 inline int64_t group_size(const FlashmlaDecode& call) { return call.h_q / call.h_kv; }

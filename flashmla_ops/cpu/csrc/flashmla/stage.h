@@ -1,6 +1,6 @@
-// Staging: a block's rows, wherever and however they lie (pages of any size, two tensors, any element type), copied
-// once into the layout that the tiles read: [chunk][token][kChunk] units. It costs one load and store a vector against
-// as many multiply-accumulates as there are query rows, and it keeps page boundaries, strides and formats out of the
+// Staging: rows that tiles cannot read where they lie (other element types, tiles that cross pages or the sequence's
+// end), copied once into a layout that they can: [chunk][token][kChunk] units. It costs one load and store a vector
+// against as many multiply-accumulates as there are query rows, and it keeps formats and page boundaries out of the
 // tiles.
 #pragma once
 
@@ -15,32 +15,15 @@ struct Stage {
   static constexpr bool pairs = Mac<Isa, T>::pairs;
   static constexpr int kPerUnit = pairs ? 2 : 1;  // elements of a key
 
-  // Units of a key part of d elements: pairs are not shared between parts.
+  // Units of d elements: pairs are not shared between the parts of a key.
   static int64_t units(int64_t d) { return (d + kPerUnit - 1) / kPerUnit; }
-  static int64_t key_units(const FlashmlaDecode& call) { return units(call.kv.d - call.qk_start) + units(call.k.d); }
   static int64_t chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
-  // d elements from `row`, as units [begin, begin + units(d)) of token `token`.
-  static void put(Unit* staged, int64_t capacity, int token, int64_t begin, const T* row, int64_t d) {
-    for (int64_t done = 0; done < d;) {
-      const int64_t unit = begin + done / kPerUnit, chunk = unit / kChunk, offset = unit - chunk * kChunk;
-      const int64_t room = (kChunk - offset) * kPerUnit, count = d - done < room ? d - done : room;
-      copy(staged + (chunk * capacity + token) * kChunk + offset, row + done, count);
-      done += count;
-    }
-  }
-
-  // Values of a block: a unit is one column of one token, or of two tokens in turn. n is rounded up with zeros.
-  static void put_values(Unit* staged, int64_t capacity, const T* const* rows, int n, int64_t d_v) {
-    if constexpr (pairs) {
-      for (int t = 0; t < n; t += 2) {
-        for (int64_t c = 0; c < d_v; c += kChunk) {
-          Unit* to = staged + (c / kChunk * capacity + t / 2) * kChunk;
-          pair_up(to, rows[t] + c, t + 1 < n ? rows[t + 1] + c : nullptr, d_v - c < kChunk ? d_v - c : kChunk);
-        }
-      }
-    } else {
-      for (int t = 0; t < n; t++) put(staged, capacity, t, 0, rows[t], d_v);
+  // d elements from `row` as the units of token `token`, from a chunk's first unit on.
+  static void put(Unit* staged, int64_t capacity, int64_t token, int64_t chunk, const T* row, int64_t d) {
+    constexpr int64_t room = kChunk * kPerUnit;
+    for (int64_t done = 0; done < d; done += room, chunk++) {
+      copy(staged + (chunk * capacity + token) * kChunk, row + done, d - done < room ? d - done : room);
     }
   }
 
@@ -53,14 +36,6 @@ private:
   static void copy(uint32_t* to, const T* from, int64_t n) {
     std::memcpy(to, from, size_t(n) * sizeof(T));
     if (n % 2) reinterpret_cast<T*>(to)[n] = T{};
-  }
-  // The pairs (first[i], second[i]); (first[i], 0) where there is no second row.
-  static void pair_up(uint32_t* to, const T* first, const T* second, int64_t n) {
-    static const T zeros[kChunk] = {};
-    if (second == nullptr) second = zeros;
-    int64_t i = 0;
-    for (; i + Isa::W <= n; i += Isa::W) Isa::store(to + i, Isa::interleave(first + i, second + i));
-    for (; i < n; i++) to[i] = uint32_t{first[i].bits} | uint32_t{second[i].bits} << 16;
   }
 };
 

@@ -21,6 +21,9 @@ struct Avx2 : Portable<8, false> {
     const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
   }
+  static F load(const i8* p) {  // gcc 12 converts these one by one
+    return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
   static float sum(F x) {

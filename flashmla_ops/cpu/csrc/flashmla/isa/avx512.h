@@ -1,5 +1,5 @@
 // AVX-512: 16 lanes, 32 registers; with PAIRS also AVX512_BF16 (vdpbf16ps: two bf16 products a lane, fp32
-// accumulation).
+// accumulation), of which Avx512Half is the same with 8 lanes.
 #pragma once
 
 #include <immintrin.h>
@@ -8,14 +8,17 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
+struct Avx512Half;
+
 template <bool PAIRS>
 struct Avx512 : Portable<16, PAIRS> {
   using Base = Portable<16, PAIRS>;
+  using Half = Avx512Half;  // for few query rows
   using typename Base::F, typename Base::U, typename Base::I;
-  // 24 accumulators each (vdpbf16ps: 2 a cycle, latency 6, so at least 12); the broadcast is a memory operand.
-  static constexpr int qk_m = 12, qk_n = 2, pv_m = 8, pv_n = 3;
+  // At least 12 accumulators: 2 products a cycle with a latency of 6. 16 tokens a tile divide every usual page size.
+  static constexpr int qk_m = 8, qk_n = 2, pv_m = 8, pv_n = 3, pair_m = 16, pair_n = 1;
   static constexpr int gemm_m = 6;
-  static constexpr int block = 96;
+  static constexpr int block = 128, step = 24;  // step: at 16 heads 8 is no better, 48 is 4 % worse
 
   using Base::load, Base::max, Base::store;
   static F load(const f16* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -23,18 +26,77 @@ struct Avx512 : Portable<16, PAIRS> {
     const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
   }
+  // gcc 12 splits these conversions into halves and quarters when it vectorises them itself.
+  static F load(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  }
+  static F load(const i8* p) {
+    return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   static F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
   static float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
 
 #ifdef __AVX512BF16__
+  // Both instructions take and return subnormal numbers as zero, whatever MXCSR says.
   static F dot(F c, U a, U b) { return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+  using Base::load_pairs;
+  static U load_pairs(const i8* p) { return (U)_mm512_cvtne2ps_pbh((__m512)load(p + 16), (__m512)load(p)); }
+#ifndef FLASHMLA_ASSUME_AVX512
+  // gcc 12 does not fold the broadcast into the instruction.
+  static F dot_at(F c, U a, const uint32_t* b) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*b));
+    return c;
+  }
+#endif
   static U pack(F lo, F hi) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)lo));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)hi));
     return (U)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
+  static U interleave(const bf16* first, const bf16* second) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+    return (U)_mm512_permutex2var_epi16(_mm512_castsi256_si512(a), (__m512i)alternating(), _mm512_castsi256_si512(b));
+  }
+
+private:
+  using Words = typename VectorOf<uint16_t, 32>::type;
+  static Words alternating() {  // 0, 32, 1, 33, ...: word i of the first operand, then word i of the second
+    return Words{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  }
 #endif
 };
+
+#ifdef __AVX512BF16__
+// For at most 8 query rows a KV head. Zen 4 runs two of these instructions in the time of one of 512 bits.
+struct Avx512Half : Portable<8, true> {
+  static constexpr int qk_m = 8, qk_n = 2, pair_m = 8, pair_n = 2;
+  static constexpr int block = 64, step = 24;
+
+  using Portable::max;
+  static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+  static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+  static F dot(F c, U a, U b) { return (F)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b); }
+#ifndef FLASHMLA_ASSUME_AVX512
+  static F dot_at(F c, U a, const uint32_t* b) {
+    __asm__("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(c) : "v"(a), "m"(*b));
+    return c;
+  }
+#endif
+  static U pack(F lo, F hi) {
+    const __m256i low = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)lo));
+    const __m256i high = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)hi));
+    return (U)_mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+  }
+  static U interleave(const bf16* first, const bf16* second) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+    return (U)_mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
+  }
+};
+#endif
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -24,8 +24,11 @@ struct Portable {
   // Register tiles: qk_m tokens x qk_n vectors of rows, and pv_m rows x pv_n vectors of columns. Eight accumulators
   // fill the sixteen 128-bit registers of the oldest x86-64 together with their operands.
   static constexpr int qk_m = 4, qk_n = 2, pv_m = 4, pv_n = 2;
-  static constexpr int gemm_m = 2;  // rows of a that four weight rows meet at once
-  static constexpr int block = 64;  // tokens staged at a time
+  static constexpr int pair_m = 4, pair_n = 2;  // pv_m and pv_n for pairs, whose vectors take work to make
+  static constexpr int gemm_m = 2;              // rows of a that four weight rows meet at once
+  static constexpr int block = 64;              // tokens staged at a time
+  // How often a tile's loop stops for prefetches; 0: never. With 16 registers, gcc 12 would spill the accumulators.
+  static constexpr int step = 0;
 
   using F = typename VectorOf<float, LANES>::type;
   using I = typename VectorOf<int32_t, LANES>::type;
@@ -77,6 +80,17 @@ struct Portable {
     const F lo = reinterpret<F>(a << 16) * reinterpret<F>(b << 16);
     return c + lo + reinterpret<F>(a & 0xffff0000u) * reinterpret<F>(b & 0xffff0000u);
   }
+  static U load_pairs(const bf16* p) { return copy<U>(p); }
+  static U load_pairs(const i8* p) {
+    U pairs;
+    for (int i = 0; i < W; i++) {
+      bf16 lo, hi;
+      from_float(to_float(p[2 * i]), lo), from_float(to_float(p[2 * i + 1]), hi);
+      pairs[i] = lo.bits | uint32_t{hi.bits} << 16;
+    }
+    return pairs;
+  }
+  static F dot_at(F c, U a, const uint32_t* b) { return dot(c, a, set1(*b)); }
   static U pack(F lo, F hi) { return round_to_bf16(lo) | (round_to_bf16(hi) << 16); }
   // Pairs (first[i], second[i]): what a product over two tokens takes.
   static U interleave(const bf16* first, const bf16* second) { return widen(first) | (widen(second) << 16); }

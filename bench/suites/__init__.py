@@ -1,0 +1,29 @@
+"""The suites, in the order in which ``python -m bench all`` runs them."""
+
+from bench.suite import Peer, Suite
+from bench.suites import append, decode, gqa_decode, merge, op_overhead, prefill, small_gemm
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        decode.SUITE,
+        gqa_decode.SUITE,
+        prefill.SUITE,
+        small_gemm.SUITE,
+        append.SUITE,
+        merge.SUITE,
+        op_overhead.SUITE,
+    )
+}
+
+
+def peer_names() -> list[str]:
+    """The names of all suites' peers, each once."""
+    return list(dict.fromkeys(peer.name for suite in SUITES.values() for peer in suite.peers))
+
+
+def select(suite: Suite, names: list[str] | None) -> tuple[Peer[object], ...]:
+    """The suite's peers with these names; all of them for None. Names of other suites' peers are passed over."""
+    if unknown := set(names or ()) - set(peer_names()):
+        raise ValueError(f"no peer is called {', '.join(sorted(unknown))}; there are {', '.join(peer_names())}")
+    return tuple(peer for peer in suite.peers if names is None or peer.name in names)

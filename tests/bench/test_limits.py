@@ -1,0 +1,60 @@
+"""The machine's limits: what is kept of the samples, and which peak belongs to a dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import limits
+from tests.support.bench_runs import output
+
+CPUINFO = """processor\t: 0
+model name\t: Some CPU @ 3 GHz
+flags\t\t: fpu avx avx2 fma avx512f avx512_bf16
+
+processor\t: 1
+model name\t: Another
+flags\t\t: fpu
+"""
+
+
+def test_cpuinfo() -> None:
+    model, flags = limits.parse_cpuinfo(CPUINFO)
+    assert model == "Some CPU @ 3 GHz"
+    assert limits.Cpu(model, flags, 0).instruction_set[0] == "AVX-512 BF16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("avx512f avx2 fma", "AVX-512"), ("avx2 fma", "AVX2 + FMA"), ("avx2", limits.BASELINE), ("", limits.BASELINE)],
+)
+def test_instruction_set_by_flags(flags: str, name: str) -> None:
+    assert limits.Cpu("", frozenset(flags.split()), 0).instruction_set[0] == name
+
+
+def test_limits_are_medians_and_dram_is_the_better_of_two_ways() -> None:
+    text = output(fp32_flops=[180e9, 190e9, 170e9], dram_read_prefetched=[45e9])
+    found = limits.limits_of(limits.parse_output(text, 2), "AVX2 + FMA", 2)
+    assert found.fp32_flops == 180e9
+    assert found.dram_read == 45e9
+    assert found.peak(torch.bfloat16) == found.peak(torch.float32) == 180e9
+    assert found.peak_name(torch.bfloat16) == "fp32 multiply-add, AVX2 + FMA"
+
+
+def test_bf16_peak_where_the_cpu_has_the_instruction() -> None:
+    found = limits.limits_of(limits.parse_output(output(bf16_flops=[380e9]), 2), "AVX-512 BF16", 2)
+    assert found.peak(torch.bfloat16) == 380e9
+    assert found.peak(torch.float16) == found.peak(torch.float32) == 190e9
+
+
+def test_impossible_samples_are_dropped() -> None:
+    kept = limits.parse_output(output(fp32_flops=[190e9, 1e15, 185e9], dram_read=[40e9, 41e9, 900e9]), 2)
+    assert kept["fp32_flops"] == [190e9, 185e9]
+    assert kept["dram_read"] == [40e9, 41e9]  # no DRAM is faster than the L2 caches
+
+
+@pytest.mark.parametrize("name", ["hz", "fp32_flops", "l2_read", "dram_read"])
+@pytest.mark.parametrize("values", [[1e15, 1e15, 1e9], [0.0], []])
+def test_mostly_impossible_samples_are_an_error(name: str, values: list[float]) -> None:
+    with pytest.raises(limits.LimitsError, match=name):
+        limits.parse_output(output(**{name: values}), 2)

@@ -1,0 +1,55 @@
+"""Pictures: they are written, they are the same for the same results, and they show every case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from tests.support.bench_runs import small_run
+
+pytest.importorskip("matplotlib")
+
+from bench import plots
+
+
+def test_pictures_are_reproducible_and_linked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = small_run(monkeypatch)
+    written = plots.draw(results, tmp_path / "bench")
+    assert {path.suffix for path in written} == {".svg", ".png"}
+    assert {path.stem.rsplit("-", 1)[1] for path in written} == {"roofline", "bars"}
+    first = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in plots.draw(results, tmp_path / "bench")] == first
+    chapter = report.chapter(results, tmp_path, tmp_path / "bench")
+    assert all((f"](bench/{path.name})" in chapter) == (path.suffix == ".svg") for path in written)
+
+
+def test_each_group_has_its_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = small_run(monkeypatch)
+    (row,) = results["results"]
+    results["results"] = [row | {"case": row["case"] | {"group": name}} for name in ("grid", "h_kv < h_q")]
+    stems = {path.stem for path in plots.draw(results, tmp_path)}
+    assert {stem.partition("-threads-")[2] for stem in stems} == {"roofline", "bars-grid", "bars-h-kv-h-q"}
+
+
+def test_wrong_results_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = small_run(monkeypatch, wrong=True)["results"]
+    assert plots.shown(row, "flashmla") is None
+    assert plots.shown(row, "peer") is not None
+    assert plots.shown(row, "broken") is None
+
+
+def test_no_roofline_without_flops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = small_run(monkeypatch)
+    results["results"][0] |= {"flops": 0.0, "bytes": 0.0, "compute_limit": 0.0, "memory_limit": 0.0}
+    assert {path.stem.rsplit("-", 1)[1] for path in plots.draw(results, tmp_path)} == {"bars"}
+
+
+def test_bars_are_shares_of_the_limit_or_speeds_relative_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = small_run(monkeypatch)["results"]
+    row["timings"]["flashmla"]["median"], row["timings"]["peer"]["median"] = 2.0, 4.0
+    row["compute_limit"], row["memory_limit"] = 1.0, 0.5
+    assert [plots.speed(row, name) for name in ("flashmla", "peer", "broken")] == [0.5, 0.25, None]
+    row["compute_limit"], row["memory_limit"] = 0.0, 0.0
+    assert [plots.speed(row, name) for name in ("flashmla", "peer")] == [1.0, 0.5]

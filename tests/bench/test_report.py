@@ -1,0 +1,88 @@
+"""Tables: what stands in them, and that they replace what stood between the markers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import report, runner
+from tests.support.bench_runs import small_run
+
+
+def test_a_wrong_result_is_shown_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "| wrong |" in report.chapter(small_run(monkeypatch, wrong=True), Path("."))
+
+
+def test_columns_are_what_differs_and_the_rest_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = small_run(monkeypatch)
+    (row,) = results["results"]
+    other = row | {"case": row["case"] | {"h_q": 7}}
+    text = report.table([row, other], 40e9)
+    assert "In all cases: b 1, s_kv 3, dtype fp32." in text
+    assert "| h_q | limit |" in text
+    assert "broken: RuntimeError: this build has no such kernel." in text
+    assert text.count("other: not installed.") == 1
+
+
+def test_the_binding_limit_is_named() -> None:
+    assert report.limited_by({"compute_limit": 2.0, "memory_limit": 1.0}) == "compute"
+    assert report.limited_by({"compute_limit": 1.0, "memory_limit": 2.0}) == "memory"
+
+
+def test_cases_without_a_limit_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = small_run(monkeypatch)["results"]
+    unlimited = row | {"flops": 0.0, "bytes": 0.0, "compute_limit": 0.0, "memory_limit": 0.0}
+    text = report.table([unlimited], 40e9)
+    assert "limit" not in text
+    assert "of peak" not in text
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(2e-3, "2 ± 0.5"), (2e-6, "2 ± 0.5")])
+def test_short_calls_are_shown_in_microseconds(seconds: float, shown: str) -> None:
+    timing = {"median": seconds, "q1": seconds * 0.75, "q3": seconds * 1.25, "clean": True, "correct": True}
+    rows = [{"timings": {runner.OURS: timing}}]
+    assert report.duration(timing, report.unit_of(rows)) == shown
+
+
+def test_durations_have_no_exponent_for_being_large() -> None:
+    unit = report.Unit("ms", 1e-3)
+    assert [unit.show(seconds) for seconds in (12.34567, 0.1234, 0.01234)] == ["12346", "123", "12.3"]
+    assert [unit.show(seconds, 1) for seconds in (0.0213, 0.0013)] == ["21", "1"]
+
+
+def test_tables_replace_what_stands_between_the_markers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme, document, folder = tmp_path / "README.md", tmp_path / "bench.md", tmp_path / "results"
+    folder.mkdir()
+    begin, end = report.markers("decode")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    report.write_tables(readme, document, folder)
+    assert readme.read_text() == f"before\n{begin}\n{report.NO_RESULTS}\n{end}\nafter\n"
+    assert report.NO_RESULTS in document.read_text()
+
+    results = json.dumps(with_groups(small_run(monkeypatch)))
+    (folder / "decode-some-cpu.json").write_text(results)
+    (folder / "decode-some-cpu-quick.json").write_text(results)
+    report.write_tables(readme, document, folder)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert text.count("In all cases: b 1") == 1  # the README shows one group, and no quick results
+    assert document.read_text().count("In all cases: b 1") == 2
+    assert "**shapes**" in document.read_text()
+
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="bench:decode"):
+        report.write_tables(readme, document, folder)
+
+
+def with_groups(results: dict[str, Any]) -> dict[str, Any]:
+    (row,) = results["results"]
+    return results | {"results": [row | {"case": row["case"] | {"group": name}} for name in ("grid", "shapes")]}
+
+
+def test_the_readme_has_the_markers() -> None:
+    for marker in report.markers("decode"):
+        assert marker in report.README.read_text()

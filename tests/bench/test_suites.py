@@ -1,0 +1,168 @@
+"""The suites: their cases, and that every implementation of a small problem of each is right."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import dense, paged, runner
+from bench.paged import PagedCase
+from bench.suite import Peer, clone_as_it_lies, copies_of, make_problem, rotating
+from bench.suites import SUITES, append, decode, gqa_decode, merge, op_overhead, prefill, select, small_gemm
+from flashmla_ops import reference
+
+TINY = PagedCase(b=2, h_q=3, s_kv=11, dtype="fp32", page_size=4, d_qk=24, d_v=16)
+TINY_CASES = [
+    ("decode", TINY),
+    ("decode", PagedCase(2, 3, 11, "fp32", page_size=4, d_qk=24, d_v=16, cache="two tensors")),
+    ("decode", PagedCase(5, 3, 11, "fp32", s_q=3, page_size=4, d_qk=24, d_v=16, varying=True)),
+    ("gqa_decode", PagedCase(2, 6, 11, "fp32", page_size=4, d_qk=16, d_v=8, h_kv=3, cache="[V, K] rows")),
+    ("gqa_decode", PagedCase(2, 6, 11, "fp32", page_size=4, d_qk=16, d_v=8, h_kv=3, cache="V and K")),
+    ("prefill", dense.PrefillCase((9,), 24, 16, True, "fp32", h_q=4, h_kv=2)),
+    ("prefill", dense.PrefillCase((9, 4), 24, 24, False, "fp32", h_q=2, h_kv=2)),
+    ("small_gemm", small_gemm.GemmCase(2, 32, 16, "bf16", "bf16")),
+    ("small_gemm", small_gemm.GemmCase(2, 32, 16, "bf16", "int8")),
+    ("small_gemm", small_gemm.GemmCase(2, 128, 512, "bf16", "W_UK", 3)),
+    ("small_gemm", small_gemm.GemmCase(2, 512, 128, "bf16", "W_UV", 3)),
+    ("append", append.AppendCase(3, "bf16", h_kv=2, d=8, n_pages=2)),
+    ("merge", merge.MergeCase(3, 2, 4, "bf16", d_v=16)),
+    *(("op_overhead", case) for case in op_overhead.cases(True)),
+]
+#: They take seconds to compile.
+COMPILED = {"torch.compile", "FlexAttention"}
+
+
+@pytest.mark.parametrize(("name", "case"), TINY_CASES, ids=str)
+def test_every_implementation_is_right(name: str, case: Any) -> None:
+    suite = SUITES[name]
+    peers = [peer for peer in suite.peers if peer.name not in COMPILED]
+    (problem,) = suite.problems([case], peers, cold_bytes=0)
+    assert set(problem.calls) | set(problem.skipped) == {runner.OURS, *(peer.name for peer in peers)}
+    for call in problem.calls.values():
+        assert runner.row_error(problem.read(call()), problem.expected) <= problem.work.tolerance
+
+
+def test_exact_is_the_reference() -> None:
+    for case in (case for _, case in TINY_CASES if isinstance(case, PagedCase)):
+        inputs = paged.make_inputs(case, cold_bytes=0)
+        kv_cache, k_cache = inputs.copies[0]
+        lengths, start = inputs.cache_seqlens, inputs.qk_start
+        expected, _ = reference.decode(
+            inputs.q, kv_cache, k_cache, inputs.block_table, lengths, case.d_v, start, causal=case.s_q > 1
+        )
+        torch.testing.assert_close(paged.exact(inputs), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_exact_prefill_in_blocks_is_the_reference(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "MOST_SCORES", 30)
+    inputs = dense.make_inputs(dense.PrefillCase((9, 1, 14), 12, 8, causal, "fp32", h_q=4, h_kv=2))
+    expected, _ = reference.prefill(inputs.q, inputs.k, inputs.v, inputs.cu_seqlens, inputs.cu_seqlens, causal)
+    torch.testing.assert_close(dense.exact(inputs), expected)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_caches_are_rotated_to_be_cold(copies: int) -> None:
+    inputs = paged.make_inputs(PagedCase(2, 3, 12, "fp32", page_size=4, d_qk=24, d_v=16), copies * 2 * 12 * 24 * 4)
+    addresses = [kv_cache.data_ptr() for kv_cache, _ in inputs.copies]
+    assert len(set(addresses)) == copies
+    seen: list[int] = []
+    call = rotating(lambda kv_cache, _: torch.tensor(seen.append(kv_cache.data_ptr()) or 0), inputs.copies)
+    for _ in range(2 * copies):
+        call()
+    assert seen == addresses * 2
+
+
+def test_copies_lie_as_the_original_does() -> None:
+    view = torch.randn(3, 8, 4)[:, 2:5].transpose(1, 2)
+    copy = clone_as_it_lies(view)
+    assert copy.stride() == view.stride()
+    assert copy.data_ptr() != view.data_ptr()
+    assert copy.equal(view)
+    assert copy.untyped_storage().nbytes() == view.untyped_storage().nbytes()
+    assert len(copies_of((view, None), 5 * view.nbytes)) == 5
+
+
+def test_peers_that_cannot_or_should_not_run_say_why() -> None:
+    def bind(inputs: object) -> Any:
+        raise AssertionError("a skipped peer is not bound")
+
+    absent: Peer[Any] = Peer("absent", "", bind, missing=lambda: "it is not installed")
+    unfair: Peer[Any] = Peer("unfair", "", bind, unfair=lambda inputs: "it has no mask")
+    work = runner.Work("", {}, 0.0, 0.0, torch.float32, 0.0)
+    problem = make_problem(work, None, [()], lambda _: torch.zeros, [absent, unfair], torch.zeros(1))
+    assert problem.skipped == {"absent": "it is not installed", "unfair": "it has no mask"}
+    assert set(problem.calls) == {runner.OURS}
+
+
+def test_varying_lengths_keep_the_token_count() -> None:
+    for b, s_kv in itertools.product((4, 5, 16), (11, 4096)):
+        lengths = PagedCase(b, 1, s_kv, "bf16", varying=True).lengths
+        assert len(lengths) == b
+        assert sum(lengths) == b * s_kv
+        assert lengths.count(0) == 2
+        assert max(lengths) == 2 * s_kv
+
+
+def test_pairs_under_the_causal_mask() -> None:
+    inputs = paged.make_inputs(case := PagedCase(4, 1, 3, "fp32", s_q=4, varying=True), cold_bytes=0)
+    seen = [max(0, int(length) - past) for length in inputs.cache_seqlens for past in range(4)]
+    assert case.pairs == sum(seen)
+
+
+def test_the_decode_grid_is_the_documented_one() -> None:
+    grid = [case for case in decode.cases(False) if (case.group, case.dtype) == ("grid", "bf16")]
+    assert {(c.b, c.h_q, c.s_kv) for c in grid} == {
+        *itertools.product((1, 4, 16), (16, 64, 128), (1024, 4096)),
+        *itertools.product((1, 4), (16, 64, 128), (16384,)),
+    }
+    assert {(c.page_size, c.d_qk, c.d_v) for c in grid} == {(64, 576, 512)}
+    shapes = [case for case in decode.cases(False) if case.group == "shapes"]
+    assert {1, 3, 9, 63, 126} <= {case.h_q for case in shapes}
+    assert {1, 16, 61, 256, 4096} <= {case.page_size for case in shapes}
+    assert {case.s_q for case in shapes} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_cases_differ_and_quick_ones_are_few(suite: Any) -> None:
+    cases = suite.cases(False)
+    assert len(set(cases)) == len(cases)
+    assert 0 < len(suite.cases(True)) <= len(cases)
+
+
+def test_gqa_pages_keep_a_heads_rows_together() -> None:
+    inputs = paged.make_inputs(gqa_decode.cases(True)[0], cold_bytes=0)
+    kv_cache, _ = inputs.copies[0]
+    assert kv_cache.shape[1:] == (64, 8, 256)
+    assert kv_cache.stride()[1:] == (256, 64 * 256, 1)
+
+
+def test_a_causal_prefill_counts_half_the_pairs() -> None:
+    full, causal = (dense.PrefillCase((100, 10), 4, 4, causal, "bf16") for causal in (False, True))
+    assert causal.flops / full.flops == pytest.approx((5050 + 55) / (10000 + 100))
+    assert prefill.NAME == "prefill"
+
+
+def test_unknown_peers_and_conditions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no peer is called nobody"):
+        select(decode.SUITE, ["nobody"])
+    assert select(decode.SUITE, None) == decode.SUITE.peers
+    assert select(decode.SUITE, []) == ()
+    assert select(decode.SUITE, ["aten::add"]) == ()  # a peer of another suite
+    only = command.parse(["decode", "--only", "b=1,4", "h_q=16"]).only
+    chosen = command.matching(decode.cases(False), only)
+    assert {(case.b, case.h_q) for case in chosen} == {(1, 16), (4, 16)}
+    assert command.matching(decode.cases(False), [("no_such_key", {"1"})]) == []
+    with pytest.raises(SystemExit):
+        command.parse(["decode", "--only", "b"])
+    assert "invalid condition value" in capsys.readouterr().err
+
+
+def test_conditions_that_no_case_meets_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("decode", "all"):
+        assert command.run_suites(command.parse([action, "--only", "b=77"])) == 1
+        assert "no case matches" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""Made-up machines and runs for the tests of the bench."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from bench import limits, runner, timing
+
+
+def output(**samples: list[float]) -> str:
+    """What the measuring program prints on a 3 GHz machine with 32-byte vectors: at most 192 GFLOP/s on two threads."""
+    usual = {
+        "hz": [3e9],
+        "fp32_flops": [190e9],
+        "l2_read": [200e9],
+        "dram_read": [40e9],
+        "dram_read_prefetched": [38e9],
+    }
+    return json.dumps({"vector_bytes": 32, "threads": 2, "dram_bytes": 1, "samples": usual | samples})
+
+
+def fail() -> torch.Tensor:
+    raise RuntimeError("this build has no such kernel\nand a long story")
+
+
+def small_run(monkeypatch: pytest.MonkeyPatch, wrong: bool = False) -> dict[str, Any]:
+    expected = torch.ones(2, 4, dtype=torch.float64)
+    ours = expected * (2 if wrong else 1)
+    work = runner.Work(
+        title="tiny",
+        case={"b": 1, "h_q": 2, "s_kv": 3, "dtype": "fp32"},
+        flops=1e3,
+        bytes=1e3,
+        dtype=torch.float32,
+        tolerance=1e-3,
+    )
+    calls = {runner.OURS: lambda: ours, "peer": lambda: expected, "broken": fail}
+    problem = runner.Problem(work, calls, {"other": "not installed"}, expected)
+    monkeypatch.setattr(
+        limits.LimitMeter, "measure", lambda self: self.samples.update(limits.parse_output(output(), 2))
+    )
+    budget = timing.Budget(block_seconds=0.0, clean_blocks=2, seconds=0.0, min_blocks=2)
+    with limits.LimitMeter(threads=2) as meter:
+        return runner.run("decode", [problem], budget, meter)
