@@ -13,7 +13,7 @@ from flashmla_ops import cpu
 OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm")
 
 _ISA_NOTES = {
-    "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps, fp32 and fp16 in fp32",
+    "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps (slower than fp32 on Intel), fp32 and fp16 in fp32",
     "avx512": "16 lanes; all types in fp32",
     "avx2": "8 lanes; all types in fp32",
     "generic": "the compiler's own vectors, any processor; all types in fp32",
@@ -33,7 +33,7 @@ class Implementation:
 
 
 def implementations() -> list[Implementation]:
-    """The CPU implementations, fastest first. Exactly one is active."""
+    """The CPU implementations, fastest first on this processor. Exactly one is active."""
     state = cpu.STATE
     isas = [*state.isas.items(), (cpu.REFERENCE, True)]
     return [Implementation(name, usable, name == state.active, _ISA_NOTES[name]) for name, usable in isas]

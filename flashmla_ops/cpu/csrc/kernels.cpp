@@ -79,8 +79,8 @@ void gemm_epilogue(const FlashmlaGemm& call, const void* product, FlashmlaDType 
 int64_t bmm_scratch_bytes(const FlashmlaBmm& call) {
   return with_element(call.dtype, [&](auto t) { return Bmm<Isa, decltype(t)>::scratch_bytes(call); });
 }
-void bmm_run(const FlashmlaBmm& call, int64_t index, char* scratch) {
-  with_element(call.dtype, [&](auto t) { Bmm<Isa, decltype(t)>(call).run(index, scratch); });
+void bmm_run(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch) {
+  with_element(call.dtype, [&](auto t) { Bmm<Isa, decltype(t)>(call).run(begin, end, scratch); });
 }
 
 // One vector more than the columns need: rows of 2048 bytes would all fall into the same few sets of L1.

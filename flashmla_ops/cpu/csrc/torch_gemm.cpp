@@ -144,7 +144,7 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
   FlashmlaBmm call{};
   call.dtype = dtype_of(a);
   call.batch = a.size(0), call.m = a.size(1), call.k = a.size(2), call.n = weight.size(2);
-  if (call.m > flashmla_small_rows(call.dtype, call.dtype)) {
+  if (call.m > FLASHMLA_SMALL_ROWS) {
     const ScalarType type = flashmla_multiplies(call.dtype) ? a.scalar_type() : ScalarType::Float;
     const Tensor product = torch::stable::matmul(torch::stable::to(a, type), torch::stable::to(weight, type));
     return torch::stable::contiguous(torch::stable::to(product, a.scalar_type()));

@@ -39,7 +39,8 @@ struct Kernels {
   void (*gemm_run)(const FlashmlaGemm& call, int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end);
   void (*gemm_epilogue)(const FlashmlaGemm& call, const void* product, FlashmlaDType dtype, int64_t begin, int64_t end);
   int64_t (*bmm_scratch_bytes)(const FlashmlaBmm& call);
-  void (*bmm_run)(const FlashmlaBmm& call, int64_t index, char* scratch);
+  // Batch entries [begin, end).
+  void (*bmm_run)(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch);
 };
 
 extern const Kernels kernels_generic, kernels_emulated;
