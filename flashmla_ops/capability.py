@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from flashmla_ops import cpu
+from flashmla_ops.footprint import decode_footprint, prefill_footprint
 
+LEVELS = (1, 2, 3)
 OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm")
 
 _ISA_NOTES = {
@@ -57,6 +59,23 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def memory() -> list[str]:
+    """Peak intermediate bytes by level (see `flashmla_ops.footprint`), one line a case; none without C++ kernels."""
+    if cpu.STATE.path is None:
+        return []
+    cases = {
+        "decode, 1 x 4096 tokens, 128 heads of 576 / 512, bf16": [
+            decode_footprint(1, 128, 4096, levels=n) for n in LEVELS
+        ],
+        "prefill, 2048 tokens, 16 heads of 192 / 128, bf16": [prefill_footprint(2048, 16, levels=n) for n in LEVELS],
+    }
+    lines = ["memory      peak of intermediate results at levels 1 / 2 / 3, MB (in it scores):"]
+    for name, levels in cases.items():
+        figures = " / ".join(f"{level.total / 1e6:.2f} ({level.scores / 1e6:.2f})" for level in levels)
+        lines.append(f"     {name}: {figures}")
+    return lines
+
+
 def explain() -> str:
     """What runs, and why, as text."""
     state = cpu.STATE
@@ -72,6 +91,7 @@ def explain() -> str:
         )
     for name, served in operators().items():
         lines.append(f"operator    {name:<16} CPU {served}; other devices {cpu.REFERENCE}")
+    lines += memory()
     if torch.cuda.is_available():
         lines.append("CUDA        a device is present; no CUDA kernel is built, the reference runs there")
     return "\n".join(lines)

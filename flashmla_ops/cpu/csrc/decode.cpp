@@ -15,22 +15,35 @@ namespace {
 
 thread_local Arena schedule_arena, scratch_arena, result_arena;
 
+// What every item fits in.
+Item largest_item(const FlashmlaDecode& call, const Schedule& shape) {
+  Item item{};
+  item.rows = std::min(shape.row_block, shape.rows());
+  for (int64_t i = 0; i < call.b; i++) {
+    item.length = std::max<int64_t>(item.length, call.cache_seqlens[i * call.cache_seqlens_stride]);
+  }
+  return item;
+}
+
 class Decode {
 public:
   Decode(const FlashmlaDecode& call, const Schedule& shape, const int32_t* schedule)
-      : call_(call), kernels_(kernels()), shape_(shape), starts_(shape.starts(schedule)) {
+      : call_(call), kernels_(kernels()), shape_(shape),
+        starts_(schedule == nullptr ? nullptr : shape.starts(schedule)) {
     stride_ = kernels_.accumulator_stride(call.d_v);
     accumulator_floats_ = Schedule::kMaxRows * (stride_ + 2);
   }
 
   // False if a thread could not get its memory, or met a page that the cache does not have (then `bad_page`).
   bool run(const FlashmlaRuntime& runtime) {
-    const size_t slots = size_t(2 * shape_.num_parts);
-    char* memory = result_arena.reserve(slots * (accumulator_floats_ * sizeof(float) + sizeof(Accumulator) + 8));
-    if (memory == nullptr) return false;
-    results_ = reinterpret_cast<float*>(memory);
-    pieces_ = reinterpret_cast<Accumulator*>(results_ + slots * accumulator_floats_);
-    piece_items_ = reinterpret_cast<int64_t*>(pieces_ + slots);
+    if (call_.levels == 3) {
+      const size_t slots = size_t(2 * shape_.num_parts);
+      char* memory = result_arena.reserve(slots * (size_t(accumulator_bytes()) + sizeof(Accumulator) + 8));
+      if (memory == nullptr) return false;
+      results_ = reinterpret_cast<float*>(memory);
+      pieces_ = reinterpret_cast<Accumulator*>(memory + slots * size_t(accumulator_bytes()));
+      piece_items_ = reinterpret_cast<int64_t*>(pieces_ + slots);
+    }
     plan();
     if (busy_parts_ <= 1 || runtime.num_threads <= 1) {
       attend_parts(0, shape_.num_parts);
@@ -44,9 +57,17 @@ public:
     return true;
   }
 
+  FlashmlaFootprint footprint(int64_t num_threads) const {
+    const ScratchBytes scratch = kernels_.scratch_bytes(call_, largest_item(call_, shape_));
+    const int64_t slots = call_.levels == 3 ? 2 * shape_.num_parts : 0;
+    return {scratch.scores * num_threads, scratch.copies * num_threads, (num_threads + slots) * accumulator_bytes()};
+  }
+
   std::atomic<bool> bad_page{false};
 
 private:
+  int64_t accumulator_bytes() const { return accumulator_floats_ * int64_t{sizeof(float)}; }
+
   Item item_at(int64_t index) const {
     const int64_t per_sequence = shape_.items_per_sequence(), per_head = shape_.items_per_head();
     Item item;
@@ -90,8 +111,8 @@ private:
   }
 
   void attend_parts(int64_t begin, int64_t end) {
-    const int64_t scratch = kernels_.scratch_bytes(call_, std::min(shape_.row_block, shape_.rows()));
-    char* memory = scratch_arena.reserve(size_t(scratch) + size_t(accumulator_floats_) * sizeof(float));
+    const int64_t scratch = kernels_.scratch_bytes(call_, largest_item(call_, shape_)).all();
+    char* memory = scratch_arena.reserve(size_t(scratch + accumulator_bytes()));
     if (memory == nullptr) {
       out_of_memory_ = true;
       return;
@@ -102,7 +123,7 @@ private:
         if (bad_page) return;
         const Item item = item_at(index);
         const Accumulator into = whole ? own : slot(slot_index);
-        if (!kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float))) {
+        if (!kernels_.attend(call_, item, from, to, into, memory + accumulator_bytes())) {
           bad_page = true;
         } else if (whole) {
           kernels_.finish(call_, item, &own, 1, 0, item.rows);
@@ -187,7 +208,7 @@ int name_bad_page(const FlashmlaDecode& call, char* message) {
 const int32_t* write_schedule(const FlashmlaDecode& call, const Schedule& shape) {
   int32_t* schedule = reinterpret_cast<int32_t*>(schedule_arena.reserve(size_t(shape.numel()) * sizeof(int32_t)));
   if (schedule == nullptr) throw std::bad_alloc();
-  shape.write(call.cache_seqlens, call.cache_seqlens_stride, schedule);
+  shape.write(call.cache_seqlens, call.cache_seqlens_stride, schedule, call.levels < 3);
   return schedule;
 }
 
@@ -263,6 +284,11 @@ int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t
 } catch (const std::bad_alloc&) {
   std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
   return 1;
+}
+
+void flashmla_decode_footprint(const FlashmlaDecode* call, int64_t num_threads, FlashmlaFootprint* footprint) {
+  const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, num_threads);
+  *footprint = Decode(*call, shape, nullptr).footprint(num_threads);
 }
 
 int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message) {

@@ -24,7 +24,12 @@ struct DecodeArguments {
   const std::optional<Tensor>& schedule;
   const std::string& row_format;
   const std::optional<Tensor>& attn_sink;
+  int64_t levels;
 };
+
+void check_levels(const Check& check, int64_t levels) {
+  if (levels < 1 || levels > 3) check.fail("levels", "1, 2 or 3", text(levels));
+}
 
 void check_decode(const DecodeArguments& a) {
   const Check check{"decode"};
@@ -32,6 +37,8 @@ void check_decode(const DecodeArguments& a) {
   check.gradient("kv_cache", a.kv_cache);
   if (a.k_cache) check.gradient("k_cache", *a.k_cache);
   if (a.attn_sink) check.gradient("attn_sink", *a.attn_sink);
+  check_levels(check, a.levels);
+  if (a.levels < 3 && a.schedule) check.fail("schedule", "None below level 3, where no sequence is cut", "a tensor");
   if (a.row_format != "native") check.fail("row_format", "one of native", a.row_format);
   check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
   check.floating("q", a.q);
@@ -86,7 +93,7 @@ void check_decode(const DecodeArguments& a) {
 void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
   FlashmlaDecode call{};
   call.dtype = dtype_of(a.q);
-  call.causal = a.causal;
+  call.causal = a.causal, call.levels = int32_t(a.levels);
   call.b = a.q.size(0), call.s_q = a.q.size(1), call.h_q = a.q.size(2), call.d_qk = a.q.size(3);
   call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
   call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
@@ -121,9 +128,9 @@ void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) 
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache,
                                   const Tensor& block_table, const Tensor& cache_seqlens, int64_t d_v, int64_t qk_start,
                                   std::optional<double> softmax_scale, bool causal, std::optional<Tensor> schedule,
-                                  std::string row_format, std::optional<Tensor> attn_sink) {
-  const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
-                          qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
+                                  std::string row_format, std::optional<Tensor> attn_sink, int64_t levels) {
+  const DecodeArguments a{q,      kv_cache, k_cache,    block_table, cache_seqlens, d_v, qk_start, softmax_scale,
+                          causal, schedule, row_format, attn_sink,   levels};
   check_decode(a);
   const Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), d_v}, q.scalar_type());
   const Tensor lse = new_tensor({q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
@@ -134,9 +141,9 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::
 void decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache, const Tensor& block_table,
                 const Tensor& cache_seqlens, int64_t d_v, int64_t qk_start, std::optional<double> softmax_scale,
                 bool causal, std::optional<Tensor> schedule, std::string row_format, std::optional<Tensor> attn_sink,
-                Tensor out, Tensor lse) {
-  const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
-                          qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
+                int64_t levels, Tensor out, Tensor lse) {
+  const DecodeArguments a{q,      kv_cache, k_cache,    block_table, cache_seqlens, d_v, qk_start, softmax_scale,
+                          causal, schedule, row_format, attn_sink,   levels};
   check_decode(a);
   const Check check{"decode"};
   check.dtype("out", out, q.scalar_type());
@@ -169,8 +176,10 @@ Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, in
 }
 
 std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                   const Tensor& cu_seqlens_k, bool causal, std::optional<double> softmax_scale) {
+                                   const Tensor& cu_seqlens_k, bool causal, std::optional<double> softmax_scale,
+                                   int64_t levels) {
   const Check check{"prefill"};
+  check_levels(check, levels);
   check.gradient("q", q);
   check.gradient("k", k);
   check.gradient("v", v);
@@ -206,7 +215,7 @@ std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tenso
   const Tensor out = new_tensor({q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   const Tensor lse = new_tensor({q.size(1), q.size(0)}, ScalarType::Float);
   FlashmlaPrefill call{};
-  call.dtype = dtype_of(q), call.causal = causal;
+  call.dtype = dtype_of(q), call.causal = causal, call.levels = int32_t(levels);
   call.b = cu_seqlens_q.size(0) - 1, call.h_q = q.size(1), call.h_kv = k.size(1);
   call.d_qk = q.size(2), call.d_v = v.size(2), call.t_q = q.size(0), call.t_k = k.size(0);
   call.softmax_scale = float(softmax_scale ? *softmax_scale : 1 / std::sqrt(double(call.d_qk)));
