@@ -23,8 +23,6 @@ def source_hash() -> str:
     """A hash of everything that decides what is generated: this package, and the C++ that templates include."""
     digest = hashlib.sha256(torch.__version__.encode())
     for root in (SOURCES, build.CSRC):
-        # Generated code names headers by their path, so a moved checkout must not find code of the old one.
-        digest.update(str(root).encode())
         for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".h", ".cpp")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -60,10 +60,9 @@ def steps_of(source: str) -> Iterator[Step]:
     for found in _STEP.finditer(_body(source)):
         if found["kernel"]:
             yield Step("kernel", found["kernel"])
-        elif found["op"] and found["op"].startswith("flashmla."):
-            yield Step("flashmla", found["op"])
-        else:
-            yield Step("library", found["op"] or found["extern"])
+            continue
+        name = found["op"] or found["extern"]
+        yield Step("flashmla" if name.startswith("flashmla") else "library", name)
 
 
 def buffers_of(source: str) -> Iterator[tuple[str, str]]:

@@ -132,3 +132,12 @@ def lacks_kernel_classes() -> str:
     wanted = [(CppScheduling, "kernel_proxy_cls"), (CppKernelProxy, "kernel_cls"), (CppKernelProxy, "vec_kernel_cls")]
     missing = [f"{owner.__name__}.{name}" for owner, name in wanted if not hasattr(owner, name)]
     return f"torch {torch.__version__} has no {', '.join(missing)}" if missing else ""
+
+
+def select(name: str, choices: list[Any], inputs: list[Any], layout: Any, values: dict[int, Any]) -> tuple[Any, bool]:
+    """Inductor's choice of the fastest, and whether it is one of its templates. ``values`` make inputs to time with."""
+    from torch._inductor import ir, select_algorithm
+
+    found = select_algorithm.autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=values)
+    box: Any = found[0] if isinstance(found, tuple) else found
+    return box, isinstance(box.data.data, ir.TemplateBuffer)
