@@ -9,9 +9,11 @@ from flashmla_ops.api import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
+from flashmla_ops.compiler import enable_compile
 
 __all__ = [
     "FlashMLASchedMeta",
+    "enable_compile",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

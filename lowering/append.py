@@ -1,0 +1,141 @@
+"""`append_` as Inductor's own IR, so that it is generated into the kernel that computes its rows.
+
+A row write is a scatter: for each (row, head, element), store the value at an offset that depends on the row's slot.
+Inductor's scatter of `index_put` cannot serve: it wraps a slot of -1 to the last row, checks bounds inside the parallel
+loop, where an exception aborts the process, and lets threads race where two rows name one slot. So `RowScatter` reads
+its slots not from the tensor but from the checked copy that `lowering.cpp` makes in front of the loops, where a bad
+slot can still be raised and nothing has been written; skipped rows have a negative offset there, and the store is
+guarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.ir import TensorBox
+from torch._inductor.lowering import fallback_handler, lowerings
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv
+
+from lowering.registration import session
+
+PATTERN = "append_ fused"
+MODE = "flashmla_append"
+#: Added to the offset of a load of slots: it is to be served from the checked copy, whoever else reads the tensor.
+CHECKED = sympy.Integer(1 << 60)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a slot mapping lies, and the number of slots that the cache has."""
+
+    name: str
+    n: sympy.Expr
+    stride: sympy.Expr
+    offset: sympy.Expr
+    capacity: sympy.Expr
+
+
+class RowScatter(ir.Scatter):
+    """The rows of one append_. ``slots`` is set right after construction (the base is a frozen dataclass)."""
+
+    slots: Slots
+
+
+def install() -> None:
+    """Lower `append_` and `append_.two` in our sessions; elsewhere they stay calls of the library."""
+    for overload, lower in (("default", lower_append), ("two", lower_append_two)):
+        target = getattr(torch.ops.flashmla.append_, overload)
+        lowerings[target] = _in_sessions(target, lower)
+
+
+def _in_sessions(target: torch._ops.OpOverload, lower: Callable[..., None]) -> Callable[..., Any]:
+    opaque = fallback_handler(target, add_to_fallback_set=False)
+
+    def lowering(*args: TensorBox) -> Any:
+        current = session()
+        if current is None or not current.settings.fuse_append:
+            return opaque(*args)
+        reason = why_not(args[0])
+        if reason:
+            current.lowered.refused(PATTERN, V.graph.current_node, reason)
+            return opaque(*args)
+        lower(*args)
+        current.lowered.rewrote(PATTERN, V.graph.current_node)
+        return None
+
+    return lowering
+
+
+def why_not(cache: TensorBox) -> str:
+    """Why an append to this cache is left to the library; empty if it is not."""
+    from lowering import cpp  # it imports this module
+
+    device = cache.get_device_or_error()
+    if device.type != "cpu":
+        return f"rows are generated for the CPU only, the cache is on {device}"
+    return cpp.why_not()
+
+
+def lower_append(kv_cache: TensorBox, rows: TensorBox, slot_mapping: TensorBox) -> None:
+    scatter_rows(kv_cache, rows, slots_of(slot_mapping, kv_cache))
+
+
+def lower_append_two(
+    kv_cache: TensorBox, k_cache: TensorBox, rows: TensorBox, k_rows: TensorBox, slot_mapping: TensorBox
+) -> None:
+    slots = slots_of(slot_mapping, kv_cache)
+    scatter_rows(kv_cache, rows, slots)
+    scatter_rows(k_cache, k_rows, slots)
+
+
+def slots_of(slot_mapping: TensorBox, cache: TensorBox) -> Slots:
+    """Put the mapping into memory, where it can be checked before anything is written."""
+    placed = ir.ExternKernel.realize_input(slot_mapping)
+    (n,), (stride,) = placed.get_size(), placed.get_stride()
+    n_pages, page_size = cache.get_size()[:2]
+    return Slots(placed.get_name(), n, stride, placed.get_layout().offset, n_pages * page_size)
+
+
+def scatter_rows(
+    cache: TensorBox,  # [n_pages, page_size, h_kv, d]
+    rows: TensorBox,  # [n, h_kv, d]
+    slots: Slots,
+) -> None:
+    cache.realize()
+    if ir.try_get_name(cache) in rows.get_read_names():
+        rows.realize()  # rows made of rows of the cache are read before the first is overwritten
+    page_size = cache.get_size()[1]
+
+    def position(index: Sequence[sympy.Expr]) -> list[sympy.Expr]:
+        row, head, element = index
+        offset = slots.offset + slots.stride * row + CHECKED
+        slot = ops.indirect_indexing(ops.load(slots.name, offset), slots.capacity, check=False, wrap_neg=False)
+        return [*page_and_token(cache, slot, page_size), head, element]
+
+    scatter = RowScatter(
+        device=cache.get_device_or_error(),
+        dtype=cache.get_dtype(),
+        inner_fn=rows.make_loader(),
+        ranges=rows.get_size(),
+        output_indexer=position,
+        scatter_mode=MODE,  # type: ignore[arg-type]
+    )
+    object.__setattr__(scatter, "slots", slots)
+    buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(cache), data=scatter)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+
+
+def page_and_token(cache: TensorBox, slot: sympy.Expr, page_size: sympy.Expr) -> list[sympy.Expr]:
+    """Page and token of a slot. Where pages follow one another, "page 0, token slot": no division is generated."""
+    page_stride, token_stride = cache.get_stride()[:2]
+    if V.graph.sizevars.statically_known_equals(page_stride, page_size * token_stride):
+        return [sympy.S.Zero, slot]
+    page = FloorDiv(slot, page_size)
+    return [page, slot - page * page_size]

@@ -1,0 +1,81 @@
+"""The choice between a call of the library and the generated decode, by timing both when compiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.select_algorithm import ExternKernelChoice
+from torch._inductor.virtualized import V
+
+from lowering import versions
+from lowering.templates.decode import Arguments, DecodeTemplate
+
+NAME = "flashmla_decode"
+
+
+def install() -> None:
+    """Enter the library's call under the name that generated code uses, cached code of earlier processes included."""
+    if ExternKernelChoice.lookup(NAME) is None:
+        ExternKernelChoice(decode_into, name=NAME)
+
+
+def decode_into(*tensors: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """`decode` into memory that Inductor planned. ``arguments``: the fields of `Arguments`, as code can name them."""
+    a = Arguments(*arguments)
+    q, kv_cache, block_table, cache_seqlens, *rest = tensors
+    optional = iter(rest)
+    k_cache = next(optional) if a.has_k else None
+    schedule = next(optional) if a.has_schedule else None
+    sink = next(optional) if a.has_sink else None
+    lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
+    torch.ops.flashmla.decode.out(
+        q,
+        kv_cache,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        a.d_v,
+        a.qk_start,
+        a.softmax_scale,
+        a.causal,
+        schedule,
+        "native",
+        sink,
+        out=out,
+        lse=lse,
+    )
+    return out
+
+
+def why_not(arguments: Arguments) -> str:
+    """Why nothing can be timed; empty if it can."""
+    if V.graph.cpp_wrapper:
+        return "a package has no Python to call the library through"
+    return "a schedule belongs to lengths that are not known when compiling" if arguments.has_schedule else ""
+
+
+def fastest(inputs: list[ir.IRNode], layout: ir.FixedLayout, arguments: Arguments) -> tuple[ir.TensorBox, bool]:
+    """The result of the faster one, and whether that is the template. Timed at full lengths of the sizes traced."""
+    library = ExternKernelChoice.lookup(NAME)
+    assert library is not None  # made by install
+    template = DecodeTemplate(inputs, layout, arguments).generate()  # type: ignore[no-untyped-call]
+    fields = tuple(getattr(arguments, name) for name in Arguments.__dataclass_fields__)
+    choices = [library.bind(inputs, layout, arguments=fields), template]
+    full = _hint(inputs[2].get_size()[1]) * _hint(inputs[1].get_size()[1])
+    values = {2: lambda node: _filled(node, 0), 3: lambda node: _filled(node, full)}
+    return versions.select(NAME, choices, inputs, layout, values)
+
+
+def _hint(size: Any) -> int:
+    return int(V.graph.sizevars.optimization_hint(size, fallback=1))
+
+
+def _filled(node: Any, value: int) -> Tensor:
+    """A tensor as the node's, in memory that also reaches as far as a kernel reads that adds the node's offset."""
+    layout = node.get_layout()
+    size, stride = [_hint(n) for n in layout.size], [_hint(n) for n in layout.stride]
+    reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 + _hint(layout.offset)
+    return torch.full((reach,), value, dtype=node.get_dtype()).as_strided(size, stride)

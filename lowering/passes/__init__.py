@@ -1,0 +1,23 @@
+"""The graph passes of the `flashmla` backend.
+
+A pass is a function of the graph and of the record of decisions. It rewrites the graph in place, and only where the
+result is proven equal; it says in the record what it rewrote, and why it left alone what looked like a candidate. The
+backend runs `PASSES` in order on every joint graph (inference graphs included) before Inductor's own joint passes: the
+graph is functional, its operators are those of ATen and of custom libraries, and each node's ``meta["val"]`` is a fake
+tensor with symbolic sizes. Afterwards the backend removes dead code and recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lowering.passes.record import Decision, Record
+
+GraphPass = Callable[[torch.fx.Graph, Record], None]
+
+#: In the order in which they run.
+PASSES: list[GraphPass] = []
+
+__all__ = ["PASSES", "Decision", "GraphPass", "Record"]

@@ -1,0 +1,38 @@
+"""What the graph passes did to one graph: every rewrite made, and every one refused with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One place where a pattern was recognised. ``reason`` says why it was refused; it is empty for a rewrite."""
+
+    pattern: str
+    node: str
+    rewritten: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.pattern} at {self.node}: {'rewritten' if self.rewritten else f'left alone: {self.reason}'}"
+
+
+@dataclass
+class Record:
+    """The decisions about one graph, in the order they were made."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    def rewrote(self, pattern: str, node: object) -> None:
+        self.decisions.append(Decision(pattern, str(node), rewritten=True))
+
+    def refused(self, pattern: str, node: object, reason: str) -> None:
+        self.decisions.append(Decision(pattern, str(node), rewritten=False, reason=reason))
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)

@@ -1,0 +1,147 @@
+"""Our lowerings inside Inductor: installed once, dormant until a compilation asks for them.
+
+Inductor's tables are global to the process, its configuration belongs to a thread. So nothing here switches a table on
+and off: `install` enters our lowerings for good, and each looks whether the compilation that called it is one of ours
+(`session`), otherwise Inductor's own treatment follows. Compilations of other backends, in this thread or another, are
+as if we were not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lowering import cache_key, versions
+from lowering.passes import PASSES, Record
+from lowering.settings import Settings
+
+BACKEND = "flashmla"
+
+
+@dataclass
+class Session:
+    """One compilation with our lowerings: its settings, and the record of what was decided in it.
+
+    ``rewrites`` has an entry for each graph that the passes saw, ``lowered`` what lowerings decided.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    rewrites: list[Record] = field(default_factory=list)
+    lowered: Record = field(default_factory=Record)
+
+
+_SESSION: ContextVar[Session | None] = ContextVar("flashmla_session", default=None)
+_RECORDING: ContextVar[Session | None] = ContextVar("flashmla_recording", default=None)
+_LOCK = threading.RLock()
+_installed = False
+_default_before: Any = None
+_enabled = False
+
+
+def session() -> Session | None:
+    """The session of the compilation under way in this thread; None in everybody else's compilations."""
+    return _SESSION.get()
+
+
+class RunPasses(versions.CustomGraphPass):
+    """`PASSES` as one pass of Inductor's, with the identity that its caches ask for."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        record = Record()
+        current = session()
+        if current is not None:
+            current.rewrites.append(record)
+        versions.remove_noop_ops(graph)
+        for rewrite in PASSES:
+            rewrite(graph, record)
+        graph.eliminate_dead_code()
+        graph.lint()
+
+    def uuid(self) -> str:
+        names = ",".join(f"{p.__module__}.{getattr(p, '__qualname__', type(p).__qualname__)}" for p in PASSES)
+        return f"{cache_key.source_hash()}:{names}"
+
+
+def install() -> None:
+    """Enter our lowerings into Inductor's tables. Idempotent; any thread may call it at any time."""
+    global _installed
+    with _LOCK:
+        if _installed:
+            return
+        from lowering import append, cpp, decode  # they import Inductor, which takes seconds
+
+        cpp.install()
+        append.install()
+        decode.install()
+        _installed = True
+
+
+def inductor_patches(existing: dict[str, Any]) -> dict[str, Any]:
+    """Inductor options that run our passes, after those of the user."""
+    theirs = existing.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+    return existing | {"joint_custom_pre_pass": versions.join_passes(theirs, RunPasses())}
+
+
+@contextlib.contextmanager
+def active(settings: Settings | None = None) -> Iterator[Session]:
+    """Every Inductor compilation of this thread inside the block uses our lowerings and passes.
+
+    For what is not `torch.compile`: ``torch._inductor.aoti_compile_and_package`` and the like.
+    """
+    with _entered(settings or Settings()) as current, versions.patch_inductor(inductor_patches({})):
+        yield current
+
+
+@contextlib.contextmanager
+def _entered(settings: Settings) -> Iterator[Session]:
+    install()
+    current = Session(settings)
+    if (watched := _RECORDING.get()) is not None:
+        current.rewrites, current.lowered = watched.rewrites, watched.lowered
+    token = _SESSION.set(current)
+    tag = cache_key.extended_tag(torch.compiler.config.cache_key_tag, settings)
+    try:
+        with versions.patch_compiler({"cache_key_tag": tag}):
+            yield current
+    finally:
+        _SESSION.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Session]:
+    """Collect the decisions of every session that this thread opens in the block."""
+    collected = Session()
+    token = _RECORDING.set(collected)
+    try:
+        yield collected
+    finally:
+        _RECORDING.reset(token)
+
+
+def enable() -> None:
+    """Make `flashmla` the backend of every ``torch.compile`` that names none. Idempotent."""
+    global _default_before, _enabled
+    with _LOCK:
+        if not _enabled:
+            _default_before = versions.default_backend()
+            versions.set_default_backend(BACKEND)
+            _enabled = True
+
+
+def disable() -> None:
+    """Undo `enable`; what was compiled stays compiled. Idempotent."""
+    global _enabled
+    with _LOCK:
+        if _enabled:
+            versions.set_default_backend(_default_before)
+            _enabled = False
+
+
+def is_enabled() -> bool:
+    return _enabled

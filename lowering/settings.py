@@ -1,0 +1,27 @@
+"""The choices that the lowerings leave to the user. They are part of the cache key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashmla_ops.errors import ArgumentError
+
+DECODE_CHOICES = ("extern", "template", "autotune")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How operators are lowered.
+
+    ``decode``: "extern" calls the compiled library, and work after it is a kernel of its own; "template" generates one
+    kernel that holds attention and the pointwise work after it; "autotune" times both for every shape, when compiling.
+    The default is what measured faster on the CPU (docs/compile.md). ``fuse_append``: generate `append_` into the
+    kernel that computes the rows.
+    """
+
+    decode: str = "extern"
+    fuse_append: bool = True
+
+    def __post_init__(self) -> None:
+        if self.decode not in DECODE_CHOICES:
+            raise ArgumentError("compile", "decode", f"one of {', '.join(DECODE_CHOICES)}", self.decode)

@@ -1,0 +1,1 @@
+"""C++ templates for Inductor, and the way the library's headers get into generated code."""

@@ -1,0 +1,143 @@
+"""Every place where torch 2.11 to 2.14 differ, and every private name of Inductor that the package needs.
+
+Developed and tested with 2.13.0. What a version lacks is found by looking for it, never by comparing numbers, and then
+either has a fallback here or raises `UnsupportedTorchError` that names it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch._dynamo.backends import registry
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from flashmla_ops.errors import ArgumentError, FlashMLAError
+
+__all__ = [
+    "CustomGraphPass",
+    "UnsupportedTorchError",
+    "compile_fx",
+    "default_backend",
+    "inductor_options",
+    "join_passes",
+    "lacks_kernel_classes",
+    "patch_compiler",
+    "patch_inductor",
+    "remove_noop_ops",
+    "resets_division_flag",
+    "set_default_backend",
+    "unknown_option",
+    "without_caches",
+]
+
+
+class UnsupportedTorchError(FlashMLAError, ImportError):
+    """This torch lacks something that the package needs."""
+
+
+def unknown_option(name: str, known: Sequence[str]) -> ArgumentError:
+    return ArgumentError("compile", "options", f"of ours {', '.join(known)}", name)
+
+
+def default_backend() -> Any:
+    """What ``torch.compile`` uses where no backend is named."""
+    get = getattr(registry, "get_default_backend", None)
+    return get() if get is not None else "inductor"
+
+
+def set_default_backend(backend: Any) -> None:
+    setter = getattr(registry, "set_default_backend", None)
+    if setter is None:
+        raise UnsupportedTorchError(
+            f"torch {torch.__version__} has no torch._dynamo.backends.registry.set_default_backend; name the backend:"
+            ' torch.compile(model, backend="flashmla")'
+        )
+    setter(backend)
+
+
+def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's configuration for a mode and options, checked as ``torch.compile(backend="inductor")`` checks them."""
+    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+
+
+def compile_fx(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx as inductor  # seconds, and only when compiling
+
+    compiled: Any = inductor(graph, inputs, config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
+
+
+def patch_inductor(changes: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Inductor's configuration changed for a while, in this thread."""
+    from torch._inductor import config
+
+    context: AbstractContextManager[Any] = config.patch(changes)
+    return context
+
+
+def patch_compiler(changes: dict[str, Any]) -> AbstractContextManager[Any]:
+    """The configuration of torch.compiler changed for a while, in this thread."""
+    config: Any = torch.compiler.config
+    return config.patch(changes)  # type: ignore[no-any-return]
+
+
+def without_caches() -> AbstractContextManager[Any]:
+    """Compile everything anew: no cache of torch's is read or written."""
+    return patch_inductor({"force_disable_caches": True})
+
+
+def remove_noop_ops(graph: torch.fx.Graph) -> None:
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops as remove
+
+    remove(graph)
+
+
+class _Sequence(CustomGraphPass):
+    """Passes one after the other, where Inductor takes a single one."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any | None:
+        ids = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in ids else tuple(ids)
+
+
+def join_passes(theirs: Any, ours: CustomGraphPass) -> CustomGraphPass:
+    """One pass that runs theirs (None, one or several) and then ours. Without a ``uuid`` of each, nothing is cached."""
+    if theirs is None:
+        return ours
+    return _Sequence([*(theirs if isinstance(theirs, (list, tuple)) else [theirs]), ours])
+
+
+def resets_division_flag() -> bool:
+    """Whether generated kernels keep a pointer into their stack that must be cleared before an exception leaves."""
+    from torch._inductor.codegen.cpp import KernelGroup
+
+    return "inductor_cpu_integer_div_error_flag = nullptr" in inspect.getsource(KernelGroup.codegen_group)
+
+
+def lacks_kernel_classes() -> str:
+    """What this torch lacks of the places where derived C++ kernels go; empty if it has them."""
+    from torch._inductor.codegen.cpp import CppKernelProxy, CppScheduling
+
+    wanted = [(CppScheduling, "kernel_proxy_cls"), (CppKernelProxy, "kernel_cls"), (CppKernelProxy, "vec_kernel_cls")]
+    missing = [f"{owner.__name__}.{name}" for owner, name in wanted if not hasattr(owner, name)]
+    return f"torch {torch.__version__} has no {', '.join(missing)}" if missing else ""
+
+
+def select(name: str, choices: list[Any], inputs: list[Any], layout: Any, values: dict[int, Any]) -> tuple[Any, bool]:
+    """Inductor's choice of the fastest, and whether it is one of its templates. ``values`` make inputs to time with."""
+    from torch._inductor import ir, select_algorithm
+
+    found = select_algorithm.autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=values)
+    box: Any = found[0] if isinstance(found, tuple) else found
+    return box, isinstance(box.data.data, ir.TemplateBuffer)

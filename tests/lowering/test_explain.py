@@ -1,0 +1,118 @@
+"""What `explain` reports of a step, as text and as a picture."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowering
+from lowering import Explanation
+from lowering.passes import PASSES, Record
+from lowering.program import Program, Step
+
+
+def step(q: Tensor, cache: Tensor, rows: Tensor, slots: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    torch.ops.flashmla.append_(cache, rows * 2, slots)
+    out, _ = torch.ops.flashmla.decode(q + 1, cache, None, table, lengths, 8)
+    return (out * 2).sum(-1)
+
+
+def arguments() -> tuple[Tensor, ...]:
+    table, lengths = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    return torch.ones(1, 1, 2, 8), torch.zeros(2, 4, 1, 8), torch.ones(1, 1, 8), torch.tensor([0]), table, lengths
+
+
+@pytest.fixture(scope="module")
+def explained() -> Iterator[tuple[Explanation, tuple[Tensor, ...]]]:
+    def look(graph: torch.fx.Graph, record: Record) -> None:
+        record.rewrote("a pattern", "a node")
+        record.refused("another", "mul", "for a reason")
+
+    PASSES.append(look)
+    given = arguments()
+    yield lowering.explain(step, *given), given
+    PASSES.remove(look)
+
+
+def test_steps_buffers_and_copies(explained: tuple[Explanation, tuple[Tensor, ...]]) -> None:
+    result, _ = explained
+    assert (result.graphs, result.compilations, result.breaks) == (1, 1, ())
+    before, after = result.before, result.after
+    assert [s.name for s in before.steps if s.kind == "flashmla"] == [
+        "flashmla.append_.default",
+        "flashmla.decode.default",
+    ]
+    assert [s.kind for s in after.steps] == ["kernel", "flashmla", "kernel"]
+    assert len(after.buffers) < len(before.buffers)
+    assert (before.missed, after.missed, after.missed_bytes) == (0, 0, 0)
+
+
+def test_decisions_and_reasons_are_in_the_text(explained: tuple[Explanation, tuple[Tensor, ...]]) -> None:
+    result, _ = explained
+    assert [str(d) for d in result.rewrites] == [
+        "a pattern at a node: rewritten",
+        "another at mul: left alone: for a reason",
+    ]
+    assert [(d.pattern, d.rewritten) for d in result.lowered] == [("append_ fused", True)]
+    text = str(result)
+    assert "graphs          1, breaks 0, compilations 1" in text
+    assert "another at mul: left alone: for a reason" in text
+    assert f"library calls   {result.before.calls:>10} {result.after.calls:>10}" in text
+
+
+def test_inputs_stay_as_they_are(explained: tuple[Explanation, tuple[Tensor, ...]]) -> None:
+    _, given = explained
+    assert all(map(torch.equal, given, arguments()))
+
+
+def test_the_picture_is_xml_and_shows_every_step(explained: tuple[Explanation, tuple[Tensor, ...]]) -> None:
+    result, _ = explained
+    root = ElementTree.fromstring(result.svg())
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for step_ in (*result.before.steps, *result.after.steps):
+        assert any(step_.name[:49] in text for text in texts)
+    assert {"Inductor", "flashmla", "cache copies"} <= set(texts)
+
+
+def test_breaks_are_counted_with_their_reasons() -> None:
+    def broken(x: Tensor) -> Tensor:
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    result = lowering.explain(broken, torch.ones(3))
+    assert result.graphs == 2
+    assert len(result.breaks) == 1
+
+
+SOURCE = """
+cpp_fused_mul_0 = async_compile.cpp_pybinding(['const float*'], r'''
+extern "C"  void  kernel(const float* in_ptr0)
+''')
+
+class Runner:
+    def call(self, args):
+        buf0 = empty_strided_cpu((s0, 8), (8, 1), torch.float32)
+        cpp_fused_mul_0(arg0_1, buf0, s0)
+        extern_kernels.mm(buf0, arg1_1, out=buf1)
+        # Topologically Sorted Source Nodes: [decode]
+        buf2 = torch.ops.flashmla.decode.default(buf1, arg2_1)
+        del buf1
+        return (buf2, )
+
+runner = Runner(partitions=[])
+"""
+
+
+def test_reading_a_generated_module() -> None:
+    program = Program.joined([SOURCE])
+    assert program.steps == (
+        Step("kernel", "cpp_fused_mul_0"),
+        Step("library", "mm"),
+        Step("flashmla", "flashmla.decode.default"),
+    )
+    assert program.buffers == (("buf0", "s0, 8"),)

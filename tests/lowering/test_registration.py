@@ -1,0 +1,122 @@
+"""The backend's name, its options, and the compilations of others, which it must leave alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.codegen import common
+
+import flashmla_ops
+import lowering
+from lowering import Settings, backend, cache_key, registration, versions
+from lowering.passes import PASSES
+from lowering.program import Program, read_programs
+
+
+def write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
+    torch.ops.flashmla.append_(cache, rows * 2, slots)
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(2, 4, 1, 8), torch.ones(2, 1, 8), torch.tensor([3, -1])
+
+
+def steps_with(**kwargs: object) -> list[str]:
+    torch._dynamo.reset()
+    with versions.without_caches(), read_programs() as sources:
+        torch.compile(write, fullgraph=True, **kwargs)(*arguments())  # type: ignore[call-overload]
+    return [step.kind for step in Program.joined(sources).steps]
+
+
+@pytest.fixture(autouse=True)
+def disabled() -> Iterator[None]:
+    yield
+    lowering.disable()
+
+
+def test_the_name_is_known_to_torch() -> None:
+    assert "flashmla" in torch._dynamo.list_backends()
+    assert torch._dynamo.lookup_backend("flashmla") is backend.flashmla
+
+
+def test_enable_and_disable_change_the_default_only() -> None:
+    assert steps_with() == ["kernel", "flashmla"]
+    for _ in range(2):
+        flashmla_ops.enable_compile()
+        assert lowering.is_enabled()
+    assert steps_with() == ["kernel"]
+    assert steps_with(backend="inductor") == ["kernel", "flashmla"]
+    for _ in range(2):
+        lowering.disable()
+        assert not lowering.is_enabled()
+    assert steps_with() == ["kernel", "flashmla"]
+    assert steps_with(backend="flashmla") == ["kernel"]
+
+
+def test_enabling_from_many_threads_keeps_the_first_default() -> None:
+    before = versions.default_backend()
+    threads = [threading.Thread(target=lowering.enable) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lowering.disable()
+    assert versions.default_backend() == before
+
+
+def test_modes_and_options_of_inductor_are_taken_and_checked() -> None:
+    assert steps_with(backend="flashmla", mode="max-autotune-no-cudagraphs") == ["kernel"]
+    assert steps_with(backend="flashmla", options={"epilogue_fusion": False}) == ["kernel"]
+    assert steps_with(backend="flashmla", options={"flashmla.fuse_append": False}) == ["kernel", "flashmla"]
+    for options in ({"no_such_option": 1}, {"flashmla.no_such": 1}, {"flashmla.decode": "fast"}):
+        with pytest.raises(Exception, match=r"no_such|decode"):
+            steps_with(backend="flashmla", options=options)
+
+
+def test_a_session_belongs_to_its_thread_and_ends() -> None:
+    seen: list[object] = []
+    with lowering.active(Settings(decode="template")) as session:
+        assert registration.session() is session
+        thread = threading.Thread(target=lambda: seen.append(registration.session()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+    assert registration.session() is None
+    choose = common.device_codegens["cpu"].scheduling
+    assert type(choose(None)).__module__ == "torch._inductor.codegen.cpp"
+
+
+def test_the_users_pass_runs_before_ours() -> None:
+    order: list[str] = []
+
+    class Theirs(versions.CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            order.append("theirs")
+
+        def uuid(self) -> str:
+            return "theirs"
+
+    PASSES.append(lambda graph, record: order.append("ours"))
+    try:
+        steps_with(backend="flashmla", options={"joint_custom_pre_pass": Theirs()})
+    finally:
+        PASSES.pop()
+    assert order == ["theirs", "ours"]
+    joined = versions.join_passes([Theirs(), Theirs()], registration.RunPasses())
+    assert joined.uuid() == ("theirs", "theirs", registration.RunPasses().uuid())
+    assert versions.join_passes(lambda graph: None, Theirs()).uuid() is None
+
+
+def test_the_tag_is_extended_and_never_replaced() -> None:
+    once = cache_key.extended_tag("theirs", Settings())
+    assert once.startswith("theirs+flashmla-")
+    assert cache_key.extended_tag(once, Settings()) == once
+    assert cache_key.extended_tag("", Settings(decode="template")) != cache_key.extended_tag("", Settings())
+    with versions.patch_compiler({"cache_key_tag": "theirs"}):
+        with lowering.active():
+            assert torch.compiler.config.cache_key_tag == once
+        assert torch.compiler.config.cache_key_tag == "theirs"
