@@ -32,3 +32,60 @@ as a lane of numpy vectors, with the checks that a device does not make::
 
 `LIMITS` says what is not modelled. Nothing here is a statement about speed or about a real device.
 """
+
+from cutlass_kernels.emulator.device import MODELS, Device, DeviceArray
+from cutlass_kernels.emulator.errors import (
+    BarrierFault,
+    Deadlock,
+    DeviceTrap,
+    DivergentCollective,
+    EmulatorError,
+    LaunchError,
+    MemoryFault,
+    NoPtx,
+    PtxSyntaxError,
+    RuntimeUnavailable,
+    UnsupportedInstruction,
+)
+from cutlass_kernels.emulator.formats import from_bf16, from_e4m3, to_bf16, to_e4m3
+from cutlass_kernels.emulator.limits import LIMITS
+from cutlass_kernels.emulator.mutation import Mutant, NotClean, Survey, mutate
+from cutlass_kernels.emulator.options import Landing, Options, Site
+from cutlass_kernels.emulator.registry import opcodes
+from cutlass_kernels.emulator.report import Counters, Hazard, LaunchReport, Report
+from cutlass_kernels.emulator.runner import run
+
+__all__ = [
+    "LIMITS",
+    "MODELS",
+    "BarrierFault",
+    "Counters",
+    "Deadlock",
+    "Device",
+    "DeviceArray",
+    "DeviceTrap",
+    "DivergentCollective",
+    "EmulatorError",
+    "Hazard",
+    "Landing",
+    "LaunchError",
+    "LaunchReport",
+    "MemoryFault",
+    "Mutant",
+    "NoPtx",
+    "NotClean",
+    "Options",
+    "PtxSyntaxError",
+    "Report",
+    "RuntimeUnavailable",
+    "Site",
+    "Survey",
+    "UnsupportedInstruction",
+    "from_bf16",
+    "from_e4m3",
+    "mutate",
+    "opcodes",
+    "run",
+    "to_bf16",
+    "to_e4m3",
+]

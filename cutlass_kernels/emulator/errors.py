@@ -46,3 +46,7 @@ class RuntimeUnavailable(EmulatorError):
 
 class NoPtx(EmulatorError):
     """A library carries no PTX that can be read and none lies beside it."""
+
+
+class BarrierFault(EmulatorError):
+    """An mbarrier that was never initialised, or that got more arrivals than it expects."""

@@ -29,7 +29,7 @@ class Options:
     ``races``, ``counters``: follow shared-memory ordering with vector clocks; count memory transactions. Both cost
     time.
 
-    ``drop``: a synchronising instruction that is left out (a wait that never waits, a barrier that nobody meets, an
+    ``drop``: synchronising instructions that are left out (a wait that never waits, a barrier that nobody meets, an
     arrival or fence that does not happen); see `mutate`.
 
     ``max_steps``: basic blocks that one launch may execute before it counts as hung.
@@ -40,6 +40,6 @@ class Options:
     landing: Landing = "late"
     races: bool = True
     counters: bool = True
-    drop: Site | None = None
+    drop: frozenset[Site] = frozenset()
     max_steps: int = 2_000_000
     max_hazards: int = 8
