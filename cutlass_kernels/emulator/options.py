@@ -41,5 +41,5 @@ class Options:
     races: bool = True
     counters: bool = True
     drop: frozenset[Site] = frozenset()
-    max_steps: int = 2_000_000
+    max_steps: int = 500_000
     max_hazards: int = 8

@@ -93,8 +93,8 @@ class Program:
 
     # What the scheduler needs
 
-    def gathers(self, block: int) -> bool:
-        """Whether only whole warps may enter a block."""
+    def gathers(self, block: int) -> int:
+        """How many threads make up the groups that must enter a block together; 0: any may."""
         return self.blocks[block].block.gather
 
     def first(self, block: int) -> Instruction:

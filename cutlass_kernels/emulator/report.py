@@ -16,9 +16,10 @@ class Hazard:
     """Something that a device need not punish, but that makes the result depend on luck.
 
     ``kind``: "race" (two warps, or a warp and an asynchronous copy, touch one word of shared memory without an order
-    between them), "uninitialised" (a read of memory that nobody wrote), "in flight" (an access to shared memory that an
-    unfinished copy writes or an unfinished matrix product reads), "proxy" (the asynchronous proxy reads what the
-    generic proxy wrote without fence.proxy.async), "unwaited" (asynchronous work still pending when its thread exits).
+    between them), "uninitialised" (the use of a value that nobody wrote to memory), "in flight" (an access to shared
+    memory that an unfinished copy writes or an unfinished matrix product reads, or to such a product's registers),
+    "proxy" (the asynchronous proxy reads what the generic proxy wrote without fence.proxy.async), "unwaited"
+    (asynchronous work still pending when its thread exits).
     ``count`` lanes or words took part over the whole launch.
     """
 

@@ -65,10 +65,10 @@ class Translator:
 
     # Reading
 
-    def read(self, operand: Operand, kind: str) -> Reader:
-        """An operand as numbers of a PTX type."""
+    def read(self, operand: Operand, kind: str, *, moves: bool = False) -> Reader:
+        """An operand as numbers of a PTX type. ``moves``: the instruction only passes it on (see `machine.taint`)."""
         if isinstance(operand, Register):
-            return self._read_register(operand, kind)
+            return self._read_register(operand, kind, moves=moves)
         if isinstance(operand, Immediate):
             value = self._immediate(operand, kind)
             return lambda machine, lanes: value
@@ -94,16 +94,20 @@ class Translator:
         """The items of ``{...}``, or the operand alone."""
         return operand.items if isinstance(operand, Vector) else (operand,)
 
-    def _read_register(self, register: Register, kind: str) -> Reader:
+    def _read_register(self, register: Register, kind: str, *, moves: bool = False) -> Reader:
         index, have, want = register.index, bits(register.type), bits(kind)
         number = dtype(kind)
         watched = register.index in self.watched
 
         def plain(machine: Machine, lanes: Lanes) -> Value:
+            if machine.taint.marks and not moves:
+                machine.taint.use(index, machine.lanes(lanes))
             values = machine.registers[index]
             return values.view(number) if lanes is None else values[lanes].view(number)
 
         def resized(machine: Machine, lanes: Lanes) -> Value:
+            if machine.taint.marks and not moves:
+                machine.taint.use(index, machine.lanes(lanes))
             values = machine.registers[index]
             return (values if lanes is None else values[lanes]).astype(UNSIGNED[want]).view(number)
 
@@ -176,6 +180,8 @@ class Translator:
             if value.dtype.itemsize != stored.itemsize:
                 value = value.astype(np.dtype(f"{value.dtype.kind}{stored.itemsize}"))
             value = value.view(stored) if value.dtype != stored else value
+            if machine.taint.marks:
+                machine.taint.clear(index, machine.lanes(lanes))
             registers = machine.registers
             if lanes is None:
                 if value.ndim == 0:

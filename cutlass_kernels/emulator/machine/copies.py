@@ -161,10 +161,6 @@ class CopyGroups:
                 offsets[np.flatnonzero(reading)[part]] = first
             if (offsets & (size - 1)).any():
                 raise machine.fault(MemoryFault, f"a cp.async source off its alignment of {size} bytes")
-        memory = machine.heap.memory
-        missing = memory.without(WRITTEN, offsets[wanted == size], size) if (wanted == size).any() else None
-        if missing is not None:
-            machine.hazards.add("uninitialised", "a copy of global memory that nobody wrote", int(missing.sum()))
         if machine.tally is not None:
             machine.tally.global_access(offsets[reading], lanes[reading], size, write=False)
         return offsets
@@ -172,6 +168,7 @@ class CopyGroups:
     def _move(self, copies: _Copies) -> None:
         machine = self.machine
         width = min(copies.size, 8)
+        missing = machine.heap.memory.without(WRITTEN, copies.source, copies.size)
         data = machine.heap.memory.read(copies.source, width, copies.size // width)
         data = np.ascontiguousarray(data)
         short = copies.wanted < copies.size
@@ -179,3 +176,6 @@ class CopyGroups:
             raw = data.view(np.uint8).reshape(copies.lanes.size, copies.size)
             raw[np.arange(copies.size) >= copies.wanted[:, None]] = 0
         machine.shared.write(copies.target, width, data)
+        # What nobody wrote to global memory has not been written to shared memory either.
+        if missing is not None and (unknown := missing & ~short).any():
+            machine.shared.forget(copies.target[unknown], copies.size)

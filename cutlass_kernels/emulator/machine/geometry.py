@@ -6,12 +6,12 @@ from functools import cached_property
 
 import numpy as np
 
-from cutlass_kernels.emulator.errors import UnsupportedInstruction
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.scheduler import WARP
 from cutlass_kernels.emulator.ptx.types import Array
 
 Triple = tuple[int, int, int]
+WARPGROUP = 128
 _AXES = "xyz"
 
 
@@ -40,6 +40,10 @@ class Geometry:
         self.domain: Ints = self.cta // self.cluster_ctas
         #: The warp within its cluster.
         self.warp: Ints = self.cta % self.cluster_ctas * warps + self.thread // WARP
+        #: The warp and the warpgroup of each thread among all that run, by their sizes.
+        self.groups: dict[int, Ints] = {
+            size: self.cta * -(-self.threads // size) + self.thread // size for size in (WARP, WARPGROUP)
+        }
         self._order = first + np.arange(ctas, dtype=np.int64)
 
     @cached_property
@@ -62,7 +66,7 @@ class Geometry:
         return f"thread ({tx}, {ty}, {tz}) of CTA ({x}, {y}, {z})"
 
     def special(self, name: str) -> Array:
-        """A special register, one uint32 a lane. Clocks read 0."""
+        """A special register, one uint32 a lane. Clocks read 0. Raises KeyError for one that is not modelled."""
         base, _, axis = name.lstrip("%").partition(".")
         values = self._vector(base, _AXES.index(axis)) if axis in tuple(_AXES) else self._scalar(base)
         return np.broadcast_to(np.asarray(values, np.int64), (self.lanes,)).astype(np.uint32)
@@ -76,7 +80,7 @@ class Geometry:
         index = self._cta_index[axis][self.cta]
         known |= {"ctaid": index, "clusterid": index // self.cluster[axis]}
         known["cluster_ctaid"] = index % self.cluster[axis]
-        return self._known(known, f"{base}.{_AXES[axis]}", base)
+        return known[base]
 
     def _scalar(self, base: str) -> Ints | int:
         lane = self.thread % WARP
@@ -101,10 +105,4 @@ class Geometry:
             "globaltimer": 0,
             "gridid": 0,
         }
-        return self._known(known, base, base)
-
-    @staticmethod
-    def _known(known: dict[str, Ints | int], name: str, base: str) -> Ints | int:
-        if base not in known:
-            raise UnsupportedInstruction(f"the special register %{name} is not modelled")
         return known[base]

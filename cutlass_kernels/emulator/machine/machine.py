@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cutlass_kernels.emulator.errors import EmulatorError, MemoryFault
+from cutlass_kernels.emulator.errors import EmulatorError, MemoryFault, UnsupportedInstruction
 from cutlass_kernels.emulator.machine.barriers import Barriers, ClusterBarriers
 from cutlass_kernels.emulator.machine.clocks import Clocks, Ints
 from cutlass_kernels.emulator.machine.copies import CopyGroups
@@ -18,6 +18,7 @@ from cutlass_kernels.emulator.machine.memory import ALLOCATED, WRITTEN, Heap, Me
 from cutlass_kernels.emulator.machine.races import Races
 from cutlass_kernels.emulator.machine.scheduler import Lanes, Scheduler
 from cutlass_kernels.emulator.machine.spaces import LOCAL, PARAMETER, SHARED, Space, cluster_rank
+from cutlass_kernels.emulator.machine.taint import Taint
 from cutlass_kernels.emulator.machine.tally import Tally
 from cutlass_kernels.emulator.machine.transfers import Transfers
 from cutlass_kernels.emulator.machine.warpgroups import Warpgroups
@@ -52,12 +53,15 @@ class Machine:
         self.n = geometry.lanes
         self.thread, self.cta, self.domain, self.warp = geometry.thread, geometry.cta, geometry.domain, geometry.warp
         self.hazards, self.counters = Hazards(options.max_hazards), Counters()
+        self.taint = Taint(self.n, self.hazards)
         self.tally = Tally(self.counters) if options.counters else None
         self.clocks = Clocks(geometry.domains, geometry.warps_in_domain)
         self._memories(parameters)
         words = self.shared.size // 4
         self.order = Races(words, self.clocks, self.hazards) if options.races else None
-        self.scheduler = Scheduler(self.n, program.run_block(self), self._idle, program.gathers, program.first)
+        self.scheduler = Scheduler(
+            self.n, program.run_block(self), self._idle, self._overdue, program.gathers, program.first, geometry.groups
+        )
         clocks = self.clocks if options.races else None
         self.barriers = Barriers(geometry.ctas, self.cta, self.domain, self.warp, clocks)
         self.cluster = ClusterBarriers(geometry.domains, self.domain, self.warp, clocks, self.scheduler.push)
@@ -114,7 +118,10 @@ class Machine:
     def special(self, name: str) -> Array:
         """A special register, one uint32 a lane."""
         if name not in self._special:
-            self._special[name] = self.geometry.special(name)
+            try:
+                self._special[name] = self.geometry.special(name)
+            except KeyError:
+                raise self.fault(UnsupportedInstruction, f"the special register {name} is not modelled") from None
         return self._special[name]
 
     def lanes(self, lanes: Lanes) -> Ints:
@@ -139,6 +146,10 @@ class Machine:
         for block, lanes in woken:
             self.program.time_out(self, block, lanes)
         return bool(woken)
+
+    def _overdue(self) -> bool:
+        """Threads poll: asynchronous work must land some time."""
+        return self.transfers.land_one()
 
     # Memory
 
@@ -205,15 +216,15 @@ class Machine:
                 f" {space.value} memory, by {where} and {int(bad.sum()) - 1} other threads",
             )
 
-    def load(self, space: Space, address: Array, lanes: Ints, width: int, count: int) -> Array:
-        """[lanes, count] elements of ``width`` bytes."""
+    def load(
+        self, space: Space, address: Array, lanes: Ints, width: int, count: int
+    ) -> tuple[Array, NDArray[np.bool_] | None]:
+        """[lanes, count] elements of ``width`` bytes, and which lanes read what nobody wrote (None: none)."""
         size = width * count
         space, memory, offsets = self.locate(space, address, lanes, size)
         missing = memory.without(WRITTEN, offsets, size)
-        if missing is not None and space is not Space.LOCAL:
-            self.hazards.add("uninitialised", f"a read of {space.value} memory that nobody wrote", int(missing.sum()))
         self._observe(space, offsets, lanes, size, write=False)
-        return memory.read(offsets, width, count)
+        return memory.read(offsets, width, count), missing
 
     def store(self, space: Space, address: Array, lanes: Ints, width: int, values: Array) -> None:
         """Store [lanes, count] elements of ``width`` bytes."""

@@ -66,6 +66,10 @@ class Memory:
             missing = missing.any(axis=1)
         return missing if missing.any() else None
 
+    def forget(self, offsets: Offsets, size: int) -> None:
+        """Count bytes as not written."""
+        self.state[offsets[:, None] + np.arange(size)] = ALLOCATED
+
     def write_bytes(self, offset: int, data: NDArray[np.uint8]) -> None:
         """Store contiguous bytes and mark them written."""
         self.data[offset : offset + data.size] = data

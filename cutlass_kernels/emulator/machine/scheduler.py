@@ -18,7 +18,8 @@ from cutlass_kernels.emulator.ptx.syntax import Instruction
 Lanes = Ints | None
 
 WARP = 32
-_PATIENCE = 256
+#: Blocks after which the longest-waiting threads run for as many, and after which threads count as polling.
+_PATIENCE, _POLLING = 256, 1024
 
 
 def merge(parts: list[Ints]) -> Ints:
@@ -36,8 +37,10 @@ class Scheduler:
     """Threads 0 .. ``lanes`` - 1, all at block 0.
 
     ``run_block(block, lanes)`` executes a block and hands its lanes on with `push`, `exit`, or to whoever parks them.
-    ``idle()`` is asked when no thread can run; it returns whether it woke one. ``gather(block)``: only whole warps may
-    enter. ``first(block)``: the block's first instruction, for messages.
+    ``idle()`` is asked when no thread can run; it returns whether it woke one. ``overdue()`` is called when threads run
+    for long without any progress: they may poll for something that would come only when all wait. ``gather(block)``:
+    how many threads make up a group that must enter together (0: none must); ``groups``: by that size, the group of
+    each thread. ``first(block)``: the block's first instruction, for messages.
     """
 
     def __init__(
@@ -45,11 +48,14 @@ class Scheduler:
         lanes: int,
         run_block: Callable[[int, Lanes], None],
         idle: Callable[[], bool],
-        gather: Callable[[int], bool],
+        overdue: Callable[[], bool],
+        gather: Callable[[int], int],
         first: Callable[[int], Instruction],
+        groups: dict[int, Ints],
     ) -> None:
         self.lanes, self.live = lanes, lanes
-        self._run_block, self._idle, self._gather, self._first = run_block, idle, gather, first
+        self._run_block, self._gather, self._first = run_block, gather, first
+        self._idle, self._overdue = idle, overdue
         self.ready: dict[int, list[Ints]] = {}
         self.held: dict[int, Ints] = {}
         self.steps = 0
@@ -58,7 +64,9 @@ class Scheduler:
         self._everyone = np.arange(lanes, dtype=np.int64)
         self._pushed: dict[int, int] = {}
         self._alive = np.ones(lanes, np.bool_)
-        self.live_in_warp = np.bincount(self._everyone // WARP, minlength=-(-lanes // WARP))
+        self._groups = groups
+        self._live_in = {size: np.bincount(group) for size, group in groups.items()}
+        self._warps = lanes // WARP
 
     def expand(self, lanes: Lanes) -> Ints:
         """Lanes as an array."""
@@ -79,7 +87,8 @@ class Scheduler:
         lanes = self.expand(lanes)
         self._alive[lanes] = False
         self.live -= lanes.size
-        self.live_in_warp -= np.bincount(lanes // WARP, minlength=self.live_in_warp.size)
+        for size, group in self._groups.items():
+            self._live_in[size] -= np.bincount(group[lanes], minlength=self._live_in[size].size)
         self.progress += 1
         for block, waiting in self.held.items():
             self.ready.setdefault(block, []).append(waiting)
@@ -93,9 +102,7 @@ class Scheduler:
 
     def present(self, lanes: Ints) -> Ints:
         """For each warp the bits of its lanes among ``lanes``."""
-        bits = np.bincount(
-            lanes // WARP, weights=(1 << (lanes % WARP)).astype(np.float64), minlength=self.live_in_warp.size
-        )
+        bits = np.bincount(lanes // WARP, weights=(1 << (lanes % WARP)).astype(np.float64), minlength=self._warps)
         return bits.astype(np.int64)
 
     def alive(self) -> Ints:
@@ -105,12 +112,18 @@ class Scheduler:
     def run(self, max_steps: int) -> None:
         """Until every thread has exited. Raises `Deadlock` and `DivergentCollective`."""
         self.push(0, None)
+        seen, since = 0, 0
         while self.live:
             if not self.ready:
                 if not self._idle():
                     self._stuck()
                 continue
             self.steps += 1
+            if self.progress != seen:
+                seen, since = self.progress, self.steps
+            elif self.steps - since > _POLLING:
+                self._overdue()
+                since = self.steps
             if self.steps > max_steps:
                 raise Deadlock(f"a launch ran for more than {max_steps} basic blocks: threads spin on something")
             self._step(self._pick())
@@ -125,16 +138,16 @@ class Scheduler:
         lanes: Lanes = merge(self.ready.pop(block))
         if lanes is not None and lanes.size == self.lanes:
             lanes = None
-        if lanes is not None and self._gather(block):
-            lanes = self._whole_warps(block, lanes)
+        if lanes is not None and (size := self._gather(block)):
+            lanes = self._whole(block, lanes, size)
             if not lanes.size:
                 return
         self._run_block(block, lanes)
 
-    def _whole_warps(self, block: int, lanes: Ints) -> Ints:
-        warps = lanes // WARP
-        here = np.bincount(warps, minlength=self.live_in_warp.size)
-        whole = (here == self.live_in_warp)[warps]
+    def _whole(self, block: int, lanes: Ints, size: int) -> Ints:
+        """The lanes whose groups are complete; the others are held."""
+        group, live = self._groups[size][lanes], self._live_in[size]
+        whole = (np.bincount(group, minlength=live.size) == live)[group]
         if not whole.all():
             self.hold(block, lanes[~whole])
             lanes = lanes[whole]

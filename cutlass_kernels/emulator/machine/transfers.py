@@ -101,19 +101,40 @@ class Transfers:
             data[inside] = self.machine.heap.memory.read(source, box.element, 1)[:, 0]
             return data[:, None]
 
+        def unwritten() -> Array | None:
+            missing = self.machine.heap.memory.without(WRITTEN, source, box.element)
+            return None if missing is None else np.flatnonzero(inside)[missing]
+
         for cta in ctas:
-            self._load(cta, chunk, box.element, fetch, barrier, lane)
+            self._load(cta, chunk, box.element, fetch, unwritten, barrier, lane)
 
     def load_bulk(self, target: int, source: int, size: int, barrier: int, lane: int, ctas: list[int]) -> None:
         """cp.async.bulk of ``size`` bytes to shared memory of ``ctas``, completing on an mbarrier in each."""
         self._bulk_rules(target, source, size)
         at = source - self.machine.heap.base + np.arange(0, size, _BULK_ALIGNMENT, dtype=np.int64)
         self._allocated(at, _BULK_ALIGNMENT)
+        memory = self.machine.heap.memory
+
+        def fetch() -> Array:
+            return memory.read(at, 8, 2)
+
+        def unwritten() -> Array | None:
+            return memory.without(WRITTEN, at, _BULK_ALIGNMENT)
+
         target_at = target + np.arange(0, size, _BULK_ALIGNMENT, dtype=np.int64)
         for cta in ctas:
-            self._load(cta, target_at, _BULK_ALIGNMENT, lambda: self.machine.heap.memory.read(at, 8, 2), barrier, lane)
+            self._load(cta, target_at, _BULK_ALIGNMENT, fetch, unwritten, barrier, lane)
 
-    def _load(self, cta: int, inside: Ints, width: int, fetch: Callable[[], Array], barrier: int, lane: int) -> None:
+    def _load(
+        self,
+        cta: int,
+        inside: Ints,
+        width: int,
+        fetch: Callable[[], Array],
+        unwritten: Callable[[], Array | None],
+        barrier: int,
+        lane: int,
+    ) -> None:
         machine = self.machine
         offsets, size = inside + cta, inside.size * width
         self._in_shared(offsets, width)
@@ -125,6 +146,8 @@ class Transfers:
 
         def land() -> None:
             machine.shared.write(offsets, min(width, 8), fetch())
+            if (unknown := unwritten()) is not None:
+                machine.shared.forget(offsets[unknown], width)
             if machine.order is not None:
                 machine.order.async_write_done(words, *machine.mbarriers.stamp(mbarrier))
             machine.mbarriers.complete(mbarrier, size)

@@ -14,12 +14,13 @@ import numpy as np
 
 from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.machine.clocks import Ints
+from cutlass_kernels.emulator.machine.geometry import WARPGROUP
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 
 if TYPE_CHECKING:
     from cutlass_kernels.emulator.machine.machine import Machine
 
-SIZE = 128
+SIZE = WARPGROUP
 
 
 @dataclass

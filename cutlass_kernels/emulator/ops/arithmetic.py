@@ -1,6 +1,6 @@
 """Integer and floating-point arithmetic (PTX ISA, "Integer Arithmetic Instructions", "Floating-Point Instructions").
 
-Rounding is to nearest even; other rounding modes are refused, except where the result is exact. ``.approx`` results are
+Rounding is to nearest even, in float32 also in the other three ways for sums and products. ``.approx`` results are
 computed with numpy and are thus closer to the truth than a device need be. ``.ftz`` flushes subnormal inputs and
 results.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cutlass_kernels.emulator.ops.packed import halves
+from cutlass_kernels.emulator.ops.rounding import exact_fma, rounded
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Value, bits, dtype, is_float, is_signed
 from cutlass_kernels.emulator.registry import Step, instruction
@@ -77,21 +78,35 @@ def _saturated(function: Function, kind: str) -> Function:
     return bounded
 
 
+def _rounding(t: Translator, item: Instruction, kind: str) -> str:
+    """The rounding mode; only float32 knows others than to nearest even."""
+    mode = next((part for part in item.opcode if part in ("rz", "rm", "rp")), "rn")
+    if mode != "rn" and kind != "f32":
+        raise t.unsupported(f"rounding .{mode} of .{kind}")
+    return mode
+
+
 _SIMPLE: dict[str, Function] = {"add": np.add, "sub": np.subtract}
 
 
-@instruction("add", "sub", kind="arithmetic", accepts="rn ftz sat")
+@instruction("add", "sub", kind="arithmetic", accepts="rn rz rm rp ftz sat")
 def _add(t: Translator, item: Instruction) -> Step:
     kind = item.opcode[-1]
     if kind in ("f16", "f16x2", "bf16", "bf16x2"):
         return halves(t, item, _SIMPLE[item.opcode[0]])
     function = _SIMPLE[item.opcode[0]]
+    if (mode := _rounding(t, item, kind)) != "rn":
+        sign = np.float32(1 if item.opcode[0] == "add" else -1)
+
+        def function(a: Value, b: Value) -> Value:
+            return rounded(exact_fma(b, sign, a), mode)
+
     if "sat" in item.opcode:
         function = _saturated(function, kind)
     return apply(t, item, function, (kind, kind), flush="ftz" in item.opcode)
 
 
-@instruction("mul", "mad", kind="arithmetic", accepts="rn ftz sat lo hi wide")
+@instruction("mul", "mad", kind="arithmetic", accepts="rn rz rm rp ftz sat lo hi wide")
 def _multiply(t: Translator, item: Instruction) -> Step:
     kind, opcode = item.opcode[-1], item.opcode
     if kind in ("f16", "f16x2", "bf16", "bf16x2"):
@@ -99,7 +114,14 @@ def _multiply(t: Translator, item: Instruction) -> Step:
     if is_float(kind):
         if opcode[0] == "mad":
             return _fma(t, item)
-        function = _saturated(np.multiply, kind) if "sat" in opcode else np.multiply
+        function: Function = np.multiply
+        if (mode := _rounding(t, item, kind)) != "rn":
+
+            def function(a: Value, b: Value) -> Value:
+                return rounded(np.asarray(a.astype(np.float64) * b), mode)
+
+        if "sat" in opcode:
+            function = _saturated(function, kind)
         return apply(t, item, function, (kind, kind), flush="ftz" in opcode)
     if "sat" in opcode:
         raise t.unsupported("a saturating integer product")
@@ -160,29 +182,23 @@ def _multiply24(t: Translator, item: Instruction) -> Step:
     return apply(t, item, lambda a, b, c: product(a, b) + c, (kind, kind, kind))
 
 
-@instruction("fma", kind="arithmetic", accepts="rn ftz sat relu")
+@instruction("fma", kind="arithmetic", accepts="rn rz rm rp ftz sat relu")
 def _fma(t: Translator, item: Instruction) -> Step:
     kind = item.opcode[-1]
     if kind in ("f16", "f16x2", "bf16", "bf16x2"):
         return halves(t, item, lambda a, b, c: a * b + c)
-    function: Function = _fma32 if kind == "f32" else _fma64
+    mode = _rounding(t, item, kind)
+    function: Function = _fma32(mode) if kind == "f32" else _fma64
     if "sat" in item.opcode:
         function = _saturated(function, kind)
     return apply(t, item, function, (kind, kind, kind), flush="ftz" in item.opcode)
 
 
-def _fma32(a: Value, b: Value, c: Value) -> Value:
-    """The product is exact in float64; the sum is rounded to odd there, so that rounding it again is rounding once."""
-    product = a.astype(np.float64) * b
-    c = c.astype(np.float64)
-    total = product + c
-    back = total - product
-    error = (product - (total - back)) + (c - back)
-    bits64 = np.asarray(total).view(np.int64)
-    inexact = (error != 0) & np.isfinite(total) & ((bits64 & 1) == 0)
-    toward = np.where((error > 0) == (np.asarray(total) > 0), 1, -1)
-    odd = np.where(inexact, bits64 + toward, bits64).view(np.float64)
-    return odd.astype(np.float32)
+def _fma32(mode: str) -> Function:
+    def function(a: Value, b: Value, c: Value) -> Value:
+        return rounded(exact_fma(a, b, c), mode)
+
+    return function
 
 
 def _fma64(a: Value, b: Value, c: Value) -> Value:

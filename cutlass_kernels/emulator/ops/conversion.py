@@ -10,6 +10,7 @@ import numpy as np
 from cutlass_kernels.emulator.formats import FP8, from_bf16, to_bf16, to_fp8, to_tf32
 from cutlass_kernels.emulator.ops.arithmetic import flushed
 from cutlass_kernels.emulator.ops.packed import narrowed, widened
+from cutlass_kernels.emulator.ops.rounding import directed
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, Value, bits, dtype, is_float
 from cutlass_kernels.emulator.registry import Step, instruction
@@ -85,26 +86,12 @@ def _conversion(t: Translator, item: Instruction, target: str, source: str) -> C
             value = _TO_INTEGER[mode](value)
         if "ftz" in opcode and value.dtype == np.float32:
             value = flushed(value)
-        found = _directed(value, number, mode) if mode in ("rz", "rm", "rp") else value.astype(number)
+        found = directed(value, number, mode) if mode in ("rz", "rm", "rp") else value.astype(number)
         if "sat" in opcode:
             found = np.clip(np.where(np.isnan(found), number.type(0), found), 0, 1)
         return found
 
     return convert
-
-
-def _directed(value: Array, number: np.dtype[np.generic], mode: str) -> Array:
-    """To ``number`` toward zero, minus or plus infinity."""
-    near = value.astype(number)
-    wide = np.longdouble
-    if mode == "rz":
-        beyond = np.abs(near.astype(wide)) > np.abs(value.astype(wide))
-        toward = np.zeros_like(near)
-    elif mode == "rm":
-        beyond, toward = near.astype(wide) > value.astype(wide), np.full_like(near, -np.inf)
-    else:
-        beyond, toward = near.astype(wide) < value.astype(wide), np.full_like(near, np.inf)
-    return np.where(beyond, np.nextafter(near, toward), near)
 
 
 def _to_half(

@@ -16,7 +16,7 @@ from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.formats import widen
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.scheduler import WARP
-from cutlass_kernels.emulator.ptx.syntax import Instruction
+from cutlass_kernels.emulator.ptx.syntax import Instruction, Operand, Register
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, bits
 from cutlass_kernels.emulator.registry import Step, instruction
 
@@ -172,19 +172,31 @@ _MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared shared::cta b16"
 def _ldmatrix(t: Translator, item: Instruction) -> Step:
     count, transposed = _matrices(t, item), "trans" in item.opcode
     space, address = t.space(item.opcode), t.address(item.operands[1])
-    writers = [t.write(each) for each in t.vector(item.operands[0])]
+    targets = t.vector(item.operands[0])
+    writers = [t.write(each) for each in targets]
 
     def step(machine: Machine, lanes: Lanes) -> None:
         where = whole_warps(machine, lanes)
         at, chosen = _rows(machine, address(machine, lanes), where, count)
-        data = np.ascontiguousarray(machine.load(space, at, chosen, 4, 4)).view(np.uint16).reshape(-1, count, 8, 8)
+        rows, missing = machine.load(space, at, chosen, 4, 4)
+        data = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             data = data.swapaxes(2, 3)
         packed = np.ascontiguousarray(data).view(np.uint32).reshape(-1, count, WARP)
         for number, write in enumerate(writers):
             write(machine, lanes, packed[:, number].reshape(-1))
+        if missing is not None:
+            _mark(machine, where, missing.reshape(-1, count, 8), targets)
 
     return step
+
+
+def _mark(machine: Machine, where: Ints, missing: Array, targets: tuple[Operand, ...]) -> None:
+    """Matrices with a row that nobody wrote make whole registers of their warps suspect."""
+    for number, target in enumerate(targets):
+        warps = missing[:, number].any(axis=1)
+        if isinstance(target, Register) and warps.any():
+            machine.taint.mark(target.index, where.reshape(-1, WARP)[warps].ravel())
 
 
 @instruction("stmatrix", kind="memory", accepts=_MATRIX)

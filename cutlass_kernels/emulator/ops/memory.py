@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cutlass_kernels.emulator.machine.spaces import Space
-from cutlass_kernels.emulator.ptx.syntax import Address, Instruction, Operand, Symbol
+from cutlass_kernels.emulator.ptx.syntax import Address, Instruction, Operand, Register, Symbol
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, bits, is_signed
 from cutlass_kernels.emulator.registry import Step, instruction
 
@@ -41,14 +41,19 @@ def _load(t: Translator, item: Instruction) -> Step:
     targets = t.vector(item.operands[0])
     writers = [t.write(target) for target in targets]
     address, width = t.address(item.operands[1]), bits(kind) // 8
+    registers = [target.index for target in targets if isinstance(target, Register)]
     signed = UNSIGNED[bits(kind)] if not is_signed(kind) else np.dtype(f"i{width}")
     if width * len(targets) > 16:
         raise t.unsupported("a load of more than 16 bytes a thread")
 
     def step(machine: Machine, lanes: Lanes) -> None:
-        found = machine.load(space, address(machine, lanes), machine.lanes(lanes), width, len(writers))
+        where = machine.lanes(lanes)
+        found, missing = machine.load(space, address(machine, lanes), where, width, len(writers))
         for column, write in enumerate(writers):
             write(machine, lanes, found[:, column].view(signed))
+        if missing is not None:
+            for index in registers:
+                machine.taint.mark(index, where[missing])
 
     return step
 

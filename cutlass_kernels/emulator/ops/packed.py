@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cutlass_kernels.emulator.formats import from_bf16, to_bf16
+from cutlass_kernels.emulator.ops.rounding import single_to_odd
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import Array, Value, bits
 from cutlass_kernels.emulator.registry import Step
@@ -28,20 +29,10 @@ def widened(packed: Array, kind: str) -> Array:
 def narrowed(values: Array, kind: str) -> Array:
     """float64 [lanes, 1 or 2] as packed bits, rounded to nearest even; NaN becomes the canonical 0x7fff."""
     if kind.startswith("bf"):
-        parts = to_bf16(_round_to_odd(values))
+        parts = to_bf16(single_to_odd(values))
     else:
         parts = np.where(np.isnan(values), np.uint16(0x7FFF), values.astype(np.float16).view(np.uint16))
     return np.ascontiguousarray(parts, np.uint16).view(np.uint32 if bits(kind) == 32 else np.uint16).reshape(-1)
-
-
-def _round_to_odd(values: Array) -> Array:
-    """float64 to float32 such that rounding on to fewer bits is rounding once."""
-    single = values.astype(np.float32)
-    inexact = (single.astype(np.float64) != values) & np.isfinite(single)
-    pattern = single.view(np.int32)
-    too_far = np.abs(single.astype(np.float64)) > np.abs(values)
-    truncated = pattern - (inexact & too_far)
-    return np.where(inexact, truncated | 1, pattern).astype(np.int32).view(np.float32)
 
 
 def halves(t: Translator, item: Instruction, function: Callable[..., Value]) -> Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -197,26 +198,17 @@ def _mbarrier_expect(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("mbarrier.try_wait", "mbarrier.test_wait", kind="barrier",
-    accepts=f"parity shared shared::cta {_SCOPES}", control=True, waits=True
-)  # fmt: skip
-def _mbarrier_wait(t: Translator, item: Instruction) -> Step:
-    """A try_wait whose phase is not complete parks; it fails (times out) only when nothing else can run.
-
-    A test_wait answers at once.
-    """
-    write, space, address = t.write(item.operands[0]), t.space(item.opcode), t.address(item.operands[1])
-    parity, blocks = "parity" in item.opcode, item.opcode[1] == "try_wait"
-    wanted = t.read(item.operands[2], "u32" if parity else "u64")
+@instruction(
+    "mbarrier.try_wait", kind="barrier", accepts=f"parity shared shared::cta {_SCOPES}", control=True, waits=True
+)
+def _try_wait(t: Translator, item: Instruction) -> Step:
+    """Lanes whose phase is not complete park; the wait fails (times out) only when nothing else can run."""
+    write, test = t.write(item.operands[0]), _test(t, item)
     block, following = t.block, t.following
 
     def step(machine: Machine, lanes: Lanes) -> None:
         where = machine.lanes(lanes)
-        places = _places(machine, space, address(machine, lanes), where)
-        passed = machine.mbarriers.test(places, _full(wanted(machine, lanes), where), where, parity=parity)
-        if not blocks:
-            write(machine, lanes, passed)
-            return
+        places, passed = test(machine, lanes, where)
         write(machine, where[passed], passed[passed])
         machine.scheduler.push(following, where[passed])
         if not passed.all():
@@ -226,9 +218,27 @@ def _mbarrier_wait(t: Translator, item: Instruction) -> Step:
         write(machine, lanes, np.bool_(False))
         machine.scheduler.push(following, lanes)
 
-    if blocks:
-        t.time_outs[block] = time_out
+    t.time_outs[block] = time_out
     return step
+
+
+@instruction("mbarrier.test_wait", kind="barrier", accepts=f"parity shared shared::cta {_SCOPES}", waits=True)
+def _test_wait(t: Translator, item: Instruction) -> Step:
+    """Answers at once."""
+    write, test = t.write(item.operands[0]), _test(t, item)
+    return lambda machine, lanes: write(machine, lanes, test(machine, lanes, machine.lanes(lanes))[1])
+
+
+def _test(t: Translator, item: Instruction) -> Callable[[Machine, Lanes, Ints], tuple[Ints, Array]]:
+    """The places of the lanes' mbarriers, and which of their phases are complete."""
+    space, address, parity = t.space(item.opcode), t.address(item.operands[1]), "parity" in item.opcode
+    wanted = t.read(item.operands[2], "u32" if parity else "u64")
+
+    def test(machine: Machine, lanes: Lanes, where: Ints) -> tuple[Ints, Array]:
+        places = _places(machine, space, address(machine, lanes), where)
+        return places, machine.mbarriers.test(places, _full(wanted(machine, lanes), where), where, parity=parity)
+
+    return test
 
 
 # Fences

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Kernel, Label
 
-#: Instructions of whole warps (or warpgroups): every thread of the warp executes them together.
-_ALIGNED = ("mma", "ldmatrix", "stmatrix", "wgmma", "setmaxnreg", "movmatrix")
+#: Instructions of whole warps: every thread of the warp executes them together.
+_ALIGNED = ("mma", "ldmatrix", "stmatrix", "setmaxnreg", "movmatrix")
 #: Operand that holds the member mask of the ``.sync`` instructions with one.
 _MASK_OPERAND = {"shfl": 4, "vote": 2, "match": 2, "redux": 2, "elect": 1, "bar.warp": 0}
 _ALL_LANES = (0xFFFFFFFF, -1)
@@ -20,11 +20,14 @@ _ALL_LANES = (0xFFFFFFFF, -1)
 
 @dataclass
 class Block:
-    """``following``: the block that control falls into. ``gather``: whole warps only may enter."""
+    """``following``: the block that control falls into.
+
+    ``gather``: only whole groups of as many threads may enter: warps (32) or warpgroups (128); 0 where any may.
+    """
 
     instructions: list[Instruction] = field(default_factory=list)
     following: int | None = None
-    gather: bool = False
+    gather: int = 0
 
 
 def member_mask(instruction: Instruction) -> int | None:
@@ -78,16 +81,18 @@ def blocks_of(kernel: Kernel) -> tuple[list[Block], dict[int, int]]:
         if alone:
             start()
         blocks[-1].instructions.append(item)
-        blocks[-1].gather |= _gathers(item)
+        blocks[-1].gather = max(blocks[-1].gather, _gathers(item))
         if alone or ends_block(item):
             start()
     return blocks, labels
 
 
-def _gathers(instruction: Instruction) -> bool:
+def _gathers(instruction: Instruction) -> int:
+    if instruction.opcode[0] == "wgmma":
+        return 128
     if instruction.opcode[0] in _ALIGNED:
-        return True
-    return member_mask(instruction) is not None and instruction.guard is None and not is_alone(instruction)
+        return 32
+    return 32 if member_mask(instruction) is not None and instruction.guard is None and not is_alone(instruction) else 0
 
 
 def targets(instruction: Instruction, labels: dict[int, int]) -> int:
