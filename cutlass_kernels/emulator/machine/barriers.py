@@ -8,7 +8,7 @@ import numpy as np
 
 from cutlass_kernels.emulator.errors import Deadlock
 from cutlass_kernels.emulator.machine.clocks import Clocks, Ints, join
-from cutlass_kernels.emulator.machine.scheduler import first_of_warps
+from cutlass_kernels.emulator.machine.scheduler import WARP, first_of_warps
 from cutlass_kernels.emulator.ptx.types import Array
 
 NAMED = 16
@@ -36,6 +36,20 @@ class Barriers:
         """
         if not 0 <= barrier < NAMED:
             raise Deadlock(f"barrier {barrier} does not exist: there are {NAMED}")
+        groups = self.group_of[lanes]
+        if count is not None and self._overfull(barrier, groups, count):
+            # Warps that arrive in one step fill one phase after another.
+            for warp in np.unique(lanes // WARP):
+                mine = lanes // WARP == warp
+                self._arrive(barrier, lanes[mine], count, resume, None if votes is None else votes[mine])
+            return
+        self._arrive(barrier, lanes, count, resume, votes)
+
+    def _overfull(self, barrier: int, groups: Ints, count: int) -> bool:
+        coming = np.bincount(groups, minlength=self.groups)
+        return bool(((coming > 0) & (self.arrived[barrier] + coming > count)).any())
+
+    def _arrive(self, barrier: int, lanes: Ints, count: int | None, resume: Resume | None, votes: Array | None) -> None:
         groups = self.group_of[lanes]
         self.arrived[barrier] += np.bincount(groups, minlength=self.groups)
         present = np.unique(groups)

@@ -124,9 +124,9 @@ def _isspacep(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("prefetch", "prefetchu", "discard", "applypriority", kind="memory", accepts=
-    "global local L1 L2 L2::evict_last L2::evict_normal L2::128B tensormap const param"
-)  # fmt: skip
+@instruction(
+    "prefetch", kind="memory", accepts="global local L1 L2 L2::evict_last L2::evict_normal tensormap const param"
+)
 def _prefetch(t: Translator, item: Instruction) -> Step:
     """A hint."""
     return lambda machine, lanes: None

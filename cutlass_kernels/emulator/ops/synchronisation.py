@@ -162,12 +162,10 @@ def _mbarrier_init(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("mbarrier.arrive", "mbarrier.arrive_drop", kind="barrier",
-    accepts=f"expect_tx noComplete shared shared::cta shared::cluster {_SCOPES}", waits=True
+@instruction("mbarrier.arrive", kind="barrier",
+    accepts=f"expect_tx shared shared::cta shared::cluster {_SCOPES}", waits=True
 )  # fmt: skip
 def _mbarrier_arrive(t: Translator, item: Instruction) -> Step:
-    if item.opcode[1] == "arrive_drop" or "noComplete" in item.opcode:
-        raise t.unsupported("this form of mbarrier.arrive")
     write, space, address = t.write(item.operands[0]), t.space(item.opcode), t.address(item.operands[1])
     amount = t.read(item.operands[2], "u32") if len(item.operands) > 2 else None
     expects = "expect_tx" in item.opcode

@@ -126,7 +126,10 @@ int entry_point(const char* name, void** function, int* status) {
 
 extern "C" {
 
-void mock_set_hooks(const Hooks* given) { hooks = *given; }
+void mock_set_hooks(const Hooks* given) {
+  hooks = *given;
+  last_error = 0;
+}
 int mock_fatbin_count() { return static_cast<int>(fatbins().size()); }
 const void* mock_fatbin(int index) { return fatbins()[static_cast<size_t>(index)]; }
 

@@ -174,17 +174,18 @@ def test_mma_of_doubles() -> None:
 def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
     """Lane 4 g + t gets elements (g, 2 t) and (g, 2 t + 1) of each matrix; stmatrix puts them back."""
     data = samples("u16", 64 * count).reshape(count, 8, 8)
-    trans = ".trans" if transposed else ""
+    forms = ["ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"]
+    load, store = (form.replace("x4", f"x{count}").replace(".trans", ".trans" * transposed) for form in forms)
     names = "{" + ", ".join(f"%r{10 + n}" for n in range(count)) + "}"
     body = f"""mov.u32 %r0, %tid.x; ld.param.u64 %d0, [p0]; ld.param.u64 %d1, [p1]; ld.param.u64 %d2, [p2];
         setp.lt.u32 %p1, %r0, {8 * count}; mov.u32 %r1, tile; mad.lo.u32 %r2, %r0, 16, %r1; and.b32 %r3, %r0, 7;
         mad.wide.u32 %d3, %r0, 16, %d0; mad.wide.u32 %d4, %r0, 16, %d1;
         @%p1 ld.global.v4.u32 {{%r4, %r5, %r6, %r7}}, [%d3]; @%p1 st.shared.v4.u32 [%r2], {{%r4, %r5, %r6, %r7}};
         bar.warp.sync -1;
-        ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {names}, [%r2];
+        {load} {names}, [%r2];
         mad.wide.u32 %d5, %r0, {4 * count}, %d2;
         {" ".join(f"st.global.u32 [%d5+{4 * n}], %r{10 + n};" for n in range(count))}
-        stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r2+512], {names};
+        {store} [%r2+512], {names};
         @%p1 ld.shared.v4.u32 {{%r4, %r5, %r6, %r7}}, [%r2+512]; @%p1 st.global.v4.u32 [%d4], {{%r4, %r5, %r6, %r7}};"""
     device = Device("sm_90a")
     given, back, held = device.array(data), device.empty(data.shape, np.uint16), device.empty((32, count), np.uint32)
