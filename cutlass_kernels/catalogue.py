@@ -73,43 +73,41 @@ def _quantised(arch: str) -> list[GemmConfig]:
 
 
 def _sm80() -> list[GemmConfig]:
-    kernels = [sm80(tile, types) for types in ("bf16", "fp16") for tile in SM80_TILES]
-    kernels += [sm80("small", types, d="f32") for types in ("bf16", "fp16")]
-    kernels += [sm80("square", stream_k=True)]
-    kernels += [sm80("small", epilogue=fused(act, residual=res)) for act in ACTIVATIONS for res in (False, True)]
-    kernels += [sm80("small", epilogue=fused(gate=True))]
-    kernels += [sm80("square", epilogue=fused(act)) for act in ACTIVATIONS]
-    kernels += [sm80("square", epilogue=fused(residual=True)), sm80("square", epilogue=fused(gate=True))]
+    found = [sm80(tile, types) for types in ("bf16", "fp16") for tile in SM80_TILES]
+    found += [sm80("small", types, d="f32") for types in ("bf16", "fp16")]
+    found += [sm80("square", stream_k=True)]
+    found += [sm80("small", epilogue=fused(act, residual=res)) for act in ACTIVATIONS for res in (False, True)]
+    found += [sm80("small", epilogue=fused(gate=True))]
+    found += [sm80("square", epilogue=fused(act)) for act in ACTIVATIONS]
+    found += [sm80("square", epilogue=fused(residual=True)), sm80("square", epilogue=fused(gate=True))]
     fp16 = (fused(), fused(residual=True), fused("silu"), fused("gelu"), fused(gate=True))
-    kernels += [sm80("small", "fp16", epilogue=epilogue) for epilogue in fp16]
-    kernels += [
-        sm80(tile, types, family="batched") for types in ("bf16", "fp16") for tile in ("small", "wide", "square")
-    ]
-    kernels += [sm80(tile, types, family="grouped") for types in ("bf16", "fp16") for tile in ("small", "wide")]
-    return [*kernels, *_quantised("sm_80")]
+    found += [sm80("small", "fp16", epilogue=epilogue) for epilogue in fp16]
+    found += [sm80(tile, types, family="batched") for types in ("bf16", "fp16") for tile in ("small", "wide", "square")]
+    found += [sm80(tile, types, family="grouped") for types in ("bf16", "fp16") for tile in ("small", "wide")]
+    return [*found, *_quantised("sm_80")]
 
 
 def _sm90() -> list[GemmConfig]:
-    kernels = [sm90((64, n, 64), types) for types in ("bf16", "fp16") for n in (32, 64, 128)]
-    kernels += [sm90((128, 128, 64), types, schedule="cooperative") for types in ("bf16", "fp16")]
-    kernels += [sm90((128, 256, 64), schedule="cooperative", cluster=(2, 1, 1))]
-    kernels += [sm90((128, 128, 64), schedule="cooperative", stream_k=True)]
-    kernels += [sm90((64, 64, 64), d="f32")]
-    kernels += [sm90((64, 64, 64), epilogue=fused(activation)) for activation in ACTIVATIONS]
-    kernels += [sm90((64, 64, 64), epilogue=fused(residual=True)), sm90((64, 64, 64), epilogue=fused(gate=True))]
-    kernels += [sm90((64, n, 64), types, family="batched") for types in ("bf16", "fp16") for n in (64, 128)]
-    return [*kernels, *_quantised("sm_90a")]
+    found = [sm90((64, n, 64), types) for types in ("bf16", "fp16") for n in (32, 64, 128)]
+    found += [sm90((128, 128, 64), types, schedule="cooperative") for types in ("bf16", "fp16")]
+    found += [sm90((128, 256, 64), schedule="cooperative", cluster=(2, 1, 1))]
+    found += [sm90((128, 128, 64), schedule="cooperative", stream_k=True)]
+    found += [sm90((64, 64, 64), d="f32")]
+    found += [sm90((64, 64, 64), epilogue=fused(activation)) for activation in ACTIVATIONS]
+    found += [sm90((64, 64, 64), epilogue=fused(residual=True)), sm90((64, 64, 64), epilogue=fused(gate=True))]
+    found += [sm90((64, n, 64), types, family="batched") for types in ("bf16", "fp16") for n in (64, 128)]
+    return [*found, *_quantised("sm_90a")]
 
 
 @cache
-def catalogue() -> tuple[GemmConfig, ...]:
+def kernels() -> tuple[GemmConfig, ...]:
     """Every kernel, sm_80 first."""
     return (*_sm80(), *_sm90())
 
 
 def by_name(name: str) -> GemmConfig:
     """Raises `KeyError`."""
-    return {config.name: config for config in catalogue()}[name]
+    return {config.name: config for config in kernels()}[name]
 
 
 @cache
@@ -122,7 +120,7 @@ def smoke() -> tuple[GemmConfig, ...]:
 def representatives() -> tuple[GemmConfig, ...]:
     """The first kernel of each kind: architecture, family, types, scheduler, and sort of epilogue."""
     kinds: dict[object, GemmConfig] = {}
-    for config in (*smoke(), *catalogue()):
+    for config in (*smoke(), *kernels()):
         if config.a == "fp16":
             continue  # the same templates as bf16, with another type
         epilogue = config.epilogue
@@ -132,4 +130,4 @@ def representatives() -> tuple[GemmConfig, ...]:
 
 
 #: Names of lists, for the command line.
-LISTS = {"smoke": smoke, "representatives": representatives, "all": catalogue}
+LISTS = {"smoke": smoke, "representatives": representatives, "all": kernels}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlass_kernels.catalogue import LISTS, SM80_TILES, by_name, catalogue, fused, sm80, sm90
+from cutlass_kernels.catalogue import LISTS, SM80_TILES, by_name, fused, kernels, sm80, sm90
 from cutlass_kernels.config import BYTES, FAMILIES, SHARED_MEMORY, TYPES, GemmConfig, problems
 from cutlass_kernels.epilogue import ACTIVATIONS, Epilogue
 from cutlass_kernels.errors import ConfigError
@@ -72,7 +72,7 @@ def test_a_refusal_names_the_argument_and_both_values(values: dict[str, Any]) ->
 @st.composite
 def neighbours(draw: st.DrawFn) -> GemmConfig | list[str]:
     """A shipped kernel with up to two fields changed: about half of them are legal."""
-    config = draw(st.sampled_from(catalogue()))
+    config = draw(st.sampled_from(kernels()))
     values = {field.name: getattr(config, field.name) for field in fields(GemmConfig)}
     changed = draw(ANY)
     for name in draw(st.lists(st.sampled_from(sorted(values)), max_size=2, unique=True)):
@@ -151,7 +151,7 @@ def test_each_rule(config: GemmConfig, changed: dict[str, Any], argument: str) -
 
 
 def test_names_in_the_catalogue_are_unique_and_found() -> None:
-    names = [config.name for config in catalogue()]
+    names = [config.name for config in kernels()]
     assert len(names) == len(set(names))
     assert all(by_name(name).name == name for name in names)
     with pytest.raises(KeyError):
@@ -159,7 +159,7 @@ def test_names_in_the_catalogue_are_unique_and_found() -> None:
 
 
 def test_lists_are_parts_of_the_catalogue() -> None:
-    everything = set(catalogue())
+    everything = set(kernels())
     for name, configs in LISTS.items():
         assert set(configs()) <= everything, name
     assert len(LISTS["smoke"]()) == 3
@@ -169,14 +169,12 @@ def test_the_catalogue_has_every_family_type_and_scheduler() -> None:
     kinds = {(config.arch, config.family, config.a, config.weight) for config in LISTS["representatives"]()}
     for arch in TYPES:
         assert {(arch, "linear", "bf16", "bf16"), (arch, "batched", "bf16", "bf16")} <= kinds
-        assert any(config.stream_k for config in catalogue() if config.arch == arch)
-        assert any(config.a == "fp16" for config in catalogue() if config.arch == arch)
+        assert any(config.stream_k for config in kernels() if config.arch == arch)
+        assert any(config.a == "fp16" for config in kernels() if config.arch == arch)
     assert {
         ("sm_80", "grouped", "bf16", "bf16"),
         ("sm_80", "linear", "s8", "s8"),
         ("sm_80", "linear", "bf16", "s8"),
     } <= kinds
     assert ("sm_90a", "linear", "e4m3", "e4m3") in kinds
-    assert {config.tile for config in catalogue() if config.arch == "sm_80"} == {
-        tile for tile, *_ in SM80_TILES.values()
-    }
+    assert {config.tile for config in kernels() if config.arch == "sm_80"} == {tile for tile, *_ in SM80_TILES.values()}

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from cutlass_kernels import generate
-from cutlass_kernels.catalogue import catalogue, fused, representatives, sm80, sm90
+from cutlass_kernels.catalogue import fused, kernels, representatives, sm80, sm90
 from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import GenerateError
 
@@ -18,7 +18,7 @@ pytest.importorskip("cutlass_cppgen", reason="nvidia-cutlass is not installed")
 
 @pytest.fixture(scope="module")
 def sources() -> dict[GemmConfig, str]:
-    return {config: generate.source(config) for config in catalogue()}
+    return {config: generate.source(config) for config in kernels()}
 
 
 def test_every_kernel_is_generated_with_names_of_its_own(sources: dict[GemmConfig, str]) -> None:
