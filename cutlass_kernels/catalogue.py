@@ -75,7 +75,7 @@ def _quantised(arch: str) -> list[GemmConfig]:
 def _sm80() -> list[GemmConfig]:
     found = [sm80(tile, types) for types in ("bf16", "fp16") for tile in SM80_TILES]
     found += [sm80("small", types, d="f32") for types in ("bf16", "fp16")]
-    found += [sm80("square", stream_k=True)]
+    found += [sm80("wide", stream_k=True)]
     found += [sm80("small", epilogue=fused(act, residual=res)) for act in ACTIVATIONS for res in (False, True)]
     found += [sm80("small", epilogue=fused(gate=True))]
     found += [sm80("square", epilogue=fused(act)) for act in ACTIVATIONS]

@@ -10,7 +10,7 @@ import torch
 
 from flashmla_ops import cpu
 
-OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm")
+OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm", "grouped_gemm")
 
 _ISA_NOTES = {
     "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps, fp32 and fp16 in fp32",

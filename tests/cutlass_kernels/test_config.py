@@ -122,6 +122,7 @@ BROKEN: list[tuple[GemmConfig, dict[str, Any], str]] = [
     (SMALL, {"a": "s8", "weight": "s8"}, "epilogue"),
     (SMALL, {"family": "sparse"}, "family"),
     (SMALL, {"family": "grouped", "tile": (128, 128, 64)}, "tile"),
+    (SMALL, {"stream_k": True, "tile": (128, 128, 64)}, "tile"),
     (SMALL, {"family": "batched", "epilogue": fused()}, "epilogue"),
     (SMALL, {"family": "batched", "stream_k": True}, "stream_k"),
     (SMALL, {"family": "batched", "weight": "s8", "epilogue": fused()}, "weight"),
