@@ -20,7 +20,7 @@ typedef struct FlashmlaGemm {
   const void* weight;  // [n, k], or [k, n] in the batched family
   const void* c;       // null only if the epilogue does not read it (plain: beta 0)
   void* d;
-  // Row, then batch. A row stride of 0 in c repeats one row: a bias for the plain epilogue.
+  // Row, then batch. On sm_80 a row stride of 0 in c repeats one row: a bias for the plain epilogue.
   int64_t a_stride[2], weight_stride[2], c_stride[2], d_stride[2];
   const void* bias;        // [n] or null
   const float* row_scale;  // [m] or null
