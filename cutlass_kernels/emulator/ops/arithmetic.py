@@ -160,19 +160,36 @@ def _multiply24(t: Translator, item: Instruction) -> Step:
     return apply(t, item, lambda a, b, c: product(a, b) + c, (kind, kind, kind))
 
 
-@instruction("fma", kind="arithmetic", accepts="rn ftz sat relu")
+@instruction("fma", kind="arithmetic", accepts="rn rm ftz sat relu")
 def _fma(t: Translator, item: Instruction) -> Step:
     kind = item.opcode[-1]
+    down = "rm" in item.opcode
+    if down and kind != "f32":
+        raise t.unsupported(f"fma.rm.{kind}")
     if kind in ("f16", "f16x2", "bf16", "bf16x2"):
         return halves(t, item, lambda a, b, c: a * b + c)
-    function: Function = _fma32 if kind == "f32" else _fma64
+    function: Function = _fma64
+    if kind == "f32":
+        function = _fma32_down if down else _fma32
     if "sat" in item.opcode:
         function = _saturated(function, kind)
     return apply(t, item, function, (kind, kind, kind), flush="ftz" in item.opcode)
 
 
 def _fma32(a: Value, b: Value, c: Value) -> Value:
-    """The product is exact in float64; the sum is rounded to odd there, so that rounding it again is rounding once."""
+    """To nearest even."""
+    return _sum_to_odd(a, b, c).astype(np.float32)
+
+
+def _fma32_down(a: Value, b: Value, c: Value) -> Value:
+    """Towards minus infinity, as expf needs it for its integer part."""
+    total = _sum_to_odd(a, b, c)
+    nearest = total.astype(np.float32)
+    return np.where(nearest > total, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+def _sum_to_odd(a: Value, b: Value, c: Value) -> Value:
+    """a b + c of float32 in float64, rounded to odd there, so that rounding it again is rounding once."""
     product = a.astype(np.float64) * b
     c = c.astype(np.float64)
     total = product + c
@@ -181,8 +198,7 @@ def _fma32(a: Value, b: Value, c: Value) -> Value:
     bits64 = np.asarray(total).view(np.int64)
     inexact = (error != 0) & np.isfinite(total) & ((bits64 & 1) == 0)
     toward = np.where((error > 0) == (np.asarray(total) > 0), 1, -1)
-    odd = np.where(inexact, bits64 + toward, bits64).view(np.float64)
-    return odd.astype(np.float32)
+    return np.where(inexact, bits64 + toward, bits64).view(np.float64)
 
 
 def _fma64(a: Value, b: Value, c: Value) -> Value:
