@@ -1,9 +1,9 @@
 """CUTLASS-generated kernels and everything that needs nvcc.
 
-    python -m cutlass_kernels list | generate | build
+    python -m cutlass_kernels list | generate | build | verify
 
 `GemmConfig` describes a kernel, `catalogue` lists those that we ship, `generate` writes their source without a device,
-and `build` compiles them. Importing this package, and
+`build` compiles them, and `verify` runs the compiled libraries in `emulator`, on the CPU. Importing this package, and
 listing, needs neither nvidia-cutlass (whose import name is cutlass_cppgen) nor nvcc.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m cutlass_kernels list | generate | build``: see --help of each."""
+"""``python -m cutlass_kernels list | generate | build | verify``: see --help of each."""
 
 from __future__ import annotations
 
@@ -48,6 +48,18 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from cutlass_kernels import verify
+
+    return verify.command(
+        chosen(arguments),
+        jobs=arguments.jobs,
+        results=arguments.results,
+        readme=arguments.readme,
+        mutations=arguments.mutations,
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m cutlass_kernels", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -65,15 +77,21 @@ def parser() -> argparse.ArgumentParser:
     command("generate", "write the CUDA sources; needs nvidia-cutlass, no device and no compiler").add_argument(
         "--out", type=Path, default=Path("build/cutlass"), help="folder (build/cutlass)"
     )
-    command("build", "compile into the cache; needs nvidia-cutlass and nvcc").add_argument(
-        "--jobs", type=int, help="compilations at once (one a core)"
-    )
+    for name, text in (
+        ("build", "compile into the cache; needs nvidia-cutlass and nvcc"),
+        ("verify", "build, then run each library in the emulator and compare with float64"),
+    ):
+        command(name, text).add_argument("--jobs", type=int, help="compilations at once (one a core)")
+    verify = commands.choices["verify"]
+    verify.add_argument("--results", type=Path, help="write the results there, as JSON")
+    verify.add_argument("--readme", type=Path, help="then bring the table of this document up to date")
+    verify.add_argument("--mutations", action="store_true", help="also drop each wait and barrier in turn (slow)")
     return top
 
 
 def main(words: list[str] | None = None) -> int:
     arguments = parser().parse_args(words)
-    run = {"list": _list, "generate": _generate, "build": _build}[arguments.command]
+    run = {"list": _list, "generate": _generate, "build": _build, "verify": _verify}[arguments.command]
     try:
         return run(arguments)
     except CutlassKernelsError as error:

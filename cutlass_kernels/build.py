@@ -76,7 +76,7 @@ def target_flags(arch: str) -> tuple[str, ...]:
 def key(source: str, config: GemmConfig, compiler: Nvcc) -> str:
     """What a library depends on, hashed."""
     digest = hashlib.sha256()
-    for text in (source, *(path.read_text() for path in generate.glue_files())):
+    for text in (source, *(path.read_text() for path in generate.glue_files(source))):
         digest.update(text.encode() + b"\0")
     digest.update(repr((compiler.release, cppgen.version(), FLAGS, target_flags(config.arch))).encode())
     return digest.hexdigest()[:16]

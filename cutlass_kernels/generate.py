@@ -55,9 +55,19 @@ def source(config: GemmConfig) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def glue_files() -> list[Path]:
-    """The files of ours that a generated source includes."""
-    return sorted(CSRC.glob("*.h"))
+def glue_files(text: str = "") -> list[Path]:
+    """The files of ours that a generated source includes, at any depth; without a source, all of them."""
+    known = {path.name: path for path in sorted(CSRC.glob("*.h"))}
+    if not text:
+        return list(known.values())
+    found: dict[str, Path] = {}
+    waiting = [text]
+    while waiting:
+        for name in re.findall(r'#include "([^"/]+)"', waiting.pop()):
+            if name in known and name not in found:
+                found[name] = known[name]
+                waiting.append(known[name].read_text())
+    return [found[name] for name in sorted(found)]
 
 
 def _headers(config: GemmConfig) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def test_the_key_follows_source_headers_and_compiler(tmp_path: Path, monkeypatch
     other = [build.key("another", SMALL, compiler), build.key("source", SMALL, Nvcc("nvcc", "13.0", "V13.0.89"))]
     header = tmp_path / "header.h"
     header.write_text("// another\n")
-    monkeypatch.setattr(build.generate, "glue_files", lambda: [header])
+    monkeypatch.setattr(build.generate, "glue_files", lambda text: [header])
     assert len({before, *other, build.key("source", SMALL, compiler)}) == 4
 
 

@@ -88,3 +88,8 @@ def test_an_unknown_node_is_refused() -> None:
         generate.initializer("Odd", nodes, "float")
     with pytest.raises(GenerateError, match="unknown epilogue node Missing"):
         generate.initializer("Missing", nodes, "float")
+
+
+def test_a_source_depends_on_the_headers_that_it_includes() -> None:
+    names = {path.name for path in generate.glue_files(generate.source(sm80("small")))}
+    assert names == {"flashmla_gemm.h", "glue_common.h", "glue_gemm_exports.h", "glue_universal2x.h"}
