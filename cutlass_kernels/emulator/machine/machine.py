@@ -91,6 +91,8 @@ class Machine:
         #: Bytes from one CTA's shared memory to the next; the gap is not allocated.
         self.shared_stride = -(-(self.shared_bytes + 1) // 1024) * 1024
         self.shared = Memory(self.shared_stride * geometry.ctas)
+        # A NaN in every floating format: zeros could pass for results.
+        self.shared.data[:] = 0xFF
         self.shared.state.reshape(-1)[: self.shared_stride * geometry.ctas].reshape(geometry.ctas, -1)[
             :, : self.shared_bytes
         ] = ALLOCATED
