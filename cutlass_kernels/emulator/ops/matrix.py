@@ -16,7 +16,8 @@ from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.formats import widen
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.scheduler import WARP
-from cutlass_kernels.emulator.ptx.syntax import Instruction, Operand, Register
+from cutlass_kernels.emulator.ops.fragments import mark_rows, product_marks, register_indices, stored_rows
+from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, bits
 from cutlass_kernels.emulator.registry import Step, instruction
 
@@ -118,6 +119,7 @@ def _mma(t: Translator, item: Instruction) -> Step:
         raise t.unsupported(f"mma of {item.opcode[3]} with {kind_a}, {kind_b}")
     a, b, c = ([t.read(each, "u32") for each in t.vector(item.operands[n])] for n in (1, 2, 3))
     writers = [t.write(each) for each in t.vector(item.operands[0])]
+    indices = [register_indices(t, operand) for operand in item.operands[:4]]
 
     def step(machine: Machine, lanes: Lanes) -> None:
         where = whole_warps(machine, lanes)
@@ -127,8 +129,11 @@ def _mma(t: Translator, item: Instruction) -> Step:
         matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result)
         machine.counters.mma += left.shape[0] * m * n * k
         packed = unfragment_c(matrix)
+        marks = product_marks(machine.taint, where, *indices) if machine.taint.marks else None
         for number, write in enumerate(writers):
             write(machine, lanes, packed[:, number])
+            if marks is not None and (index := indices[0][number]) is not None:
+                machine.taint.mark(index, where, marks[number])
 
     return step
 
@@ -136,8 +141,8 @@ def _mma(t: Translator, item: Instruction) -> Step:
 def _mma_double(t: Translator, item: Instruction, shape: tuple[int, int, int]) -> Step:
     if shape != (8, 8, 4):
         raise t.unsupported(f"mma of {item.opcode[3]} with f64")
-    a, b = ([t.read(each, "f64") for each in t.vector(item.operands[n])] for n in (1, 2))
-    c = [t.read(each, "f64") for each in t.vector(item.operands[3])]
+    a, b = ([t.read(each, "f64", "a product") for each in t.vector(item.operands[n])] for n in (1, 2))
+    c = [t.read(each, "f64", "a product") for each in t.vector(item.operands[3])]
     writers = [t.write(each) for each in t.vector(item.operands[0])]
 
     def step(machine: Machine, lanes: Lanes) -> None:
@@ -172,8 +177,8 @@ _MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared shared::cta b16"
 def _ldmatrix(t: Translator, item: Instruction) -> Step:
     count, transposed = _matrices(t, item), "trans" in item.opcode
     space, address = t.space(item.opcode), t.address(item.operands[1])
-    targets = t.vector(item.operands[0])
-    writers = [t.write(each) for each in targets]
+    writers = [t.write(each) for each in t.vector(item.operands[0])]
+    indices = register_indices(t, item.operands[0])
 
     def step(machine: Machine, lanes: Lanes) -> None:
         where = whole_warps(machine, lanes)
@@ -186,17 +191,9 @@ def _ldmatrix(t: Translator, item: Instruction) -> Step:
         for number, write in enumerate(writers):
             write(machine, lanes, packed[:, number].reshape(-1))
         if missing is not None:
-            _mark(machine, where, missing.reshape(-1, count, 8), targets)
+            mark_rows(machine, where, missing.reshape(-1, count, 8), indices, transposed)
 
     return step
-
-
-def _mark(machine: Machine, where: Ints, missing: Array, targets: tuple[Operand, ...]) -> None:
-    """Matrices with a row that nobody wrote make whole registers of their warps suspect."""
-    for number, target in enumerate(targets):
-        warps = missing[:, number].any(axis=1)
-        if isinstance(target, Register) and warps.any():
-            machine.taint.mark(target.index, where.reshape(-1, WARP)[warps].ravel())
 
 
 @instruction("stmatrix", kind="memory", accepts=_MATRIX)
@@ -213,6 +210,8 @@ def _stmatrix(t: Translator, item: Instruction) -> Step:
         if transposed:
             data = data.swapaxes(2, 3)
         machine.store(space, at, chosen, 4, np.ascontiguousarray(data).view(np.uint32).reshape(-1, 4))
+        if machine.taint.marks and (marks := machine.taint.seen(where)) is not None:
+            machine.forget(space, at, chosen, 16, stored_rows(marks, count, transposed))
 
     return step
 

@@ -92,7 +92,7 @@ def _bar(t: Translator, item: Instruction) -> Step:
 def _bar_red(t: Translator, item: Instruction) -> Step:
     write, number = t.write(item.operands[0]), _number(t, item.operands[1])
     count = t.read(item.operands[2], "u32") if len(item.operands) > 3 else None
-    votes, following = t.predicate(item.operands[-1]), t.following
+    votes, following = t.predicate(item.operands[-1], "a vote"), t.following
     operation = next(part for part in item.opcode if part in ("popc", "and", "or"))
 
     def step(machine: Machine, lanes: Lanes) -> None:

@@ -198,6 +198,45 @@ def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
     assert report.hazards == ()
 
 
+ROWS, COLUMNS = 11, 5
+
+
+@pytest.mark.parametrize("unwritten", ["rows of A", "columns of B"])
+@pytest.mark.parametrize("guarded", [True, False], ids=["inside", "everywhere"])
+def test_rows_and_columns_that_nobody_wrote_stay_apart(unwritten: str, guarded: bool) -> None:
+    """A tile beyond the edge of a matrix is multiplied; only what depends on it may not be stored.
+
+    B is stored by columns; its last ones, or A's last rows, were never written.
+    """
+    a_rows, b_columns = (ROWS, 8) if unwritten == "rows of A" else (16, COLUMNS)
+    body = f"""mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mov.u32 %r9, 0; shr.u32 %r10, %r0, 2; and.b32 %r11, %r0, 3;
+        setp.lt.u32 %p1, %r0, {2 * a_rows}; setp.lt.u32 %p2, %r0, {2 * b_columns}; mad.lo.u32 %r2, %r0, 16, %r1;
+        @%p1 st.shared.v4.u32 [%r2], {{%r9, %r9, %r9, %r9}}; @%p2 st.shared.v4.u32 [%r2+512], {{%r9, %r9, %r9, %r9}};
+        bar.sync 0; and.b32 %r3, %r0, 15; shr.u32 %r4, %r0, 4; mad.lo.u32 %r3, %r3, 32, %r1;
+        mad.lo.u32 %r3, %r4, 16, %r3;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r3];
+        and.b32 %r5, %r0, 7; shr.u32 %r6, %r0, 3; and.b32 %r6, %r6, 1; mad.lo.u32 %r5, %r5, 32, %r1;
+        mad.lo.u32 %r5, %r6, 16, %r5; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {{%r24, %r25}}, [%r5+512];
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%r30, %r31, %r32, %r33}}, {{%r20, %r21, %r22, %r23}},
+            {{%r24, %r25}}, {{%r9, %r9, %r9, %r9}};
+        ld.param.u64 %d0, [p0]; mad.wide.u32 %d1, %r0, 16, %d0; add.u32 %r12, %r10, 8; mad.lo.u32 %r13, %r11, 2, 1;
+        setp.lt.u32 %p5, %r10, {a_rows}; setp.lt.u32 %p6, %r12, {a_rows}; mul.lo.u32 %r14, %r11, 2;
+        setp.lt.and.u32 %p7, %r14, {b_columns}, %p5; setp.lt.and.u32 %p8, %r13, {b_columns}, %p5;
+        setp.lt.and.u32 %p9, %r14, {b_columns}, %p6; setp.lt.and.u32 %p10, %r13, {b_columns}, %p6;
+        @%p7 st.global.u32 [%d1], %r30; @%p8 st.global.u32 [%d1+4], %r31;
+        @%p9 st.global.u32 [%d1+8], %r32; @%p10 st.global.u32 [%d1+12], %r33;"""
+    if not guarded:
+        body = body.replace("@%p7 ", "").replace("@%p8 ", "").replace("@%p9 ", "").replace("@%p10 ", "")
+    device = Device()
+    out = device.zeros(128, np.uint32)
+    text = kernel(body, 1, shared=".shared .align 16 .b8 tile[1024];")
+    found = launch(text, [out.pointer], device=device).hazards
+    if guarded:
+        assert found == ()
+    else:
+        assert sum(hazard.count for hazard in found) == 16 * 8 - a_rows * b_columns
+
+
 def test_movmatrix_transposes() -> None:
     data = samples("u32", 32)
     body = """mov.u32 %r0, %tid.x; ld.param.u64 %d0, [p0]; mad.wide.u32 %d0, %r0, 4, %d0; ld.global.u32 %r1, [%d0];
