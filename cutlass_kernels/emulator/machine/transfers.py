@@ -143,6 +143,7 @@ class Transfers:
             machine.order.async_write(words, machine.domain[lane], machine.warp[lane])
         machine.counters.async_bytes += size
         mbarrier = barrier + cta
+        machine.mbarriers.check(mbarrier, lane)
 
         def land() -> None:
             machine.shared.write(offsets, min(width, 8), fetch())

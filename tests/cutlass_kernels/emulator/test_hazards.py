@@ -77,6 +77,8 @@ CASES = [
     ("a shuffle from a lane outside of the mask", "race", "shfl.sync.idx.b32 %r5, %r0, 1, 31, 0xAAAAAAAA;",
      "shfl.sync.idx.b32 %r5, %r0, 0, 31, 0xAAAAAAAA;",
      "and.b32 %r6, %r0, 1; setp.eq.u32 %p2, %r6, 0; @%p2 bra OVER; {} OVER:"),
+    ("an mbarrier used before its init is known", "race", "bar.sync 0;", "",
+     f"@%p1 mbarrier.init.shared.b64 [%r2], 64; {{}} mbarrier.arrive.shared.b64 %d7, [%r2]; {WAIT}"),
     ("an mbarrier arrival before the write", "race",
      "st.shared.u32 [%r3], %r0; mbarrier.arrive.shared.b64 %d7, [%r2];",
      "mbarrier.arrive.shared.b64 %d7, [%r2]; st.shared.u32 [%r3], %r0;",
