@@ -94,12 +94,14 @@ def unfragment_c(matrix: Array) -> Array:
     return np.asarray(x.reshape(-1, 4).view(np.uint32))
 
 
-def accumulate(product: Array, c: Array, kind: str) -> Array:
-    """product + c in the accumulator's type: float32, rounded for f16; integers wrap."""
+def accumulate(product: Array, c: Array, kind: str, *, saturate: bool = False) -> Array:
+    """product + c in the accumulator's type: float32, rounded for f16; integers wrap unless they ``saturate``."""
     if kind == "s32":
-        return (product.astype(np.int64) + c).astype(np.int32)
-    total = product.astype(np.float32) + c.astype(np.float32)
-    return total.astype(np.float16) if kind == "f16" else total
+        total = product.astype(np.int64) + c
+        limits = np.iinfo(np.int32)
+        return (np.clip(total, limits.min, limits.max) if saturate else total).astype(np.int32)
+    single = product.astype(np.float32) + c.astype(np.float32)
+    return single.astype(np.float16) if kind == "f16" else single
 
 
 @instruction("mma", kind="tensor", accepts=
@@ -107,15 +109,22 @@ def accumulate(product: Array, c: Array, kind: str) -> Array:
 )  # fmt: skip
 def _mma(t: Translator, item: Instruction) -> Step:
     found = _SHAPE.fullmatch(item.opcode[3])
-    kinds = item.opcode[-4:]
-    if item.opcode[4:6] != ("row", "col") or "satfinite" in item.opcode or found is None or kinds[0] != kinds[3]:
+    kinds = [part for part in item.opcode[6:] if part != "satfinite"]
+    saturate = "satfinite" in item.opcode
+    if item.opcode[4:6] != ("row", "col") or found is None or len(kinds) != 4 or kinds[0] != kinds[3]:
         raise t.unsupported("this form of mma")
     m, n, k = (int(extent) for extent in found.groups())
     result, kind_a, kind_b, kind_c = kinds
     if kind_a == "f64":
         return _mma_double(t, item, (m, n, k))
     allowed = {"s32"} if kind_a in ("s8", "u8") else {"f32", "f16"} if kind_a == "f16" else {"f32"}
-    if (m, n) != (16, 8) or k not in _SHAPES.get(kind_a, ()) or result not in allowed or kind_b not in _SHAPES:
+    if (
+        (m, n) != (16, 8)
+        or k not in _SHAPES.get(kind_a, ())
+        or result not in allowed
+        or kind_b not in _SHAPES
+        or (saturate and result != "s32")
+    ):
         raise t.unsupported(f"mma of {item.opcode[3]} with {kind_a}, {kind_b}")
     a, b, c = ([t.read(each, "u32") for each in t.vector(item.operands[n])] for n in (1, 2, 3))
     writers = [t.write(each) for each in t.vector(item.operands[0])]
@@ -126,7 +135,7 @@ def _mma(t: Translator, item: Instruction) -> Step:
         left = widen(fragment_a(registers(a, machine, lanes, where), kind_a), kind_a)
         right = widen(fragment_b(registers(b, machine, lanes, where), kind_b), kind_b)
         addend = fragment_c(registers(c, machine, lanes, where), kind_c)
-        matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result)
+        matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result, saturate=saturate)
         machine.counters.mma += left.shape[0] * m * n * k
         packed = unfragment_c(matrix)
         marks = product_marks(machine.taint, where, *indices) if machine.taint.marks else None

@@ -244,15 +244,16 @@ def test_mutants_are_noticed(library: Path) -> None:
     assert verdict["bar.sync 0"] == "hazard: race"
     assert [site.text for site in survey.undetected] == ["bar.sync 1"]
     assert survey.detection == pytest.approx(2 / 3)
-    assert survey.together is None
 
 
 def test_barriers_that_stand_in_for_one_another(library: Path) -> None:
-    """Two barriers in a row: neither is missed alone, both are."""
+    """Two barriers in a row: neither is missed alone, but the second once the first is gone."""
     twice = PTX.replace("bar.sync 0;", "bar.sync 0;\n bar.sync 2;")
     survey = mutate(library, reverse, is_reversed, ptx=twice)
-    assert [site.text for site in survey.undetected] == ["bar.sync 0", "bar.sync 2", "bar.sync 1"]
-    assert survey.together == "hazard: race"
+    assert [site.text for site in survey.undetected] == ["bar.sync 0", "bar.sync 1"]
+    (second,) = (mutant for mutant in survey.mutants if mutant.site.text == "bar.sync 2")
+    assert second.detected == "hazard: race"
+    assert {site.text for site in second.beside} == {"bar.sync 0"}
 
 
 def test_only_clean_kernels_have_mutants(library: Path) -> None:
