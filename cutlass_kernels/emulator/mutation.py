@@ -91,7 +91,7 @@ def mutate(
         for landing in landings:
             try:
                 report = attempt(landing, frozenset(left_out))
-            except EmulatorError as error:
+            except Exception as error:  # Also what ``call`` raises on a result that makes no sense to it.
                 return type(error).__name__
             if report.hazards:
                 return f"hazard: {report.hazards[0].kind}"

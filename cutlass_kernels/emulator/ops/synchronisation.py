@@ -10,15 +10,15 @@ import numpy as np
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.scheduler import first_of_warps
 from cutlass_kernels.emulator.machine.spaces import Space
-from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Operand
+from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction
 from cutlass_kernels.emulator.ptx.types import Array, Value
 from cutlass_kernels.emulator.registry import Step, instruction
 
 if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.barriers import Barriers, Resume
+    from cutlass_kernels.emulator.machine.barriers import Resume
     from cutlass_kernels.emulator.machine.machine import Machine
     from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Reader, Translator
+    from cutlass_kernels.emulator.translate import Translator
 
 _SCOPES = "relaxed release acquire cta cluster gpu sys"
 
@@ -30,20 +30,16 @@ def dropped(t: Translator, item: Instruction) -> Step | None:
         return lambda machine, lanes: write(machine, lanes, np.bool_(True))
     if item.opcode[0] in ("bar", "barrier") and "red" in item.opcode:
         write, read = t.write(item.operands[0]), t.predicate(item.operands[-1])
-        return lambda machine, lanes: write(machine, lanes, np.asarray(read(machine, lanes)))
+        number = np.dtype(np.uint32 if "popc" in item.opcode else np.bool_)
+        return lambda machine, lanes: write(machine, lanes, np.array(read(machine, lanes), number))
     return None
 
 
 # bar, barrier
 
 
-def _number(t: Translator, operand: Operand) -> Reader:
-    return t.read(operand, "u32")
-
-
 def _meet(
     machine: Machine,
-    barriers: Barriers,
     lanes: Ints,
     number: Value,
     count: Value | None,
@@ -57,7 +53,7 @@ def _meet(
         mine = numbers == each
         for threads in [None] if counts is None else np.unique(counts[mine]).tolist():
             chosen = mine if threads is None or counts is None else mine & (counts == threads)
-            barriers.arrive(each, lanes[chosen], threads, resume, None if votes is None else votes[chosen])
+            machine.barriers.arrive(each, lanes[chosen], threads, resume, None if votes is None else votes[chosen])
     machine.scheduler.progress += 1
 
 
@@ -68,7 +64,7 @@ def _meet(
     accepts="aligned", control=True, waits=True
 )  # fmt: skip
 def _bar(t: Translator, item: Instruction) -> Step:
-    number = _number(t, item.operands[0])
+    number = t.read(item.operands[0], "u32")
     count = t.read(item.operands[1], "u32") if len(item.operands) > 1 else None
     following, waits = t.following, "sync" in item.opcode
 
@@ -79,7 +75,7 @@ def _bar(t: Translator, item: Instruction) -> Step:
             machine.scheduler.push(following, going)
 
         threads = None if count is None else count(machine, lanes)
-        _meet(machine, machine.barriers, where, number(machine, lanes), threads, resume if waits else None)
+        _meet(machine, where, number(machine, lanes), threads, resume if waits else None)
         if not waits:
             machine.scheduler.push(following, where)
 
@@ -90,7 +86,7 @@ def _bar(t: Translator, item: Instruction) -> Step:
     accepts="popc and or aligned", control=True, waits=True
 )  # fmt: skip
 def _bar_red(t: Translator, item: Instruction) -> Step:
-    write, number = t.write(item.operands[0]), _number(t, item.operands[1])
+    write, number = t.write(item.operands[0]), t.read(item.operands[1], "u32")
     count = t.read(item.operands[2], "u32") if len(item.operands) > 3 else None
     votes, following = t.predicate(item.operands[-1], "a vote"), t.following
     operation = next(part for part in item.opcode if part in ("popc", "and", "or"))
@@ -106,7 +102,7 @@ def _bar_red(t: Translator, item: Instruction) -> Step:
         where = machine.lanes(lanes)
         holds = np.broadcast_to(votes(machine, lanes), where.shape)
         threads = None if count is None else count(machine, lanes)
-        _meet(machine, machine.barriers, where, number(machine, lanes), threads, resume, holds)
+        _meet(machine, where, number(machine, lanes), threads, resume, holds)
 
     return step
 

@@ -256,6 +256,13 @@ def test_barriers_that_stand_in_for_one_another(library: Path) -> None:
     assert {site.text for site in second.beside} == {"bar.sync 0"}
 
 
+def test_reductions_without_their_barrier_keep_each_threads_vote(library: Path) -> None:
+    voting = PTX.replace("bar.sync 1;", "setp.lt.u32 %p1, %r0, 9; bar.red.popc.u32 %r9, 1, %p1; add.u32 %r6, %r6, %r9;")
+    survey = mutate(library, reverse, lambda found: is_reversed(found - np.uint32(9)), ptx=voting)
+    verdict = {mutant.site.text: mutant.detected for mutant in survey.mutants}
+    assert verdict["bar.red.popc.u32 %r9, 1, %p1"] == "wrong result"
+
+
 def test_only_clean_kernels_have_mutants(library: Path) -> None:
     with pytest.raises(NotClean, match="rejected"):
         mutate(library, reverse, lambda found: False)
