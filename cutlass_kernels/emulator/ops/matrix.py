@@ -104,9 +104,7 @@ def accumulate(product: Array, c: Array, kind: str, *, saturate: bool = False) -
     return single.astype(np.float16) if kind == "f16" else single
 
 
-@instruction("mma", kind="tensor", accepts=
-    "sync aligned row col m8n8k4 m16n8k4 m16n8k8 m16n8k16 m16n8k32 satfinite"
-)  # fmt: skip
+@instruction("mma", kind="tensor", accepts="sync aligned row col m8n8k4 m16n8k4 m16n8k8 m16n8k16 m16n8k32 satfinite")
 def _mma(t: Translator, item: Instruction) -> Step:
     found = _SHAPE.fullmatch(item.opcode[3])
     kinds = [part for part in item.opcode[6:] if part != "satfinite"]

@@ -135,9 +135,11 @@ def _dependent(t: Translator, item: Instruction) -> Step:
     return lambda machine, lanes: None
 
 
-@instruction("createpolicy", kind="move", accepts="fractional range L2::evict_last L2::evict_normal L2::evict_first "
-    "L2::evict_unchanged global"
-)  # fmt: skip
+@instruction(
+    "createpolicy",
+    kind="move",
+    accepts="fractional range L2::evict_last L2::evict_normal L2::evict_first L2::evict_unchanged global",
+)
 def _policy(t: Translator, item: Instruction) -> Step:
     """A cache policy, which nothing reads."""
     write = t.write(item.operands[0])

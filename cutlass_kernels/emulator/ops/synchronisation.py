@@ -57,12 +57,26 @@ def _meet(
     machine.scheduler.progress += 1
 
 
-@instruction("bar.sync", "barrier.sync", "bar.arrive", "barrier.arrive", kind="barrier", accepts="aligned cta",
-    control=True, waits=True
-)  # fmt: skip
-@instruction("bar.cta.sync", "bar.cta.arrive", "barrier.cta.sync", "barrier.cta.arrive", kind="barrier",
-    accepts="aligned", control=True, waits=True
-)  # fmt: skip
+@instruction(
+    "bar.sync",
+    "barrier.sync",
+    "bar.arrive",
+    "barrier.arrive",
+    kind="barrier",
+    accepts="aligned cta",
+    control=True,
+    waits=True,
+)
+@instruction(
+    "bar.cta.sync",
+    "bar.cta.arrive",
+    "barrier.cta.sync",
+    "barrier.cta.arrive",
+    kind="barrier",
+    accepts="aligned",
+    control=True,
+    waits=True,
+)
 def _bar(t: Translator, item: Instruction) -> Step:
     number = t.read(item.operands[0], "u32")
     count = t.read(item.operands[1], "u32") if len(item.operands) > 1 else None
@@ -82,9 +96,16 @@ def _bar(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("bar.red", "barrier.red", "bar.cta.red", "barrier.cta.red", kind="barrier",
-    accepts="popc and or aligned", control=True, waits=True
-)  # fmt: skip
+@instruction(
+    "bar.red",
+    "barrier.red",
+    "bar.cta.red",
+    "barrier.cta.red",
+    kind="barrier",
+    accepts="popc and or aligned",
+    control=True,
+    waits=True,
+)
 def _bar_red(t: Translator, item: Instruction) -> Step:
     write, number = t.write(item.operands[0]), t.read(item.operands[1], "u32")
     count = t.read(item.operands[2], "u32") if len(item.operands) > 3 else None
@@ -158,9 +179,9 @@ def _mbarrier_init(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("mbarrier.arrive", kind="barrier",
-    accepts=f"expect_tx shared shared::cta shared::cluster {_SCOPES}", waits=True
-)  # fmt: skip
+@instruction(
+    "mbarrier.arrive", kind="barrier", accepts=f"expect_tx shared shared::cta shared::cluster {_SCOPES}", waits=True
+)
 def _mbarrier_arrive(t: Translator, item: Instruction) -> Step:
     write, space, address = t.write(item.operands[0]), t.space(item.opcode), t.address(item.operands[1])
     amount = t.read(item.operands[2], "u32") if len(item.operands) > 2 else None
@@ -238,10 +259,13 @@ def _test(t: Translator, item: Instruction) -> Callable[[Machine, Lanes, Ints], 
 # Fences
 
 
-@instruction("fence.proxy", kind="barrier", waits=True, accepts=
-    "async async::generic alias tensormap tensormap::generic global shared::cta shared::cluster "
-    "acquire release gpu sys cta cluster sync_restrict::shared::cta sync_restrict::shared::cluster"
-)  # fmt: skip
+@instruction(
+    "fence.proxy",
+    kind="barrier",
+    waits=True,
+    accepts="async async::generic alias tensormap tensormap::generic global shared::cta shared::cluster "
+    "acquire release gpu sys cta cluster sync_restrict::shared::cta sync_restrict::shared::cluster",
+)
 def _proxy_fence(t: Translator, item: Instruction) -> Step:
     """Of the proxies only the asynchronous one is followed."""
     if "async" not in item.opcode:
@@ -255,9 +279,12 @@ def _proxy_fence(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("fence", "membar", kind="barrier", accepts=
-    f"sc acq_rel gl {_SCOPES} mbarrier_init sync_restrict::shared::cta sync_restrict::shared::cluster"
-)  # fmt: skip
+@instruction(
+    "fence",
+    "membar",
+    kind="barrier",
+    accepts=f"sc acq_rel gl {_SCOPES} mbarrier_init sync_restrict::shared::cta sync_restrict::shared::cluster",
+)
 def _fence(t: Translator, item: Instruction) -> Step:
     """Memory is sequentially consistent here, so that these fences do nothing."""
     return lambda machine, lanes: None

@@ -137,7 +137,10 @@ def survey(built: Built, shape: tuple[int, int, int]) -> emulator.Survey:
     a, b, exact = operands(*shape, "random")
     limit = 0.02 * np.abs(exact).max()
     options = emulator.Options(max_steps=20_000)
-    accept: Callable[[Array], bool] = lambda found: bool((np.abs(found - exact) <= limit).all())  # noqa: E731
+
+    def accept(found: Array) -> bool:
+        return bool((np.abs(found - exact) <= limit).all())
+
     return emulator.mutate(built.library(), caller(a, b), accept, arch=built.arch, options=options)
 
 
