@@ -28,9 +28,10 @@ Row = Mapping[str, Any]
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All committed results, quick ones left out, in the order of their file names."""
+    """All committed results of suites, quick ones left out, in the order of their file names."""
     files = sorted(path for path in folder.glob("*.json") if not path.stem.endswith("-quick"))
-    return [json.loads(path.read_text()) for path in files]
+    found = [json.loads(path.read_text()) for path in files]
+    return [results for results in found if "suite" in results]  # cuda_verify.json is a verification, not a timing
 
 
 def group_of(row: Row) -> str:

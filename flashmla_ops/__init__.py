@@ -1,6 +1,6 @@
 """FlashMLA: Multi-head Latent Attention over one paged latent cache, as ``torch.ops.flashmla.*``."""
 
-from flashmla_ops import cpu, ops
+from flashmla_ops import cpu, cuda, ops
 from flashmla_ops.api import (
     FlashMLASchedMeta,
     flash_attn_varlen_func,
@@ -24,3 +24,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 cpu.load()
+cuda.load()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from flashmla_ops import cpu
+from flashmla_ops import cpu, cuda
 from flashmla_ops.footprint import decode_footprint, prefill_footprint
 
 LEVELS = (1, 2, 3)
-OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm")
+OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm", "grouped_gemm")
 
 _ISA_NOTES = {
     "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps (slower than fp32 on Intel), fp32 and fp16 in fp32",
@@ -90,8 +90,7 @@ def explain() -> str:
             f"  {mark} {choice.name:<12} {choice.note}" + ("" if choice.available else " (not on this processor)")
         )
     for name, served in operators().items():
-        lines.append(f"operator    {name:<16} CPU {served}; other devices {cpu.REFERENCE}")
-    lines += memory()
-    if torch.cuda.is_available():
-        lines.append("CUDA        a device is present; no CUDA kernel is built, the reference runs there")
-    return "\n".join(lines)
+        elsewhere = "CUDA CUTLASS or torch, " if name in cuda.OPERATORS else ""
+        lines.append(f"operator    {name:<16} CPU {served}; {elsewhere}other devices {cpu.REFERENCE}")
+    return "
+".join([*lines, *memory(), *cuda.explain()])

@@ -13,6 +13,7 @@ from flashmla_ops import reference
 from flashmla_ops.ops._library import (
     FLOAT_NAMES,
     FLOATS,
+    Function,
     define,
     dtype_name,
     refuse_gradient,
@@ -121,10 +122,49 @@ def bmm_reference(a: Tensor, weight: Tensor) -> Tensor:
     return reference.bmm(a, weight).to(a.dtype).contiguous()
 
 
-define(
-    f"{OP}(Tensor a, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_scale=None,"
-    ' str activation="none", ScalarType? out_dtype=None) -> Tensor',
-    fake=gemm_fake,
-    reference=gemm_reference,
+ARGUMENTS = (
+    "Tensor a, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_scale=None,"
+    ' str activation="none", ScalarType? out_dtype=None'
 )
+
+
+def check_out(op: str, out: Tensor, expected: Tensor) -> None:
+    """The preconditions of an output tensor, against the fake result: shape, dtype, device. Any strides will do."""
+    require_dtype(op, "out", out, expected.dtype)
+    require_device(op, "out", out, expected.device)
+    same = out.dim() == expected.dim() and all(x == y for x, y in zip(out.shape, expected.shape, strict=True))
+    require(op, "out", same, f"shape {list(expected.shape)}", list(out.shape))
+    refuse_gradient(op, out=out)
+
+
+def into(functional: Function, op: str) -> Function:
+    """The implementation of an ``.out`` overload by the functional one, on whatever device that has a kernel."""
+
+    def implementation(*args: object, out: Tensor, **kwargs: object) -> None:
+        result = functional(*args, **kwargs)
+        check_out(op, out, result)
+        out.copy_(result)
+
+    return implementation
+
+
+def into_fake(fake: Function, op: str) -> Function:
+    def implementation(*args: object, out: Tensor, **kwargs: object) -> None:
+        check_out(op, out, fake(*args, **kwargs))
+
+    return implementation
+
+
+define(f"{OP}({ARGUMENTS}) -> Tensor", fake=gemm_fake, reference=gemm_reference)
 define("bmm(Tensor a, Tensor weight) -> Tensor", fake=bmm_fake, reference=bmm_reference)
+# They return nothing, as `decode.out` does and for its reasons.
+define(
+    f"{OP}.out({ARGUMENTS}, *, Tensor(a!) out) -> ()",
+    fake=into_fake(gemm_fake, OP),
+    reference=into(torch.ops.flashmla.gemm.default, OP),
+)
+define(
+    "bmm.out(Tensor a, Tensor weight, *, Tensor(a!) out) -> ()",
+    fake=into_fake(bmm_fake, "bmm"),
+    reference=into(torch.ops.flashmla.bmm.default, "bmm"),
+)

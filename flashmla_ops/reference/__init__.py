@@ -2,7 +2,17 @@
 
 from flashmla_ops.reference.attention import decode, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
-from flashmla_ops.reference.gemm import bmm, gemm
+from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.schedule import decode_schedule
 
-__all__ = ["append", "bmm", "decode", "decode_schedule", "gather_rows", "gemm", "merge_states", "prefill"]
+__all__ = [
+    "append",
+    "bmm",
+    "decode",
+    "decode_schedule",
+    "gather_rows",
+    "gemm",
+    "grouped_gemm",
+    "merge_states",
+    "prefill",
+]

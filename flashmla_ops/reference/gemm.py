@@ -38,3 +38,9 @@ def gemm(
 def bmm(a: Tensor, weight: Tensor) -> Tensor:
     """a [batch, m, k] times weight [batch, k, n], float64."""
     return a.double() @ weight.double()
+
+
+def grouped_gemm(a: Tensor, weight: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """a [rows, k] times weight [groups, n, k] transposed, the rows runs[g] with weight[g]: [rows, n] float64."""
+    parts = [a[start:end].double() @ weight[group].double().T for group, (start, end) in enumerate(runs)]
+    return torch.cat(parts) if parts else a.new_zeros((0, weight.size(1)), dtype=torch.float64)

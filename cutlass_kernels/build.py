@@ -1,0 +1,205 @@
+"""Compile generated kernels with nvcc, once each, into a cache that every process shares.
+
+A kernel's folder is named by a hash of its source, our headers, CUTLASS's version, nvcc and its flags, so what is
+found there is what would be compiled. It holds the source, the library, ptxas's report and ``report.json``, and appears
+by one rename. Beside the folders, ``index/NAME.json`` says which one is current, so that running a kernel needs neither
+cutlass_cppgen nor nvcc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cutlass_kernels import cppgen, generate, ptxas
+from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.errors import BuildError
+from cutlass_kernels.toolchain import Nvcc, cache_root, nvcc
+
+LIBRARY = "kernel.so"
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    # Off: asserts. In wgmma code they make ptxas serialise the instructions (C7510), and in host code a missing driver
+    # would end the process instead of giving an error code.
+    "-DNDEBUG",
+    # Shared: a process has one CUDA runtime, torch's, whose streams and devices these are.
+    "-cudart=shared",
+    "-shared",
+    # Hidden: CUTLASS's static members must not be merged between two loaded kernels.
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",
+    # Names of internal symbols come from this instead of the clock.
+    "-frandom-seed=flashmla",
+    # Uncompressed: the PTX that ships can be read, and executed by `cutlass_kernels.emulator`.
+    "--compress-mode=none",
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel and what ptxas said of it."""
+
+    config: GemmConfig
+    folder: Path
+    seconds: float  # of the compilation that made it
+    report: ptxas.Report
+
+    @property
+    def library(self) -> Path:
+        return self.folder / LIBRARY
+
+
+def target_flags(arch: str) -> tuple[str, ...]:
+    """Machine code, and PTX: newer devices translate that of sm_80, and the emulator runs it."""
+    number = arch.removeprefix("sm_")
+    return (
+        f"-gencode=arch=compute_{number},code=sm_{number}",
+        f"-gencode=arch=compute_{number},code=compute_{number}",
+    )
+
+
+def key(source: str, config: GemmConfig, compiler: Nvcc) -> str:
+    """What a library depends on, hashed."""
+    digest = hashlib.sha256()
+    for text in (source, *(path.read_text() for path in generate.glue_files(source))):
+        digest.update(text.encode() + b"\0")
+    digest.update(repr((compiler.release, cppgen.version(), FLAGS, target_flags(config.arch))).encode())
+    return digest.hexdigest()[:16]
+
+
+def build(configs: Iterable[GemmConfig], *, jobs: int | None = None, quiet: bool = False) -> list[Built]:
+    """Every kernel, compiled now if it is not in the cache; ``jobs`` at once (None: one a core).
+
+    Raises `MissingToolError` without nvcc or cutlass_cppgen, and `BuildError` after the rest has been built if any
+    kernel failed: the message has them all.
+    """
+    wanted, compiler = list(configs), nvcc()
+    progress = Progress(len(wanted), quiet=quiet)
+    built: dict[str, Built] = {}
+    failures: list[str] = []
+    with ThreadPoolExecutor(max_workers=jobs or len(os.sched_getaffinity(0))) as pool:
+        tasks = {pool.submit(_find_or_build, config, generate.source(config), compiler): config for config in wanted}
+        for task in as_completed(tasks):
+            config = tasks[task]
+            try:
+                built[config.name] = task.result()
+            except BuildError as error:
+                failures.append(str(error))
+            progress.step(config.name, failed=len(failures))
+    progress.end()
+    if failures:
+        raise BuildError("\n".join(failures))
+    return [built[config.name] for config in wanted]
+
+
+def find(config: GemmConfig) -> Built | None:
+    """The current library of a kernel, if it has been built. Needs neither nvcc nor cutlass_cppgen."""
+    try:
+        folder = Path(json.loads((cache_root() / "index" / f"{config.name}.json").read_text())["folder"])
+        return _read(config, folder)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _find_or_build(config: GemmConfig, source: str, compiler: Nvcc) -> Built:
+    root = cache_root()
+    folder = root / f"{config.name}-{key(source, config, compiler)}"
+    with contextlib.suppress(OSError, ValueError):
+        return _indexed(_read(config, folder))
+    (root / "locks").mkdir(exist_ok=True)
+    with _locked(root / "locks" / config.name):
+        with contextlib.suppress(OSError, ValueError):
+            return _indexed(_read(config, folder))
+        _compile(config, source, compiler, folder)
+        return _indexed(_read(config, folder))
+
+
+def _read(config: GemmConfig, folder: Path) -> Built:
+    facts: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    if not (folder / LIBRARY).is_file():
+        raise FileNotFoundError(folder / LIBRARY)
+    entries = tuple(ptxas.EntryReport(**entry) for entry in facts["entries"])
+    return Built(config, folder, facts["seconds"], ptxas.Report(entries, facts["serialised_wgmma"]))
+
+
+def _indexed(built: Built) -> Built:
+    index = built.folder.parent / "index"
+    index.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=index, delete=False) as handle:
+        json.dump({"folder": str(built.folder)}, handle)
+    Path(handle.name).replace(index / f"{built.config.name}.json")
+    return built
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(config: GemmConfig, source: str, compiler: Nvcc, folder: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        file = scratch / f"{config.name}.cu"
+        file.write_text(source)
+        includes = (f"-I{cppgen.include_folder()}", f"-I{generate.CSRC}")
+        output = ("-o", str(scratch / LIBRARY), str(file))
+        command = [compiler.path, *FLAGS, *target_flags(config.arch), *includes, *output]
+        started = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+        seconds = time.monotonic() - started
+        if done.returncode != 0:
+            raise BuildError(f"{config.name}: nvcc failed\n{' '.join(command)}\n{_errors(done.stderr)}")
+        (scratch / "ptxas.txt").write_text(done.stderr)
+        report = ptxas.parse(done.stderr)
+        if faults := report.faults():
+            raise BuildError(f"{config.name}: may not ship: {'; '.join(faults)}")
+        facts = {"name": config.name, "nvcc": compiler.release, "seconds": round(seconds, 1), **asdict(report)}
+        (scratch / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+        scratch.chmod(0o755)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _errors(text: str) -> str:
+    """The lines that say what is wrong; all of the end if none does."""
+    found = [line for line in text.splitlines() if "error" in line]
+    return "\n".join(found[:20]) or text[-4000:]
+
+
+class Progress:
+    """One line, rewritten in place on a terminal; elsewhere a line a kernel."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self.total, self.quiet, self.done, self.started = total, quiet, 0, time.monotonic()
+
+    def step(self, name: str, *, failed: int) -> None:
+        self.done += 1
+        if self.quiet:
+            return
+        filled = 24 * self.done // max(1, self.total)
+        text = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {time.monotonic() - self.started:.0f} s"
+        text += f", {failed} failed" if failed else ""
+        start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}{text} {name}", end=end, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if not self.quiet and sys.stderr.isatty():
+            print(file=sys.stderr)

@@ -1,0 +1,24 @@
+"""What the emulator does not model, so that nobody takes silence for a proof."""
+
+from __future__ import annotations
+
+#: One sentence each. Everything else in the PTX that is executed is either modelled or refused.
+LIMITS: tuple[str, ...] = (
+    "PTX is executed, not machine code: what ptxas makes of it (registers, spills, scheduling) is trusted.",
+    "No timing: clocks read 0, and counters say nothing about speed.",
+    "Threads of a warp that are at one place run in step: races between lanes of one warp are not looked for.",
+    "Memory is sequentially consistent: missing fences and orders between CTAs in global memory are not noticed.",
+    "Races are looked for in shared memory only, by 4-byte words; two narrower writes to one word are not compared.",
+    "Of the proxies only the asynchronous one is followed, and only where it reads what the generic one wrote.",
+    "Asynchronous work lands all at once, in one of three orders; a device may interleave it in others.",
+    "More than 48 mbarriers in one cluster share agents in the race check, which may hide races between them.",
+    "Sums of matrix instructions are taken in float32 in our order; a device's rounding inside is undocumented.",
+    ".approx functions are as exact as numpy's; a device may differ in the last bits.",
+    "fma.f64 is computed in long double and may differ from a fused one in the last bit.",
+    "Unwritten registers hold a fixed pattern, and reading one is not reported.",
+    "Values that nobody wrote are followed by lanes, not by bits, and not through wgmma, which reports them at once.",
+    "A grid's CTAs beyond the number of multiprocessors run after the first ones have ended, one CTA a multiprocessor.",
+    "CTAs of a number of threads that is no multiple of 32 are refused.",
+    "Sparse mma, block-scaled and sub-byte types, im2col, cp.reduce, textures, tcgen05 and all of sm_100 are refused.",
+    "Host streams and events order nothing: every launch and copy is done when its call returns.",
+)

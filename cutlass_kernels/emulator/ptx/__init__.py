@@ -1,0 +1,1 @@
+"""PTX text to a program: types, syntax tree, parser, control-flow graph."""

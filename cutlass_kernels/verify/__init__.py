@@ -1,0 +1,124 @@
+"""Run built kernels in `cutlass_kernels.emulator` and compare them with float64. Nothing here speaks of hardware."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from cutlass_kernels import abi, build, cppgen, emulator
+from cutlass_kernels.build import Built
+from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.errors import CallError
+from cutlass_kernels.toolchain import nvcc
+from cutlass_kernels.verify import report
+from cutlass_kernels.verify.cases import Case, cases_of
+from cutlass_kernels.verify.problem import Problem
+from cutlass_kernels.verify.problem import build as build_problem
+from cutlass_kernels.verify.report import KernelResult
+from cutlass_kernels.verify.run import Outcome, execute, launch
+
+LANDINGS: tuple[emulator.Landing, ...] = ("late", "early")
+
+
+def verify(built: Built, cases: Sequence[Case] | None = None, *, mutations: bool = False) -> KernelResult:
+    """Every case of a kernel, eager and lazy. What the emulator cannot do is a result too: "not run", and why."""
+    config = built.config
+    facts: dict[str, Any] = {
+        "name": config.name,
+        "arch": config.arch,
+        "compile_seconds": built.seconds,
+        "registers": max(entry.registers for entry in built.report.entries),
+    }
+    outcomes: list[Outcome] = []
+    exact = 0
+    for case in cases_of(config) if cases is None else cases:
+        problem = build_problem(config, case)
+        for landing in LANDINGS:
+            try:
+                outcome = execute(built, problem, emulator.Options(landing=landing))
+            except emulator.UnsupportedInstruction as error:
+                return KernelResult(**facts, state="not run", why=f"{case}: {error}", cases=len(outcomes))
+            except (emulator.EmulatorError, CallError) as error:
+                why = f"{case}, {landing}: {type(error).__name__}: {error}"
+                return KernelResult(**facts, state="wrong", why=why, cases=len(outcomes))
+            outcomes.append(outcome)
+            exact += problem.exact and outcome.mismatches == 0
+            if not outcome.good:
+                state = "wrong" if outcome.mismatches else "hazards"
+                why = f"{case}, {landing}: {outcome.mismatches} mismatches; {'; '.join(outcome.hazards)}"
+                return _summary(facts, outcomes, exact, state, why)
+    result = _summary(facts, outcomes, exact, "verified", "")
+    return _mutated(built, result) if mutations else result
+
+
+def _summary(facts: dict[str, Any], outcomes: list[Outcome], exact: int, state: str, why: str) -> KernelResult:
+    return KernelResult(
+        **facts,
+        state=state,
+        why=why,
+        cases=len(outcomes),
+        exact=exact,
+        error_over_bound=round(max(outcome.error_over_bound for outcome in outcomes), 4),
+        hazards=sum(len(outcome.hazards) for outcome in outcomes),
+        tolerated=sum(outcome.tolerated for outcome in outcomes),
+        seconds=round(sum(outcome.seconds for outcome in outcomes), 2),
+        counters=outcomes[-1].counters,
+    )
+
+
+def mutation_case(config: GemmConfig) -> Case:
+    """A case that runs through the whole pipeline: more tiles of k than stages, so that every buffer is used again."""
+    m, n, k = config.tile
+    groups = (m,) if config.family == "grouped" else ()
+    return Case(m, n, (config.stages or 6) * k * 2, groups=groups)
+
+
+def _mutated(built: Built, result: KernelResult) -> KernelResult:
+    problem = build_problem(built.config, mutation_case(built.config))
+    survey = survey_of(built, problem)
+    found = sum(mutant.detected is not None for mutant in survey.mutants)
+    return KernelResult(
+        **{
+            **result.__dict__,
+            "mutants": len(survey.mutants),
+            "detected": found,
+            "undetected": [f"line {site.line}: {site.text.strip()}" for site in survey.undetected],
+        }
+    )
+
+
+def survey_of(built: Built, problem: Problem) -> emulator.Survey:
+    """Drop each wait, barrier, arrival and fence that the case executes, one at a time."""
+    return emulator.mutate(
+        built.library,
+        lambda device, library: launch(device, abi.Kernel(built.config, library), problem),
+        lambda result: problem.mismatches(result)[0] == 0,
+        arch=built.config.arch,
+    )
+
+
+def command(
+    configs: Iterable[GemmConfig], *, jobs: int | None, results: Path | None, readme: Path | None, mutations: bool
+) -> int:
+    """The command line: build, verify in processes of their own, print, and write. 1 unless all are verified."""
+    built = build.build(configs, jobs=jobs)
+    found: list[KernelResult] = []
+    # Fresh processes: the mock CUDA runtime must come before any other that this process may have loaded.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
+        tasks = [pool.submit(verify, each, mutations=mutations) for each in built]
+        for done, task in enumerate(as_completed(tasks), 1):
+            result = task.result()
+            found.append(result)
+            error = f"error {result.error_over_bound:.2f} of the bound, {result.seconds:.1f} s"
+            print(f"{done}/{len(tasks)} {result.name}: {result.state}, {result.cases} cases, {error} {result.why}")
+            sys.stdout.flush()
+            if results:
+                report.write(results, found, {"nvcc": nvcc().release, "cutlass": cppgen.version()})
+    if results and readme:
+        report.update(readme, report.load(results))
+    return 0 if all(result.state == "verified" for result in found) else 1

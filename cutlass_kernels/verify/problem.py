@@ -1,0 +1,182 @@
+"""One case made concrete: operands, the result in float64, and how far a correct kernel may be from it.
+
+The bound for a product with an epilogue f of slope at most 1.13 (silu, gelu):
+
+    |error| <= 1 ulp of the output + 1.13 * (2^-23 sqrt(k) (|A| |B|) + 2^-21 (|A| |B| + |bias|)) * |scales|
+
+elementwise: one rounding of the result, float32 sums in any order, and a few float32 roundings of the epilogue. Serial
+split-K keeps its partial sums in the output's type: each of the splits may add half an ulp of |A| |B|. Small integers
+have exact sums: with no activation or relu, and no split past what the output holds exactly, nothing may differ at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import erf
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cutlass_kernels import emulator
+from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.verify.cases import Case
+
+Array = NDArray[Any]
+Float = NDArray[np.float64]
+
+#: Bits of the significand, the leading one included, and the exponent of the smallest normal number.
+FORMATS = {"bf16": (8, -126), "fp16": (11, -14), "f32": (24, -126), "e4m3": (4, -6)}
+
+
+def encode(values: Float, element: str) -> Array:
+    """As it lies in memory; bf16 and e4m3 as bits."""
+    if element == "bf16":
+        return np.asarray(emulator.to_bf16(values.astype(np.float32)))
+    if element == "e4m3":
+        return np.asarray(emulator.to_e4m3(values.astype(np.float32)))
+    kinds: dict[str, Any] = {"fp16": np.float16, "f32": np.float32, "s8": np.int8}
+    return values.astype(kinds[element])
+
+
+def decode(stored: Array, element: str) -> Float:
+    if element == "bf16":
+        return np.asarray(emulator.from_bf16(stored), np.float64)
+    if element == "e4m3":
+        return np.asarray(emulator.from_e4m3(stored), np.float64)
+    return stored.astype(np.float64)
+
+
+def ulp(values: Float, element: str) -> Float:
+    """The distance of neighbouring numbers of a format around each value."""
+    bits, smallest = FORMATS[element]
+    exponent = np.floor(np.log2(np.maximum(np.abs(values), 2.0**smallest)))
+    return np.asarray(2.0 ** (exponent - bits + 1), np.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Operands by the names of the C ABI, as stored, and what is expected of d [batch, m, n]."""
+
+    config: GemmConfig
+    case: Case
+    operands: dict[str, Array]
+    alpha: float
+    beta: float
+    expected: Float
+    bound: Float
+    exact: bool
+
+    @property
+    def stored_type(self) -> np.dtype[Any]:
+        """The numpy type in which d is stored."""
+        return encode(np.zeros(1), self.config.d).dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.stored_type.itemsize
+
+    def mismatches(self, stored: Array) -> tuple[int, float]:
+        """Elements outside the bound (all that differ at all, if exact), and the largest error over its bound."""
+        actual = decode(stored, self.config.d)
+        error = np.abs(actual - self.expected)
+        error[~np.isfinite(actual)] = np.inf
+        ratio = float(np.max(error / self.bound, initial=0.0))
+        if self.exact:
+            rounded = decode(encode(self.expected, self.config.d), self.config.d)
+            return int(np.count_nonzero(actual != rounded)), ratio
+        return int(np.count_nonzero(error > self.bound)), ratio
+
+
+def build(config: GemmConfig, case: Case) -> Problem:
+    """Draw operands and compute the expected result."""
+    random = np.random.default_rng(case.seed + 7919 * case.k + case.m)
+    shapes = _shapes(config, case)
+    operands: dict[str, Array] = {}
+    values: dict[str, Float] = {}
+    for name, (shape, element) in shapes.items():
+        drawn = _draw(random, case, name, shape, element)
+        operands[name] = encode(drawn, element)
+        values[name] = decode(operands[name], element)
+    alpha = 1.0 if case.fill == "integers" else 0.75
+    beta = 0.0 if "c" not in operands else 1.0 if case.fill == "integers" else 0.5
+    expected, bound = _expect(config, case, values, alpha, beta)
+    exact = case.fill == "integers" and config.epilogue.activation in ("none", "relu") and not config.epilogue.gate
+    return Problem(config, case, operands, alpha, beta, expected, bound, exact)
+
+
+def _shapes(config: GemmConfig, case: Case) -> dict[str, tuple[tuple[int, ...], str]]:
+    groups = len(case.groups) if config.family == "grouped" else case.batch
+    rows = (case.k, case.n) if config.family == "batched" else (case.n, case.k)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "a": ((case.batch, case.m, case.k), config.a),
+        "weight": ((groups, *rows), config.weight),
+    }
+    epilogue = config.epilogue
+    if epilogue.plain and case.c != "none" and config.family != "grouped":
+        shapes["c"] = ((case.batch, 1 if case.c == "row" else case.m, case.n), config.d)
+    elif epilogue.gate or epilogue.residual:
+        shapes["c"] = ((case.batch, case.m, case.n), config.d)
+    if case.optional:
+        if epilogue.bias:
+            shapes["bias"] = ((case.n,), config.d)
+        if epilogue.row_scale:
+            shapes["row_scale"] = ((case.m,), "f32")
+        if epilogue.col_scale:
+            shapes["col_scale"] = ((case.n,), "f32")
+    return shapes
+
+
+def _draw(random: np.random.Generator, case: Case, name: str, shape: tuple[int, ...], element: str) -> Float:
+    """Integers: sparse ones and minus ones, so that sums stay where every output format is exact; powers of two."""
+    if name.endswith("scale"):
+        if case.fill == "integers":
+            return np.ldexp(1.0, random.integers(-1, 2, shape)).astype(np.float64)
+        return random.uniform(0.5, 2.0, shape) / (8.0 if element == "s8" else 1.0)
+    if case.fill == "integers":
+        some = random.random(shape) < min(1.0, 64.0 / case.k) if name in ("a", "weight") else True
+        return (random.integers(-2, 3, shape) * some).astype(np.float64)
+    if element == "s8":
+        return random.integers(-127, 128, shape).astype(np.float64)
+    return random.standard_normal(shape)
+
+
+def _expect(config: GemmConfig, case: Case, values: dict[str, Float], alpha: float, beta: float) -> tuple[Float, Float]:
+    sums, sizes = _products(config, case, values["a"], values["weight"])
+    scale = np.full((case.m, case.n), alpha)
+    if "row_scale" in values:
+        scale = scale * values["row_scale"][:, None]
+    if "col_scale" in values:
+        scale = scale * values["col_scale"][None, :]
+    bias = values.get("bias", np.zeros(1))
+    result = _activate(config.epilogue.activation, sums * scale + bias)
+    slope, size = 1.13 * np.abs(scale), sizes
+    error = slope * size * (2.0**-23 * np.sqrt(case.k) + 2.0**-21) + 1.13 * 2.0**-21 * np.abs(bias)
+    if config.epilogue.gate:
+        gate = _activate("silu", values["c"])
+        result, error = result * gate, error * np.abs(gate)
+    elif "c" in values:
+        result = result + (beta if config.epilogue.plain else 1.0) * values["c"]
+    if case.splits > 1:
+        error = error + case.splits * 0.5 * ulp(size * np.abs(alpha), config.d)
+    return result, error + ulp(result, config.d)
+
+
+def _products(config: GemmConfig, case: Case, a: Float, weight: Float) -> tuple[Float, Float]:
+    """A B and |A| |B|, [batch, m, n]."""
+    if config.family == "grouped":
+        ends = np.cumsum((0, *case.groups))
+        runs = [(a[0, ends[g] : ends[g + 1]], weight[g].T) for g in range(len(case.groups))]
+        return np.concatenate([x @ w for x, w in runs])[None], np.concatenate([abs(x) @ abs(w) for x, w in runs])[None]
+    right = weight if config.family == "batched" else weight.swapaxes(1, 2)
+    return a @ right, np.abs(a) @ np.abs(right)
+
+
+def _activate(name: str, x: Float) -> Float:
+    if name == "relu":
+        return np.maximum(x, 0.0)
+    if name == "silu":
+        return np.asarray(x / (1.0 + np.exp(-np.clip(x, -700, 700))))
+    if name == "gelu":
+        return np.asarray(0.5 * x * (1.0 + np.vectorize(erf)(x / np.sqrt(2.0))))
+    return x

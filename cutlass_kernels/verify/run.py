@@ -1,0 +1,162 @@
+"""One case of one kernel in the emulator: operands to device memory, the call of the C ABI, the result back."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cutlass_kernels import abi, emulator
+from cutlass_kernels.abi import Call, GemmCall, GroupedGemmCall
+from cutlass_kernels.build import Built
+from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.verify.problem import Problem
+
+Array = NDArray[Any]
+#: What lies between rows of strided operands, and of d: a NaN in every floating format, and 127 in s8.
+PADDING = 0x7F
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case under one timing of asynchronous work. ``error_over_bound`` above 1 is a wrong result."""
+
+    mismatches: int
+    error_over_bound: float
+    hazards: tuple[str, ...]
+    tolerated: int
+    steps: int
+    seconds: float
+    counters: dict[str, Any]
+
+    @property
+    def good(self) -> bool:
+        return self.mismatches == 0 and not self.hazards
+
+
+class Place:
+    """An operand in device memory, its rows padded where the case is strided."""
+
+    def __init__(self, device: emulator.Device, values: Array, padding: int) -> None:
+        self.shape = values.shape
+        self.row = values.shape[-1] + padding
+        wide = np.full((*values.shape[:-1], self.row), PADDING, np.uint8).repeat(values.itemsize, axis=-1)
+        self.wide = np.ascontiguousarray(wide).view(values.dtype).reshape(*values.shape[:-1], self.row)
+        self.wide[..., : values.shape[-1]] = values
+        self.array = device.array(self.wide)
+
+    @property
+    def pointer(self) -> int:
+        return self.array.pointer
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Row, then batch; the one row of a bias repeats itself."""
+        rows = self.shape[-2]
+        return (self.row if rows > 1 else 0, self.row * rows)
+
+
+def execute(built: Built, problem: Problem, options: emulator.Options) -> Outcome:
+    """Run a case. Raises `EmulatorError` for what the emulator cannot do or a device would not survive."""
+
+    def call(device: emulator.Device, library: ctypes.CDLL) -> Array:
+        return launch(device, abi.Kernel(built.config, library), problem)
+
+    report = emulator.run(built.library, call, arch=built.config.arch, options=options)
+    mismatches, ratio = problem.mismatches(report.result)
+    counted = [hazard for hazard in report.hazards if not reads_rows_outside(problem, hazard)]
+    return Outcome(
+        mismatches,
+        ratio,
+        tuple(str(hazard) for hazard in counted),
+        len(report.hazards) - len(counted),
+        sum(launch.steps for launch in report.launches),
+        round(sum(launch.seconds for launch in report.launches), 3),
+        _counters(report.launches),
+    )
+
+
+def reads_rows_outside(problem: Problem, hazard: emulator.Hazard) -> bool:
+    """Whether a hazard is CUTLASS's own shortcut at the edge of a matrix, which cannot reach a result.
+
+    Its sm_80 mainloop (SharedMemoryClear::kNone) copies no row past the last one of an operand, nor clears its place in
+    shared memory; ldmatrix reads it, and the sums of that row or column are never stored. The emulator fills memory
+    that nobody wrote with NaN, so a right result is the proof.
+    """
+    case, (tile_m, tile_n, _) = problem.case, problem.config.tile
+    outside = case.n % tile_n != 0 or any(rows % tile_m for rows in case.groups or (case.m,))
+    unwritten = hazard.kind == "uninitialised" and "ldmatrix" in hazard.text
+    return problem.config.arch == "sm_80" and outside and unwritten
+
+
+def launch(device: emulator.Device, kernel: abi.Kernel, problem: Problem) -> Array:
+    """The result, as stored; [batch, m, n]. Raises `CallError` if the kernel refuses, and on a write between rows."""
+    config, case = problem.config, problem.case
+    step = {name: config.alignment(name) for name in ("a", "weight", "d")} | {"c": config.alignment("d")}
+    matrices = {"a", "weight", "c"}
+    places = {
+        name: Place(device, values, step[name] if case.strided and name in matrices else 0)
+        for name, values in problem.operands.items()
+    }
+    shape = problem.expected.shape
+    canary = np.full(shape, PADDING, np.uint8).repeat(problem.stored_bytes, axis=-1).view(problem.stored_type)
+    d = Place(device, canary, step["d"] if case.strided else 0)
+    if config.family == "grouped":
+        offsets = device.array(np.cumsum((0, *case.groups)).astype(np.int32))
+        call: Call = _grouped_call(problem, places, d, offsets.pointer)
+    else:
+        call = _gemm_call(problem, places, d)
+    needed = kernel.workspace(call)
+    if needed:
+        workspace = device.empty(needed)
+        call.workspace, call.workspace_bytes = workspace.pointer, needed
+    kernel.run(call, 0)
+    result = d.array.numpy()
+    if not np.array_equal(result[..., shape[-1] :], d.wide[..., shape[-1] :]):
+        raise emulator.MemoryFault(f"{config.name}, {case}: wrote between the rows of d")
+    return result[..., : shape[-1]]
+
+
+def _gemm_call(problem: Problem, places: dict[str, Place], d: Place) -> GemmCall:
+    case = problem.case
+    call = GemmCall(case.m, case.n, case.k, case.batch, alpha=problem.alpha, beta=problem.beta, splits=case.splits)
+    for name, place in (*places.items(), ("d", d)):
+        setattr(call, name, place.pointer)
+        if hasattr(call, f"{name}_stride"):
+            getattr(call, f"{name}_stride")[:] = _strides(problem.config, name, place, case.m)
+    return call
+
+
+def _strides(config: GemmConfig, name: str, place: Place, m: int) -> tuple[int, int]:
+    row, batch = place.strides
+    # One row needs no stride to the next, but it has one: only a bias in the place of c repeats itself.
+    return (place.row if name != "c" or m == 1 else row, batch)
+
+
+def _grouped_call(problem: Problem, places: dict[str, Place], d: Place, offsets: int) -> GroupedGemmCall:
+    case = problem.case
+    call = GroupedGemmCall(len(case.groups), case.n, case.k, alpha=problem.alpha, offsets=offsets)
+    call.a, call.weight, call.d = places["a"].pointer, places["weight"].pointer, d.pointer
+    call.a_stride, call.d_stride = places["a"].row, d.row
+    call.weight_stride[:] = (places["weight"].row, places["weight"].strides[1])
+    return call
+
+
+def _counters(launches: tuple[emulator.LaunchReport, ...]) -> dict[str, Any]:
+    """The costs of all launches that no machine changes."""
+    names = (
+        "global_bytes_read",
+        "global_bytes_written",
+        "global_sectors_read",
+        "global_sectors_written",
+        "shared_wavefronts",
+        "shared_ideal",
+        "async_bytes",
+        "mma",
+    )
+    found: dict[str, Any] = {name: sum(getattr(launch.counters, name) for launch in launches) for name in names}
+    found["instructions"] = sum(launch.counters.instructions.total() for launch in launches)
+    return found

@@ -1,0 +1,73 @@
+"""Registering the CUDA implementations, and one launcher a device with the kernels that have been built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlass_kernels import abi, build, heuristics
+from cutlass_kernels.catalogue import kernels
+from cutlass_kernels.choose import Choice, Device
+from flashmla_ops.cuda import gemm
+from flashmla_ops.cuda.launch import Launcher
+from flashmla_ops.ops._library import LIBRARY
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "gemm": gemm.gemm,
+    "bmm": gemm.bmm,
+    "grouped_gemm": gemm.grouped_gemm,
+}
+
+
+@cache
+def load() -> bool:
+    """Register the operators for CUDA if torch sees a device; whether it did."""
+    if not torch.cuda.is_available():
+        return False
+    for name, function in OPERATORS.items():
+        LIBRARY.impl(name, partial(_on_device, function), "CUDA")
+    return True
+
+
+def _on_device(function: Callable[..., Tensor], a: Tensor, *rest: Any, **named: Any) -> Tensor:
+    with torch.cuda.device(a.device):
+        return function(launcher(a.device.index), a, *rest, **named)
+
+
+@cache
+def launcher(index: int) -> Launcher:
+    """The launcher of a CUDA device. Kernels are looked up once: build them before the first call."""
+    facts = torch.cuda.get_device_properties(index)
+    # What a block may use once it asks for it. The attribute is there in builds for CUDA only.
+    shared_memory = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
+    device = Device((facts.major, facts.minor), facts.multi_processor_count, shared_memory)
+    libraries = {config: built.library for config in kernels() if (built := build.find(config))}
+
+    @cache
+    def kernel(config: Any) -> abi.Kernel:
+        return abi.load(config, libraries[config])
+
+    where = torch.device("cuda", index)
+    return Launcher(where, device, frozenset(libraries), kernel, lambda: torch.cuda.current_stream(where).cuda_stream)
+
+
+def explain() -> list[str]:
+    """What runs on CUDA, and why, a line each."""
+    built = [config for config in kernels() if build.find(config)]
+    counts = ", ".join(f"{sum(c.arch == arch for c in built)} for {arch}" for arch in ("sm_80", "sm_90a"))
+    version = heuristics.version()
+    by = f"nvidia-matmul-heuristics {version}" if version else "a table (nvidia-matmul-heuristics is not installed)"
+    lines = [f"CUTLASS     {len(built)} of {len(kernels())} kernels are built ({counts}); chosen by {by}"]
+    if not torch.cuda.is_available():
+        return [*lines, "CUDA        no device: nothing runs there, and no kernel has been verified on hardware"]
+    for index in range(torch.cuda.device_count()):
+        lines.append(f"CUDA        {torch.cuda.get_device_name(index)}")
+        for problem, choice in launcher(index).chosen.items():
+            what = f"{choice.config.name}, splits {choice.splits}" if isinstance(choice, Choice) else "torch"
+            size = f"{problem.m}x{problem.n}x{problem.k} batch {problem.batch} {problem.epilogue.name}"
+            lines.append(f"  {problem.family} {size}: {what} ({choice.reason})")
+    return lines

@@ -1,0 +1,202 @@
+"""Verification: its oracle catches what is wrong, and built kernels pass it in the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cutlass_kernels import abi, build, emulator, toolchain, verify
+from cutlass_kernels.build import Built
+from cutlass_kernels.catalogue import kernels, representatives, smoke
+from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.errors import CallError, MissingToolError
+from cutlass_kernels.verify import report
+from cutlass_kernels.verify.cases import Case, cases_of
+from cutlass_kernels.verify.problem import FORMATS, Problem, decode, encode, ulp
+from cutlass_kernels.verify.problem import build as build_problem
+from cutlass_kernels.verify.run import execute
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    config = draw(st.sampled_from(kernels()))
+    case = draw(st.sampled_from([case for case in cases_of(config) if case.m * case.n * case.k < 1 << 20]))
+    return build_problem(config, case)
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_the_rounded_result_passes_and_a_wrong_element_does_not(problem: Problem) -> None:
+    stored = encode(problem.expected, problem.config.d)
+    assert problem.mismatches(stored)[0] == 0
+    place = np.unravel_index(np.argmax(np.abs(problem.expected)), problem.expected.shape)
+    for wrong in (problem.expected[place] + 2.5 * problem.bound[place], np.nan):
+        changed = problem.expected.copy()
+        changed[place] = wrong
+        count, ratio = problem.mismatches(encode(changed, problem.config.d))
+        assert count == 1
+        assert ratio > 1
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_integers_are_exact_in_the_output(problem: Problem) -> None:
+    """So that 0 mismatches is a fair demand, whatever the order of the sums."""
+    if problem.exact:
+        assert np.abs(problem.expected).max() < 2 ** FORMATS[problem.config.d][0] or problem.case.splits == 1
+
+
+def test_every_kernel_has_every_kind_of_case() -> None:
+    for config in kernels():
+        cases = cases_of(config)
+        assert {"integers", "normal"} == {case.fill for case in cases}
+        assert any(case.k >= 1024 for case in cases)
+        assert any(case.m == 1 for case in cases)
+        assert any(case.m % config.tile[0] and case.n % config.tile[1] and case.k % config.tile[2] for case in cases)
+        assert any(case.batch > 1 for case in cases) == config.batches
+        assert any(case.splits > 1 for case in cases) == config.splits
+        assert any(case.groups for case in cases) == (config.family == "grouped")
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16", "f32", "e4m3"])
+def test_an_ulp_is_the_distance_to_the_next_number(element: str) -> None:
+    values = decode(encode(np.array([1.0, 1.5, -3.0, 0.0625, 100.0]), element), element)
+    step = ulp(values, element)
+    away = values + np.sign(values) * step
+    assert np.array_equal(decode(encode(away, element), element), away)
+    half = values + np.sign(values) * step * 0.25
+    assert np.array_equal(decode(encode(half, element), element), values)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[GemmConfig, Built]:
+    pytest.importorskip("cutlass_cppgen", reason="nvidia-cutlass is not installed")
+    try:
+        toolchain.nvcc()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    return dict(zip(smoke(), build.build(smoke(), quiet=True), strict=True))
+
+
+@pytest.mark.parametrize("config", smoke(), ids=lambda config: config.name)
+def test_a_built_kernel_is_verified(config: GemmConfig, built: dict[GemmConfig, Built]) -> None:
+    result = verify.verify(built[config])
+    assert (result.state, result.why) == ("verified", "")
+    assert result.cases == 2 * len(cases_of(config))
+    assert result.error_over_bound <= 1
+    assert result.counters["mma"] > 0
+
+
+def test_three_timings_give_one_result(built: dict[GemmConfig, Built]) -> None:
+    config = smoke()[2]
+    problem = build_problem(config, Case(70, 72, 136, strided=True))
+    landings: tuple[emulator.Landing, ...] = ("late", "early", "reversed")
+    found = {
+        execute(built[config], problem, emulator.Options(landing=landing)).error_over_bound for landing in landings
+    }
+    assert len(found) == 1
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "k": {"k": 63},
+    "n": {"n": 63},
+    "address": {"a": 8},
+    "row stride": {"weight_stride": (68, 0)},
+    "batch": {"batch": 0},
+    "splits": {"splits": 0},
+}
+
+
+@pytest.mark.parametrize("config", smoke(), ids=lambda config: config.name)
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_kernel_cannot_do_is_refused_before_it_runs(
+    config: GemmConfig, what: str, built: dict[GemmConfig, Built]
+) -> None:
+    def call(device: emulator.Device, library: ctypes.CDLL) -> tuple[str | None, str | None]:
+        kernel, place = abi.Kernel(config, library), device.empty((64, 64), np.uint16).pointer
+        good = abi.GemmCall(64, 64, 64, 1, place, place, place, place, alpha=1.0, splits=1)
+        for name in ("a", "weight", "c", "d"):
+            getattr(good, f"{name}_stride")[:] = (64, 0)
+        before = kernel.refuses(good)
+        for name, value in REFUSED[what].items():
+            if isinstance(value, tuple):
+                getattr(good, name)[:] = value
+            else:
+                setattr(good, name, place + value if name == "a" else value)
+        with pytest.raises(CallError, match=config.name):
+            kernel.run(good, 0)
+        return before, kernel.refuses(good)
+
+    before, after = emulator.run(built[config].library, call, arch=config.arch).result
+    assert before is None
+    assert after is not None
+
+
+def test_a_small_workspace_is_refused(built: dict[GemmConfig, Built]) -> None:
+    config = smoke()[0]
+
+    def call(device: emulator.Device, library: ctypes.CDLL) -> tuple[int, str]:
+        kernel, place = abi.Kernel(config, library), device.empty((64, 512), np.uint16).pointer
+        split = abi.GemmCall(64, 64, 512, 1, place, place, place, place, alpha=1.0, splits=3)
+        for name in ("a", "weight", "c", "d"):
+            getattr(split, f"{name}_stride")[:] = (512, 0)
+        with pytest.raises(CallError) as raised:
+            kernel.run(split, 0)
+        return kernel.workspace(split), str(raised.value)
+
+    needed, message = emulator.run(built[config].library, call, arch=config.arch).result
+    assert needed > 0
+    assert "the workspace is smaller than flashmla_gemm_workspace says" in message
+
+
+def test_without_a_device_it_says_so(built: dict[GemmConfig, Built]) -> None:
+    """CUTLASS itself would answer 0 bytes, and end the process for want of a driver."""
+
+    class Library:
+        flashmla_gemm_abi = staticmethod(lambda: abi.ABI)
+        flashmla_gemm_workspace = staticmethod(lambda call, size: abi.NO_DEVICE)
+        flashmla_gemm_status = staticmethod(lambda code: b"no CUDA device" if code == abi.NO_DEVICE else b"?")
+
+    kernel = abi.Kernel(smoke()[0], Library())  # type: ignore[arg-type]
+    with pytest.raises(CallError, match="no CUDA device"):
+        kernel.workspace(abi.GemmCall())
+
+
+@pytest.mark.slow
+def test_most_dropped_synchronisation_is_noticed(built: dict[GemmConfig, Built]) -> None:
+    config = smoke()[0]
+    survey = verify.survey_of(built[config], build_problem(config, verify.mutation_case(config)))
+    assert len(survey.mutants) >= 5
+    assert survey.detection >= 0.8, survey.undetected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", representatives(), ids=lambda config: config.name)
+def test_one_kernel_of_each_kind_is_verified(config: GemmConfig) -> None:
+    result = verify.verify(build.build([config], quiet=True)[0])
+    assert (result.state, result.why) == ("verified", "")
+
+
+def test_results_are_kept_and_shown(tmp_path: Path) -> None:
+    facts = {"nvcc": "V13.0.88", "cutlass": "4.2.0"}
+    path, document = tmp_path / "results.json", tmp_path / "README.md"
+    report.write(path, [report.KernelResult("one", "sm_80", "verified", cases=4, error_over_bound=0.5)], facts)
+    report.write(path, [report.KernelResult("two", "sm_80", "wrong", why="3 | mismatches")], facts)
+    assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == ["one", "two"]
+    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update(document, report.load(path))
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "1 of 2 kernels verified **in the emulator, not on hardware**" in text
+    assert "wrong: 3 \\| mismatches" in text
+    with pytest.raises(ValueError, match="expected one"):
+        report.update(path, report.load(path))
