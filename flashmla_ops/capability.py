@@ -92,5 +92,4 @@ def explain() -> str:
     for name, served in operators().items():
         elsewhere = "CUDA CUTLASS or torch, " if name in cuda.OPERATORS else ""
         lines.append(f"operator    {name:<16} CPU {served}; {elsewhere}other devices {cpu.REFERENCE}")
-    return "
-".join([*lines, *memory(), *cuda.explain()])
+    return "\n".join([*lines, *memory(), *cuda.explain()])
