@@ -93,10 +93,11 @@ def unfragment_c(matrix: Array) -> Array:
     return np.asarray(x.reshape(-1, 4).view(np.uint32))
 
 
-def accumulate(product: Array, c: Array, kind: str) -> Array:
-    """product + c in the accumulator's type: float32, rounded for f16; integers wrap."""
+def accumulate(product: Array, c: Array, kind: str, saturate: bool = False) -> Array:
+    """product + c in the accumulator's type: float32, rounded for f16; integers wrap, or saturate."""
     if kind == "s32":
-        return (product.astype(np.int64) + c).astype(np.int32)
+        total64 = product.astype(np.int64) + c
+        return (np.clip(total64, -(2**31), 2**31 - 1) if saturate else total64).astype(np.int32)
     total = product.astype(np.float32) + c.astype(np.float32)
     return total.astype(np.float16) if kind == "f16" else total
 
@@ -105,9 +106,13 @@ def accumulate(product: Array, c: Array, kind: str) -> Array:
     "sync aligned row col m8n8k4 m16n8k4 m16n8k8 m16n8k16 m16n8k32 satfinite"
 )  # fmt: skip
 def _mma(t: Translator, item: Instruction) -> Step:
-    found = _SHAPE.fullmatch(item.opcode[3])
-    kinds = item.opcode[-4:]
-    if item.opcode[4:6] != ("row", "col") or "satfinite" in item.opcode or found is None or kinds[0] != kinds[3]:
+    # .satfinite stands before the types in the PTX manual, and behind them in CUTLASS.
+    saturate = "satfinite" in item.opcode
+    opcode = tuple(part for part in item.opcode if part != "satfinite")
+    found = _SHAPE.fullmatch(opcode[3])
+    kinds = opcode[-4:]
+    known = opcode[4:6] == ("row", "col") and kinds[0] == kinds[3] and (not saturate or kinds[0] == "s32")
+    if found is None or not known:
         raise t.unsupported("this form of mma")
     m, n, k = (int(extent) for extent in found.groups())
     result, kind_a, kind_b, kind_c = kinds
@@ -124,7 +129,7 @@ def _mma(t: Translator, item: Instruction) -> Step:
         left = widen(fragment_a(registers(a, machine, lanes, where), kind_a), kind_a)
         right = widen(fragment_b(registers(b, machine, lanes, where), kind_b), kind_b)
         addend = fragment_c(registers(c, machine, lanes, where), kind_c)
-        matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result)
+        matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result, saturate)
         machine.counters.mma += left.shape[0] * m * n * k
         packed = unfragment_c(matrix)
         for number, write in enumerate(writers):

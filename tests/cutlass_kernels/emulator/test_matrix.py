@@ -145,13 +145,14 @@ def test_mma(instruction: str, fill: str) -> None:
     assert (np.abs(found.view(dtype).astype(np.float64) - fragments_c(exact.astype(dtype)).view(dtype)) <= limit).all()
 
 
-def test_integer_accumulators_wrap() -> None:
+@pytest.mark.parametrize("types", ["s32.s8.s8.s32", "satfinite.s32.s8.s8.s32", "s32.s8.s8.s32.satfinite"])
+def test_integer_accumulators_wrap_or_saturate(types: str) -> None:
     a, b = np.full((16, 32), 127, np.int8).view(np.uint8), np.full((32, 8), 127, np.int8).view(np.uint8)
     c = np.full((16, 8), 2**31 - 1, np.int32)
-    found = multiply(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", fragments_a(a, "s8"), fragments_b(b, "s8"), fragments_c(c), 4
-    )
-    assert (found.view(np.int32) == 32 * 127 * 127 - 2**31 - 1).all()
+    opcode = f"mma.sync.aligned.m16n8k32.row.col.{types}"
+    found = multiply(opcode, fragments_a(a, "s8"), fragments_b(b, "s8"), fragments_c(c), 4)
+    expected = 2**31 - 1 if "satfinite" in types else 32 * 127 * 127 - 2**31 - 1
+    assert (found.view(np.int32) == expected).all()
 
 
 def test_mma_of_doubles() -> None:
@@ -213,7 +214,7 @@ def test_movmatrix_transposes() -> None:
     "instruction",
     [
         "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%r1}, {%r1}, {%r2}, {%r1};",
-        "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 {%r1}, {%r1}, {%r2}, {%r1};",
+        "mma.sync.aligned.m16n8k16.row.col.satfinite.f32.bf16.bf16.f32 {%r1}, {%r1}, {%r2}, {%r1};",
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f16 {%r1}, {%r1}, {%r2}, {%r1};",
         "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;",
         "add.rz.f64 %d1, %d2, %d3;",
