@@ -27,7 +27,7 @@ as a lane of numpy vectors, with the checks that a device does not make::
   come first: in a process where a real libcudart is loaded (torch built for CUDA), `run` raises `RuntimeUnavailable`,
   and the caller starts a fresh one. Nothing depends on LD_LIBRARY_PATH.
 - PTX comes from the library's embedded fatbin, so that what is checked is what ships; compile with a ``compute_XX``
-  code target and ``-Xfatbin --compress-mode=none`` (or any mode that `ptx_of` can unpack). A file ``<library>.ptx``
+  code target and ``--compress-mode=none`` (or any mode that `ptx_of` can unpack). A file ``<library>.ptx``
   beside the library is taken where the library carries none.
 
 `LIMITS` says what is not modelled. Nothing here is a statement about speed or about a real device.

@@ -1,7 +1,9 @@
 """Mutation testing of a kernel's synchronisation: leave out one wait, barrier, arrival or fence at a time.
 
-A mutant that behaves like the kernel means that the emulator (with this call's shapes) cannot tell whether the
-instruction is needed. It may be redundant: the caller argues so for each, or finds the check that is missing.
+Two barriers with nothing between them stand in for one another: neither is missed alone. So the instructions that are
+not missed alone are then left out one on top of the other, as long as nothing is noticed. What remains undetected is a
+set that can be left out all at once; either it is redundant for this call's shapes, which the caller argues, or a check
+is missing.
 """
 
 from __future__ import annotations
@@ -22,22 +24,21 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One instruction left out. ``detected`` says by what: an error's name, "hazard: kind", "wrong result", or None."""
+    """One instruction left out. ``detected`` says by what: an error's name, "hazard: kind", "wrong result", or None.
+
+    ``beside``: the instructions that were left out with it, because they stand in for it.
+    """
 
     site: Site
     detected: str | None
+    beside: frozenset[Site] = frozenset()
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The mutants of one call.
-
-    ``together`` says how leaving out all undetected instructions at once was noticed: then they stand in for one
-    another (two barriers with nothing between them), and only one of them is redundant.
-    """
+    """The mutants of one call."""
 
     mutants: tuple[Mutant, ...]
-    together: str | None
 
     @property
     def detection(self) -> float:
@@ -47,7 +48,7 @@ class Survey:
 
     @property
     def undetected(self) -> tuple[Site, ...]:
-        """The instructions that nothing missed."""
+        """The instructions that nothing missed, not even all of them at once."""
         return tuple(mutant.site for mutant in self.mutants if mutant.detected is None)
 
 
@@ -90,7 +91,7 @@ def mutate(
         for landing in landings:
             try:
                 report = attempt(landing, frozenset(left_out))
-            except EmulatorError as error:
+            except Exception as error:  # Also what ``call`` raises on a result that makes no sense to it.
                 return type(error).__name__
             if report.hazards:
                 return f"hazard: {report.hazards[0].kind}"
@@ -98,6 +99,13 @@ def mutate(
                 return "wrong result"
         return None
 
-    mutants = tuple(Mutant(site, judge(site)) for site in sorted(sites))
-    undetected = [mutant.site for mutant in mutants if mutant.detected is None]
-    return Survey(mutants, judge(*undetected) if len(undetected) > 1 else None)
+    alone = [Mutant(site, judge(site)) for site in sorted(sites)]
+    spare: frozenset[Site] = frozenset()
+    mutants = []
+    for mutant in alone:
+        if mutant.detected is None and spare:
+            mutant = Mutant(mutant.site, judge(mutant.site, *spare), spare)
+        if mutant.detected is None:
+            spare |= {mutant.site}
+        mutants.append(mutant)
+    return Survey(tuple(mutants))

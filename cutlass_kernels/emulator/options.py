@@ -34,7 +34,7 @@ class Options:
 
     ``max_steps``: basic blocks that one launch may execute before it counts as hung.
 
-    ``max_hazards``: hazards kept for each launch and kind; more are counted, not kept.
+    ``max_hazards``: instructions that a kind of hazard is kept for, of those CTAs that run at once.
     """
 
     landing: Landing = "late"

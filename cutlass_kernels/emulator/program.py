@@ -76,7 +76,7 @@ class Program:
         """Only the lanes whose guard holds execute; at a jump the others go on to the following block."""
         if item.guard is None:
             return step
-        guard, following = translator.predicate(item.guard), translator.following
+        guard, following = translator.predicate(item.guard, "a condition"), translator.following
 
         def guarded(machine: Machine, lanes: Lanes) -> None:
             holds = guard(machine, lanes)
@@ -110,13 +110,15 @@ class Program:
         blocks = self.blocks
         executed = machine.executed = np.zeros(len(blocks), np.int64)
         all_warps = machine.n // WARP
-        hazards = machine.hazards
+        hazards, taint = machine.hazards, machine.taint
 
         def run(number: int, lanes: Lanes) -> None:
             block = blocks[number]
             executed[number] += all_warps if lanes is None else _warps(lanes)
             for item, step in block.steps:
                 hazards.at = item
+                if taint.marks:
+                    taint.begin()
                 step(machine, lanes)
             if not block.falls:
                 return

@@ -65,10 +65,10 @@ class Translator:
 
     # Reading
 
-    def read(self, operand: Operand, kind: str, *, moves: bool = False) -> Reader:
-        """An operand as numbers of a PTX type. ``moves``: the instruction only passes it on (see `machine.taint`)."""
+    def read(self, operand: Operand, kind: str, use: str | None = None) -> Reader:
+        """An operand as numbers of a PTX type. ``use``: what depends on it at once (see `machine.taint`)."""
         if isinstance(operand, Register):
-            return self._read_register(operand, kind, moves=moves)
+            return self._read_register(operand, kind, use)
         if isinstance(operand, Immediate):
             value = self._immediate(operand, kind)
             return lambda machine, lanes: value
@@ -78,14 +78,14 @@ class Translator:
             return self._read_symbol(operand, kind)
         raise self.unsupported(f"an operand of the form {type(operand).__name__}")
 
-    def predicate(self, operand: Operand) -> Reader:
-        """A predicate operand, perhaps negated; a literal is 0 or not 0."""
+    def predicate(self, operand: Operand, use: str | None = None) -> Reader:
+        """A predicate operand, perhaps negated; a literal is 0 or not 0. ``use`` as in `read`."""
         if isinstance(operand, Immediate):
             value = np.bool_(operand.value != 0)
             return lambda machine, lanes: value
         if not isinstance(operand, Register):
             raise self.unsupported("a predicate that is no register")
-        read = self._read_register(operand, "pred")
+        read = self._read_register(operand, "pred", use)
         if operand.negated:
             return lambda machine, lanes: ~read(machine, lanes)
         return read
@@ -94,20 +94,20 @@ class Translator:
         """The items of ``{...}``, or the operand alone."""
         return operand.items if isinstance(operand, Vector) else (operand,)
 
-    def _read_register(self, register: Register, kind: str, *, moves: bool = False) -> Reader:
+    def _read_register(self, register: Register, kind: str, use: str | None = None) -> Reader:
         index, have, want = register.index, bits(register.type), bits(kind)
         number = dtype(kind)
         watched = register.index in self.watched
 
         def plain(machine: Machine, lanes: Lanes) -> Value:
-            if machine.taint.marks and not moves:
-                machine.taint.use(index, machine.lanes(lanes))
+            if machine.taint.marks:
+                machine.taint.read(index, machine.lanes(lanes), use)
             values = machine.registers[index]
             return values.view(number) if lanes is None else values[lanes].view(number)
 
         def resized(machine: Machine, lanes: Lanes) -> Value:
-            if machine.taint.marks and not moves:
-                machine.taint.use(index, machine.lanes(lanes))
+            if machine.taint.marks:
+                machine.taint.read(index, machine.lanes(lanes), use)
             values = machine.registers[index]
             return (values if lanes is None else values[lanes]).astype(UNSIGNED[want]).view(number)
 
@@ -181,7 +181,7 @@ class Translator:
                 value = value.astype(np.dtype(f"{value.dtype.kind}{stored.itemsize}"))
             value = value.view(stored) if value.dtype != stored else value
             if machine.taint.marks:
-                machine.taint.clear(index, machine.lanes(lanes))
+                machine.taint.write(index, machine.lanes(lanes))
             registers = machine.registers
             if lanes is None:
                 if value.ndim == 0:
@@ -231,7 +231,7 @@ class Translator:
         base = operand.base
         if isinstance(base, Symbol):
             return self._read_symbol(base, "u64")
-        return self.read(base, "u64")
+        return self.read(base, "u64", "an address")
 
     def generic_window(self, space: Space) -> np.uint64:
         """Where a state space begins among generic addresses."""

@@ -14,7 +14,6 @@ class Hazards:
         self.at: Instruction | None = None
         self._counts: dict[tuple[str, str, int, str], int] = {}
         self._kinds: dict[str, int] = {}
-        self.dropped = 0
 
     def add(self, kind: str, detail: str, count: int = 1) -> None:
         """Note a hazard at the present instruction."""
@@ -22,7 +21,6 @@ class Hazards:
         key = (kind, detail, line, text)
         if key not in self._counts:
             if self._kinds.get(kind, 0) >= self.most:
-                self.dropped += 1
                 return
             self._kinds[kind] = self._kinds.get(kind, 0) + 1
         self._counts[key] = self._counts.get(key, 0) + count

@@ -237,6 +237,14 @@ class Machine:
         self._observe(space, offsets, lanes, size, write=True)
         memory.write(offsets, width, values)
 
+    def forget(self, space: Space, address: Array, lanes: Ints, size: int, unknown: NDArray[np.bool_]) -> None:
+        """What some lanes just stored was never written by anybody: a hazard in global memory, elsewhere remembered."""
+        space, memory, offsets = self.locate(space, address, lanes, size)
+        if space is Space.GLOBAL:
+            self.taint.report("a store", int(unknown.sum()))
+        else:
+            memory.forget(offsets[unknown], size)
+
     def _observe(self, space: Space, offsets: Ints, lanes: Ints, size: int, *, write: bool) -> None:
         if self.tally is not None and offsets.size:
             if space is Space.SHARED:

@@ -26,6 +26,9 @@ class MBarrier:
     pending: int
     given: Knowledge
     done: Knowledge
+    #: Who initialised it, and when.
+    maker: int
+    made_at: int
     phase: int = 0
     transactions: int = 0
     #: Parked lanes by the block that they wait in front of, with the parity or phase they wait for.
@@ -49,7 +52,11 @@ class MBarriers:
             self._made[domain] = number + 1
             old = self.table.get(offset)
             agent = old.agent if old else number % ASYNC_AGENTS
-            self.table[offset] = MBarrier(domain, agent, count, count, clocks.nothing(), clocks.nothing())
+            maker = int(self.machine.warp[lane])
+            made_at = int(clocks.know[0][domain, maker, maker])
+            self.table[offset] = MBarrier(
+                domain, agent, count, count, clocks.nothing(), clocks.nothing(), maker, made_at
+            )
 
     def invalidate(self, offsets: Ints) -> None:
         """mbarrier.inval."""
@@ -65,6 +72,7 @@ class MBarriers:
             barrier, mine = self._at(offset), offsets == offset
             phases[mine] = barrier.phase
             arriving = lanes[mine]
+            self._initialised(barrier, arriving)
             if machine.order is not None and counts[mine].any():
                 first = first_of_warps(arriving)
                 given = machine.clocks.release(machine.domain[first], machine.warp[first])
@@ -93,6 +101,7 @@ class MBarriers:
         machine, passed = self.machine, np.zeros(lanes.size, np.bool_)
         for offset in np.unique(offsets).tolist():
             barrier, mine = self._at(offset), offsets == offset
+            self._initialised(barrier, lanes[mine])
             now = barrier.phase & 1 if parity else barrier.phase
             passed[mine] = through = wanted[mine] != now
             waiters = lanes[mine][through]
@@ -118,6 +127,22 @@ class MBarriers:
         if barrier is None:
             raise self.machine.fault(BarrierFault, f"no mbarrier was initialised at byte {offset} of shared memory")
         return barrier
+
+    def check(self, offset: int, lane: int) -> None:
+        """A copy names an mbarrier: it must exist, and its thread must know that it does."""
+        self._initialised(self._at(offset), np.array([lane], np.int64))
+
+    def _initialised(self, barrier: MBarrier, lanes: Ints) -> None:
+        """A hazard where nothing orders the use of an mbarrier after its initialisation."""
+        machine = self.machine
+        if machine.order is None:
+            return
+        first = first_of_warps(lanes)
+        known = machine.clocks.know[0][machine.domain[first], machine.warp[first], barrier.maker]
+        if (late := known < barrier.made_at).any():
+            machine.hazards.add(
+                "race", "an mbarrier is used by a warp that nothing orders after its init", int(late.sum())
+            )
 
     def _settle(self, offset: int, barrier: MBarrier) -> None:
         if barrier.pending < 0:

@@ -58,7 +58,7 @@ class Races:
             self.hazards.add("race", "two warps write one word of shared memory", int(others.sum()))
 
     def async_read(self, words: Ints, domain: int, warps: Ints) -> None:
-        """The asynchronous proxy is asked by ``warps`` to read ``words`` (each once) now or later."""
+        """The asynchronous proxy is asked by ``warps`` to read ``words`` now or later."""
         know = self.clocks.know[:, domain, warps].min(axis=1)
         agent = self.writer[words].astype(np.int64) - 1
         written, clock = agent >= 0, self.written_at[words]

@@ -138,11 +138,12 @@ class Transfers:
         machine = self.machine
         offsets, size = inside + cta, inside.size * width
         self._in_shared(offsets, width)
-        words = np.unique(machine.words(offsets, width))
+        words = self._words(offsets, width)
         if machine.order is not None:
             machine.order.async_write(words, machine.domain[lane], machine.warp[lane])
         machine.counters.async_bytes += size
         mbarrier = barrier + cta
+        machine.mbarriers.check(mbarrier, lane)
 
         def land() -> None:
             machine.shared.write(offsets, min(width, 8), fetch())
@@ -185,7 +186,7 @@ class Transfers:
     def _store(self, offsets: Ints, width: int, lane: int, move: Callable[[], None]) -> None:
         machine = self.machine
         self._in_shared(offsets, width)
-        words = np.unique(machine.words(offsets, width))
+        words = self._words(offsets, width)
         if machine.shared.without(WRITTEN, offsets, width) is not None:
             machine.hazards.add("uninitialised", "a bulk store of shared memory that nobody wrote")
         if machine.order is not None:
@@ -243,6 +244,12 @@ class Transfers:
         outside = offsets.min() < 0 or offsets.max() + width > memory.size
         if outside or memory.without(ALLOCATED, offsets, width) is not None:
             raise self.machine.fault(MemoryFault, "a bulk or tensor copy touches bytes beyond a CTA's shared memory")
+
+    def _words(self, offsets: Ints, width: int) -> Ints:
+        """Each shared word of a copy once. Elements narrower than a word come in chunks of 16 bytes."""
+        if width < 4:
+            offsets, width = offsets[:: _BULK_ALIGNMENT // width], _BULK_ALIGNMENT
+        return self.machine.words(offsets, width).ravel()
 
     def _bulk_rules(self, shared: int, other: int, size: int) -> None:
         if shared % _BULK_ALIGNMENT or other % _BULK_ALIGNMENT or size % _BULK_ALIGNMENT or size <= 0:

@@ -59,7 +59,8 @@ class Warpgroups:
         return list(rows)
 
     def issue(self, lanes: Ints, words: Ints, registers: frozenset[int], compute: Callable[[], None]) -> None:
-        """A product of one warpgroup starts. ``words``: shared words that it reads, each once."""
+        """A product of one warpgroup starts. ``words``: shared words that it reads, each
+        operand's once."""
         machine = self.machine
         if machine.order is not None:
             machine.order.async_read(words, int(machine.domain[lanes[0]]), machine.warp[lanes[::32]])

@@ -49,7 +49,7 @@ def _atomic(t: Translator, item: Instruction) -> Step:
     half = kind in ("f16", "f16x2", "bf16", "bf16x2")
     number = dtype(f"u{bits(kind)}") if half else dtype(kind)
     count = 2 if operation == "cas" else 1
-    readers = [t.read(operand, f"u{bits(kind)}" if half else kind) for operand in operands[1 : 1 + count]]
+    readers = [t.read(operand, f"u{bits(kind)}" if half else kind, "an atomic") for operand in operands[1 : 1 + count]]
     write = t.write(item.operands[0] if returns else None)
     if half:
         update = _in_halves(update, kind)

@@ -142,9 +142,7 @@ def _coordinates(t: Translator, operand: Operand) -> list[Reader]:
     return [t.read(each, "s32") for each in operand.coordinates]
 
 
-@instruction("cp.async.bulk.tensor", kind="async",
-    accepts=f"1d 2d 3d 4d 5d tile {' '.join(_LOAD)} bulk_group {_HINTS}"
-)  # fmt: skip
+@instruction("cp.async.bulk.tensor", kind="async", accepts=f"1d 2d 3d 4d 5d tile {' '.join(_LOAD)} bulk_group {_HINTS}")
 def _tensor(t: Translator, item: Instruction) -> Step:
     if _stores(item):
         return _tensor_store(t, item)

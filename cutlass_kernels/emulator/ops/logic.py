@@ -158,7 +158,19 @@ def _selp(t: Translator, item: Instruction) -> Step:
     chosen = t.predicate(item.operands[3])
 
     def step(machine: Machine, lanes: Lanes) -> None:
-        write(machine, lanes, np.where(chosen(machine, lanes), a(machine, lanes), b(machine, lanes)))
+        if not machine.taint.marks:
+            write(machine, lanes, np.where(chosen(machine, lanes), a(machine, lanes), b(machine, lanes)))
+            return
+        # Only what is chosen is handed on, with its marks.
+        where, marks = machine.lanes(lanes), []
+        holds = chosen(machine, lanes)
+        for read in (a, b):
+            machine.taint.begin()
+            marks.append((read(machine, lanes), machine.taint.seen(where)))
+        (first, one), (second, two) = marks
+        nothing = np.zeros(where.size, np.bool_)
+        machine.taint.replace(where, np.where(holds, nothing if one is None else one, nothing if two is None else two))
+        write(machine, lanes, np.where(holds, first, second))
 
     return step
 

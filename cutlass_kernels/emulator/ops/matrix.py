@@ -16,7 +16,8 @@ from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.formats import widen
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.scheduler import WARP
-from cutlass_kernels.emulator.ptx.syntax import Instruction, Operand, Register
+from cutlass_kernels.emulator.ops.fragments import mark_rows, product_marks, register_indices, stored_rows
+from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, bits
 from cutlass_kernels.emulator.registry import Step, instruction
 
@@ -93,47 +94,53 @@ def unfragment_c(matrix: Array) -> Array:
     return np.asarray(x.reshape(-1, 4).view(np.uint32))
 
 
-def accumulate(product: Array, c: Array, kind: str, saturate: bool = False) -> Array:
-    """product + c in the accumulator's type: float32, rounded for f16; integers wrap, or saturate."""
+def accumulate(product: Array, c: Array, kind: str, *, saturate: bool = False) -> Array:
+    """product + c in the accumulator's type: float32, rounded for f16; integers wrap unless they ``saturate``."""
     if kind == "s32":
-        total64 = product.astype(np.int64) + c
-        return (np.clip(total64, -(2**31), 2**31 - 1) if saturate else total64).astype(np.int32)
-    total = product.astype(np.float32) + c.astype(np.float32)
-    return total.astype(np.float16) if kind == "f16" else total
+        total = product.astype(np.int64) + c
+        limits = np.iinfo(np.int32)
+        return (np.clip(total, limits.min, limits.max) if saturate else total).astype(np.int32)
+    single = product.astype(np.float32) + c.astype(np.float32)
+    return single.astype(np.float16) if kind == "f16" else single
 
 
-@instruction("mma", kind="tensor", accepts=
-    "sync aligned row col m8n8k4 m16n8k4 m16n8k8 m16n8k16 m16n8k32 satfinite"
-)  # fmt: skip
+@instruction("mma", kind="tensor", accepts="sync aligned row col m8n8k4 m16n8k4 m16n8k8 m16n8k16 m16n8k32 satfinite")
 def _mma(t: Translator, item: Instruction) -> Step:
-    # .satfinite stands before the types in the PTX manual, and behind them in CUTLASS.
+    found = _SHAPE.fullmatch(item.opcode[3])
+    kinds = [part for part in item.opcode[6:] if part != "satfinite"]
     saturate = "satfinite" in item.opcode
-    opcode = tuple(part for part in item.opcode if part != "satfinite")
-    found = _SHAPE.fullmatch(opcode[3])
-    kinds = opcode[-4:]
-    known = opcode[4:6] == ("row", "col") and kinds[0] == kinds[3] and (not saturate or kinds[0] == "s32")
-    if found is None or not known:
+    if item.opcode[4:6] != ("row", "col") or found is None or len(kinds) != 4 or kinds[0] != kinds[3]:
         raise t.unsupported("this form of mma")
     m, n, k = (int(extent) for extent in found.groups())
     result, kind_a, kind_b, kind_c = kinds
     if kind_a == "f64":
         return _mma_double(t, item, (m, n, k))
     allowed = {"s32"} if kind_a in ("s8", "u8") else {"f32", "f16"} if kind_a == "f16" else {"f32"}
-    if (m, n) != (16, 8) or k not in _SHAPES.get(kind_a, ()) or result not in allowed or kind_b not in _SHAPES:
+    if (
+        (m, n) != (16, 8)
+        or k not in _SHAPES.get(kind_a, ())
+        or result not in allowed
+        or kind_b not in _SHAPES
+        or (saturate and result != "s32")
+    ):
         raise t.unsupported(f"mma of {item.opcode[3]} with {kind_a}, {kind_b}")
     a, b, c = ([t.read(each, "u32") for each in t.vector(item.operands[n])] for n in (1, 2, 3))
     writers = [t.write(each) for each in t.vector(item.operands[0])]
+    indices = [register_indices(t, operand) for operand in item.operands[:4]]
 
     def step(machine: Machine, lanes: Lanes) -> None:
         where = whole_warps(machine, lanes)
         left = widen(fragment_a(registers(a, machine, lanes, where), kind_a), kind_a)
         right = widen(fragment_b(registers(b, machine, lanes, where), kind_b), kind_b)
         addend = fragment_c(registers(c, machine, lanes, where), kind_c)
-        matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result, saturate)
+        matrix = accumulate(np.matmul(left, right.swapaxes(1, 2)), addend, result, saturate=saturate)
         machine.counters.mma += left.shape[0] * m * n * k
         packed = unfragment_c(matrix)
+        marks = product_marks(machine.taint, where, *indices) if machine.taint.marks else None
         for number, write in enumerate(writers):
             write(machine, lanes, packed[:, number])
+            if marks is not None and (index := indices[0][number]) is not None:
+                machine.taint.mark(index, where, marks[number])
 
     return step
 
@@ -141,8 +148,8 @@ def _mma(t: Translator, item: Instruction) -> Step:
 def _mma_double(t: Translator, item: Instruction, shape: tuple[int, int, int]) -> Step:
     if shape != (8, 8, 4):
         raise t.unsupported(f"mma of {item.opcode[3]} with f64")
-    a, b = ([t.read(each, "f64") for each in t.vector(item.operands[n])] for n in (1, 2))
-    c = [t.read(each, "f64") for each in t.vector(item.operands[3])]
+    a, b = ([t.read(each, "f64", "a product") for each in t.vector(item.operands[n])] for n in (1, 2))
+    c = [t.read(each, "f64", "a product") for each in t.vector(item.operands[3])]
     writers = [t.write(each) for each in t.vector(item.operands[0])]
 
     def step(machine: Machine, lanes: Lanes) -> None:
@@ -177,8 +184,8 @@ _MATRIX = "sync aligned m8n8 x1 x2 x4 trans shared shared::cta b16"
 def _ldmatrix(t: Translator, item: Instruction) -> Step:
     count, transposed = _matrices(t, item), "trans" in item.opcode
     space, address = t.space(item.opcode), t.address(item.operands[1])
-    targets = t.vector(item.operands[0])
-    writers = [t.write(each) for each in targets]
+    writers = [t.write(each) for each in t.vector(item.operands[0])]
+    indices = register_indices(t, item.operands[0])
 
     def step(machine: Machine, lanes: Lanes) -> None:
         where = whole_warps(machine, lanes)
@@ -191,17 +198,9 @@ def _ldmatrix(t: Translator, item: Instruction) -> Step:
         for number, write in enumerate(writers):
             write(machine, lanes, packed[:, number].reshape(-1))
         if missing is not None:
-            _mark(machine, where, missing.reshape(-1, count, 8), targets)
+            mark_rows(machine, where, missing.reshape(-1, count, 8), indices, transposed)
 
     return step
-
-
-def _mark(machine: Machine, where: Ints, missing: Array, targets: tuple[Operand, ...]) -> None:
-    """Matrices with a row that nobody wrote make whole registers of their warps suspect."""
-    for number, target in enumerate(targets):
-        warps = missing[:, number].any(axis=1)
-        if isinstance(target, Register) and warps.any():
-            machine.taint.mark(target.index, where.reshape(-1, WARP)[warps].ravel())
 
 
 @instruction("stmatrix", kind="memory", accepts=_MATRIX)
@@ -218,6 +217,8 @@ def _stmatrix(t: Translator, item: Instruction) -> Step:
         if transposed:
             data = data.swapaxes(2, 3)
         machine.store(space, at, chosen, 4, np.ascontiguousarray(data).view(np.uint32).reshape(-1, 4))
+        if machine.taint.marks and (marks := machine.taint.seen(where)) is not None:
+            machine.forget(space, at, chosen, 16, stored_rows(marks, count, transposed))
 
     return step
 

@@ -53,7 +53,7 @@ def _load(t: Translator, item: Instruction) -> Step:
             write(machine, lanes, found[:, column].view(signed))
         if missing is not None:
             for index in registers:
-                machine.taint.mark(index, where[missing])
+                machine.taint.mark(index, where, missing)
 
     return step
 
@@ -72,5 +72,7 @@ def _store(t: Translator, item: Instruction) -> Step:
         where = machine.lanes(lanes)
         columns = [np.broadcast_to(read(machine, lanes), where.shape) for read in readers]
         machine.store(space, address(machine, lanes), where, width, np.stack(columns, axis=1))
+        if machine.taint.marks and (unknown := machine.taint.seen(where)) is not None:
+            machine.forget(space, address(machine, lanes), where, width * len(readers), unknown)
 
     return step

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cutlass_kernels.emulator.machine.spaces import Space, with_rank
-from cutlass_kernels.emulator.ptx.syntax import Instruction, Register, Vector
+from cutlass_kernels.emulator.ptx.syntax import Instruction, Vector
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, bits
 from cutlass_kernels.emulator.registry import Step, instruction
 from cutlass_kernels.emulator.translate import SPACES
@@ -27,17 +27,8 @@ def _mov(t: Translator, item: Instruction) -> Step:
     if isinstance(source, Vector):
         return _pack(t, source, item)
     write = t.write(target)
-    if kind == "pred":
-        holds = t.predicate(source)
-        return lambda machine, lanes: write(machine, lanes, holds(machine, lanes))
-    read = t.read(source, f"u{bits(kind)}" if kind[0] == "b" else kind, moves=True)
-
-    def step(machine: Machine, lanes: Lanes) -> None:
-        write(machine, lanes, read(machine, lanes))
-        if machine.taint.marks and isinstance(source, Register) and isinstance(target, Register):
-            machine.taint.copy(source.index, target.index, machine.lanes(lanes))
-
-    return step
+    read = t.predicate(source) if kind == "pred" else t.read(source, f"u{bits(kind)}" if kind[0] == "b" else kind)
+    return lambda machine, lanes: write(machine, lanes, read(machine, lanes))
 
 
 def _unpack(t: Translator, target: Vector, item: Instruction) -> Step:
@@ -144,9 +135,11 @@ def _dependent(t: Translator, item: Instruction) -> Step:
     return lambda machine, lanes: None
 
 
-@instruction("createpolicy", kind="move", accepts="fractional range L2::evict_last L2::evict_normal L2::evict_first "
-    "L2::evict_unchanged global"
-)  # fmt: skip
+@instruction(
+    "createpolicy",
+    kind="move",
+    accepts="fractional range L2::evict_last L2::evict_normal L2::evict_first L2::evict_unchanged global",
+)
 def _policy(t: Translator, item: Instruction) -> Step:
     """A cache policy, which nothing reads."""
     write = t.write(item.operands[0])

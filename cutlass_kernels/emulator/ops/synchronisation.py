@@ -10,15 +10,15 @@ import numpy as np
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.scheduler import first_of_warps
 from cutlass_kernels.emulator.machine.spaces import Space
-from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Operand
+from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction
 from cutlass_kernels.emulator.ptx.types import Array, Value
 from cutlass_kernels.emulator.registry import Step, instruction
 
 if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.barriers import Barriers, Resume
+    from cutlass_kernels.emulator.machine.barriers import Resume
     from cutlass_kernels.emulator.machine.machine import Machine
     from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Reader, Translator
+    from cutlass_kernels.emulator.translate import Translator
 
 _SCOPES = "relaxed release acquire cta cluster gpu sys"
 
@@ -30,20 +30,16 @@ def dropped(t: Translator, item: Instruction) -> Step | None:
         return lambda machine, lanes: write(machine, lanes, np.bool_(True))
     if item.opcode[0] in ("bar", "barrier") and "red" in item.opcode:
         write, read = t.write(item.operands[0]), t.predicate(item.operands[-1])
-        return lambda machine, lanes: write(machine, lanes, np.asarray(read(machine, lanes)))
+        number = np.dtype(np.uint32 if "popc" in item.opcode else np.bool_)
+        return lambda machine, lanes: write(machine, lanes, np.array(read(machine, lanes), number))
     return None
 
 
 # bar, barrier
 
 
-def _number(t: Translator, operand: Operand) -> Reader:
-    return t.read(operand, "u32")
-
-
 def _meet(
     machine: Machine,
-    barriers: Barriers,
     lanes: Ints,
     number: Value,
     count: Value | None,
@@ -57,18 +53,32 @@ def _meet(
         mine = numbers == each
         for threads in [None] if counts is None else np.unique(counts[mine]).tolist():
             chosen = mine if threads is None or counts is None else mine & (counts == threads)
-            barriers.arrive(each, lanes[chosen], threads, resume, None if votes is None else votes[chosen])
+            machine.barriers.arrive(each, lanes[chosen], threads, resume, None if votes is None else votes[chosen])
     machine.scheduler.progress += 1
 
 
-@instruction("bar.sync", "barrier.sync", "bar.arrive", "barrier.arrive", kind="barrier", accepts="aligned cta",
-    control=True, waits=True
-)  # fmt: skip
-@instruction("bar.cta.sync", "bar.cta.arrive", "barrier.cta.sync", "barrier.cta.arrive", kind="barrier",
-    accepts="aligned", control=True, waits=True
-)  # fmt: skip
+@instruction(
+    "bar.sync",
+    "barrier.sync",
+    "bar.arrive",
+    "barrier.arrive",
+    kind="barrier",
+    accepts="aligned cta",
+    control=True,
+    waits=True,
+)
+@instruction(
+    "bar.cta.sync",
+    "bar.cta.arrive",
+    "barrier.cta.sync",
+    "barrier.cta.arrive",
+    kind="barrier",
+    accepts="aligned",
+    control=True,
+    waits=True,
+)
 def _bar(t: Translator, item: Instruction) -> Step:
-    number = _number(t, item.operands[0])
+    number = t.read(item.operands[0], "u32")
     count = t.read(item.operands[1], "u32") if len(item.operands) > 1 else None
     following, waits = t.following, "sync" in item.opcode
 
@@ -79,20 +89,27 @@ def _bar(t: Translator, item: Instruction) -> Step:
             machine.scheduler.push(following, going)
 
         threads = None if count is None else count(machine, lanes)
-        _meet(machine, machine.barriers, where, number(machine, lanes), threads, resume if waits else None)
+        _meet(machine, where, number(machine, lanes), threads, resume if waits else None)
         if not waits:
             machine.scheduler.push(following, where)
 
     return step
 
 
-@instruction("bar.red", "barrier.red", "bar.cta.red", "barrier.cta.red", kind="barrier",
-    accepts="popc and or aligned", control=True, waits=True
-)  # fmt: skip
+@instruction(
+    "bar.red",
+    "barrier.red",
+    "bar.cta.red",
+    "barrier.cta.red",
+    kind="barrier",
+    accepts="popc and or aligned",
+    control=True,
+    waits=True,
+)
 def _bar_red(t: Translator, item: Instruction) -> Step:
-    write, number = t.write(item.operands[0]), _number(t, item.operands[1])
+    write, number = t.write(item.operands[0]), t.read(item.operands[1], "u32")
     count = t.read(item.operands[2], "u32") if len(item.operands) > 3 else None
-    votes, following = t.predicate(item.operands[-1]), t.following
+    votes, following = t.predicate(item.operands[-1], "a vote"), t.following
     operation = next(part for part in item.opcode if part in ("popc", "and", "or"))
 
     def step(machine: Machine, lanes: Lanes) -> None:
@@ -106,7 +123,7 @@ def _bar_red(t: Translator, item: Instruction) -> Step:
         where = machine.lanes(lanes)
         holds = np.broadcast_to(votes(machine, lanes), where.shape)
         threads = None if count is None else count(machine, lanes)
-        _meet(machine, machine.barriers, where, number(machine, lanes), threads, resume, holds)
+        _meet(machine, where, number(machine, lanes), threads, resume, holds)
 
     return step
 
@@ -162,9 +179,9 @@ def _mbarrier_init(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("mbarrier.arrive", kind="barrier",
-    accepts=f"expect_tx shared shared::cta shared::cluster {_SCOPES}", waits=True
-)  # fmt: skip
+@instruction(
+    "mbarrier.arrive", kind="barrier", accepts=f"expect_tx shared shared::cta shared::cluster {_SCOPES}", waits=True
+)
 def _mbarrier_arrive(t: Translator, item: Instruction) -> Step:
     write, space, address = t.write(item.operands[0]), t.space(item.opcode), t.address(item.operands[1])
     amount = t.read(item.operands[2], "u32") if len(item.operands) > 2 else None
@@ -242,10 +259,13 @@ def _test(t: Translator, item: Instruction) -> Callable[[Machine, Lanes, Ints], 
 # Fences
 
 
-@instruction("fence.proxy", kind="barrier", waits=True, accepts=
-    "async async::generic alias tensormap tensormap::generic global shared::cta shared::cluster "
-    "acquire release gpu sys cta cluster sync_restrict::shared::cta sync_restrict::shared::cluster"
-)  # fmt: skip
+@instruction(
+    "fence.proxy",
+    kind="barrier",
+    waits=True,
+    accepts="async async::generic alias tensormap tensormap::generic global shared::cta shared::cluster "
+    "acquire release gpu sys cta cluster sync_restrict::shared::cta sync_restrict::shared::cluster",
+)
 def _proxy_fence(t: Translator, item: Instruction) -> Step:
     """Of the proxies only the asynchronous one is followed."""
     if "async" not in item.opcode:
@@ -259,9 +279,12 @@ def _proxy_fence(t: Translator, item: Instruction) -> Step:
     return step
 
 
-@instruction("fence", "membar", kind="barrier", accepts=
-    f"sc acq_rel gl {_SCOPES} mbarrier_init sync_restrict::shared::cta sync_restrict::shared::cluster"
-)  # fmt: skip
+@instruction(
+    "fence",
+    "membar",
+    kind="barrier",
+    accepts=f"sc acq_rel gl {_SCOPES} mbarrier_init sync_restrict::shared::cta sync_restrict::shared::cluster",
+)
 def _fence(t: Translator, item: Instruction) -> Step:
     """Memory is sequentially consistent here, so that these fences do nothing."""
     return lambda machine, lanes: None

@@ -91,6 +91,8 @@ def _shfl(t: Translator, item: Instruction) -> Step:
         if not (masks >> source & 1).all():
             machine.hazards.add("race", "a shuffle reads a lane that its member mask leaves out")
         table = _by_lane(machine, where, np.broadcast_to(value(machine, lanes), where.shape))
+        if machine.taint.marks and (marks := machine.taint.seen(where)) is not None:
+            machine.taint.replace(where, _by_lane(machine, where, marks)[where // WARP, source])
         write(machine, lanes, table[where // WARP, source])
         write_valid(machine, lanes, valid)
 
@@ -99,7 +101,7 @@ def _shfl(t: Translator, item: Instruction) -> Step:
 
 @instruction("vote", kind="shuffle", accepts="sync all any uni ballot", control=True)
 def _vote(t: Translator, item: Instruction) -> Step:
-    mode, write, read = item.opcode[2], t.write(item.operands[0]), t.predicate(item.operands[1])
+    mode, write, read = item.opcode[2], t.write(item.operands[0]), t.predicate(item.operands[1], "a vote")
 
     def action(machine: Machine, lanes: Lanes, masks: Array) -> None:
         where = machine.lanes(lanes)
@@ -126,7 +128,7 @@ def _ballot(machine: Machine, lanes: Ints, holds: Array, masks: Array) -> Ints:
 def _match(t: Translator, item: Instruction) -> Step:
     mode, kind, target = item.opcode[1], f"u{bits(item.opcode[-1])}", item.operands[0]
     first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
-    write, write_all, read = t.write(first), t.write(second), t.read(item.operands[1], kind)
+    write, write_all, read = t.write(first), t.write(second), t.read(item.operands[1], kind, "a match")
 
     def action(machine: Machine, lanes: Lanes, masks: Array) -> None:
         where = machine.lanes(lanes)
@@ -147,7 +149,7 @@ def _redux(t: Translator, item: Instruction) -> Step:
     operation, kind = item.opcode[2], item.opcode[-1]
     if kind == "f32":
         raise t.unsupported("redux of .f32")
-    write, read = t.write(item.operands[0]), t.read(item.operands[1], kind if is_signed(kind) else "u32")
+    write, read = t.write(item.operands[0]), t.read(item.operands[1], kind if is_signed(kind) else "u32", "a reduction")
     ufunc: np.ufunc = {
         "add": np.add,
         "min": np.minimum,

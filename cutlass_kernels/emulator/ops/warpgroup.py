@@ -100,16 +100,16 @@ class _Product:
     def start(self, machine: Machine, lanes: Ints, left: int | None, right: int, keeps: bool) -> None:
         """Hand one warpgroup's product to the machine, which says when it is computed."""
         base = int(machine.cta[lanes[0]]) * machine.shared_stride
-        places_b = base + _places(right, self.n, self.k, bits(self.kind_b) // 8, self.b_by_rows)
-        places = [places_b]
+        keys = [(right, self.n, self.k, bits(self.kind_b) // 8, self.b_by_rows)]
         if left is not None:
-            places.append(base + _places(left, 64, self.k, bits(self.kind_a) // 8, self.a_by_rows))
-        for each, kind in zip(places, (self.kind_b, self.kind_a), strict=False):
-            self._check(machine, each.ravel(), bits(kind) // 8)
-        words = np.unique(np.concatenate([each.ravel() >> 2 for each in places]))
+            keys.append((left, 64, self.k, bits(self.kind_a) // 8, self.a_by_rows))
+        places = [base + _places(*key) for key in keys]
+        for each, key in zip(places, keys, strict=True):
+            self._check(machine, each.ravel(), key[3])
+        words = (base >> 2) + np.concatenate([_words(*key) for key in keys])
 
         def compute() -> None:
-            self._compute(machine, lanes, places[1] if left is not None else None, places_b, keeps)
+            self._compute(machine, lanes, places[1] if left is not None else None, places[0], keeps)
 
         machine.counters.mma += 64 * self.n * self.k
         machine.warpgroups.issue(lanes, words, self.registers, compute)
@@ -180,3 +180,9 @@ def _places(descriptor: int, rows: int, k: int, width: int, by_rows: bool) -> In
         inner = column * width
         offset = row // 8 * stride + row % 8 * 16 + inner // 16 * leading + inner % 16
     return swizzled(start + offset, swizzle)
+
+
+@lru_cache(maxsize=256)
+def _words(descriptor: int, rows: int, k: int, width: int, by_rows: bool) -> Ints:
+    """Each word of an operand once."""
+    return np.unique(_places(descriptor, rows, k, width, by_rows) >> 2)

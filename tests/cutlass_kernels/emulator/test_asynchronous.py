@@ -59,8 +59,11 @@ def test_late_copies_read_their_source_at_the_wait() -> None:
     for landing in ("early", "late"):
         device = Device(options=Options(landing=landing))
         given, out = device.array(np.array([5], np.uint32)), device.empty(1, np.uint32)
-        launch(kernel(body.replace("cp.async.ca", "@%p1 cp.async.ca"), 2, shared=SHARED), [given.pointer, out.pointer],
-               device=device)  # fmt: skip
+        launch(
+            kernel(body.replace("cp.async.ca", "@%p1 cp.async.ca"), 2, shared=SHARED),
+            [given.pointer, out.pointer],
+            device=device,
+        )
         seen[landing] = int(out.numpy()[0])
     assert seen == {"early": 5, "late": 77}
 

@@ -79,9 +79,13 @@ def test_barrier_reductions() -> None:
 
 @pytest.mark.parametrize(
     ("sync", "arrive"),
-    [("bar.sync", "bar.arrive"), ("barrier.sync", "barrier.arrive"), ("bar.cta.sync", "bar.cta.arrive"),
-     ("barrier.cta.sync.aligned", "barrier.cta.arrive.aligned")],
-)  # fmt: skip
+    [
+        ("bar.sync", "bar.arrive"),
+        ("barrier.sync", "barrier.arrive"),
+        ("bar.cta.sync", "bar.cta.arrive"),
+        ("barrier.cta.sync.aligned", "barrier.cta.arrive.aligned"),
+    ],
+)
 def test_named_barriers_split_producers_and_consumers(sync: str, arrive: str) -> None:
     """Warp 0 writes and arrives, warp 1 waits and reads; the other way round on a second barrier."""
     shared = ".shared .align 4 .b8 tile[128];"

@@ -145,14 +145,18 @@ def test_mma(instruction: str, fill: str) -> None:
     assert (np.abs(found.view(dtype).astype(np.float64) - fragments_c(exact.astype(dtype)).view(dtype)) <= limit).all()
 
 
-@pytest.mark.parametrize("types", ["s32.s8.s8.s32", "satfinite.s32.s8.s8.s32", "s32.s8.s8.s32.satfinite"])
-def test_integer_accumulators_wrap_or_saturate(types: str) -> None:
+@pytest.mark.parametrize("saturate", [False, True], ids=["wrap", "saturate"])
+def test_integer_accumulators_at_their_limit(saturate: bool) -> None:
     a, b = np.full((16, 32), 127, np.int8).view(np.uint8), np.full((32, 8), 127, np.int8).view(np.uint8)
     c = np.full((16, 8), 2**31 - 1, np.int32)
-    opcode = f"mma.sync.aligned.m16n8k32.row.col.{types}"
-    found = multiply(opcode, fragments_a(a, "s8"), fragments_b(b, "s8"), fragments_c(c), 4)
-    expected = 2**31 - 1 if "satfinite" in types else 32 * 127 * 127 - 2**31 - 1
-    assert (found.view(np.int32) == expected).all()
+    found = multiply(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" + ".satfinite" * saturate,
+        fragments_a(a, "s8"),
+        fragments_b(b, "s8"),
+        fragments_c(c),
+        4,
+    )
+    assert (found.view(np.int32) == (2**31 - 1 if saturate else 32 * 127 * 127 - 2**31 - 1)).all()
 
 
 def test_mma_of_doubles() -> None:
@@ -199,6 +203,45 @@ def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
     assert report.hazards == ()
 
 
+ROWS, COLUMNS = 11, 5
+
+
+@pytest.mark.parametrize("unwritten", ["rows of A", "columns of B"])
+@pytest.mark.parametrize("guarded", [True, False], ids=["inside", "everywhere"])
+def test_rows_and_columns_that_nobody_wrote_stay_apart(unwritten: str, guarded: bool) -> None:
+    """A tile beyond the edge of a matrix is multiplied; only what depends on it may not be stored.
+
+    B is stored by columns; its last ones, or A's last rows, were never written.
+    """
+    a_rows, b_columns = (ROWS, 8) if unwritten == "rows of A" else (16, COLUMNS)
+    body = f"""mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mov.u32 %r9, 0; shr.u32 %r10, %r0, 2; and.b32 %r11, %r0, 3;
+        setp.lt.u32 %p1, %r0, {2 * a_rows}; setp.lt.u32 %p2, %r0, {2 * b_columns}; mad.lo.u32 %r2, %r0, 16, %r1;
+        @%p1 st.shared.v4.u32 [%r2], {{%r9, %r9, %r9, %r9}}; @%p2 st.shared.v4.u32 [%r2+512], {{%r9, %r9, %r9, %r9}};
+        bar.sync 0; and.b32 %r3, %r0, 15; shr.u32 %r4, %r0, 4; mad.lo.u32 %r3, %r3, 32, %r1;
+        mad.lo.u32 %r3, %r4, 16, %r3;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r3];
+        and.b32 %r5, %r0, 7; shr.u32 %r6, %r0, 3; and.b32 %r6, %r6, 1; mad.lo.u32 %r5, %r5, 32, %r1;
+        mad.lo.u32 %r5, %r6, 16, %r5; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {{%r24, %r25}}, [%r5+512];
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%r30, %r31, %r32, %r33}}, {{%r20, %r21, %r22, %r23}},
+            {{%r24, %r25}}, {{%r9, %r9, %r9, %r9}};
+        ld.param.u64 %d0, [p0]; mad.wide.u32 %d1, %r0, 16, %d0; add.u32 %r12, %r10, 8; mad.lo.u32 %r13, %r11, 2, 1;
+        setp.lt.u32 %p5, %r10, {a_rows}; setp.lt.u32 %p6, %r12, {a_rows}; mul.lo.u32 %r14, %r11, 2;
+        setp.lt.and.u32 %p7, %r14, {b_columns}, %p5; setp.lt.and.u32 %p8, %r13, {b_columns}, %p5;
+        setp.lt.and.u32 %p9, %r14, {b_columns}, %p6; setp.lt.and.u32 %p10, %r13, {b_columns}, %p6;
+        @%p7 st.global.u32 [%d1], %r30; @%p8 st.global.u32 [%d1+4], %r31;
+        @%p9 st.global.u32 [%d1+8], %r32; @%p10 st.global.u32 [%d1+12], %r33;"""
+    if not guarded:
+        body = body.replace("@%p7 ", "").replace("@%p8 ", "").replace("@%p9 ", "").replace("@%p10 ", "")
+    device = Device()
+    out = device.zeros(128, np.uint32)
+    text = kernel(body, 1, shared=".shared .align 16 .b8 tile[1024];")
+    found = launch(text, [out.pointer], device=device).hazards
+    if guarded:
+        assert found == ()
+    else:
+        assert sum(hazard.count for hazard in found) == 16 * 8 - a_rows * b_columns
+
+
 def test_movmatrix_transposes() -> None:
     data = samples("u32", 32)
     body = """mov.u32 %r0, %tid.x; ld.param.u64 %d0, [p0]; mad.wide.u32 %d0, %r0, 4, %d0; ld.global.u32 %r1, [%d0];
@@ -214,7 +257,7 @@ def test_movmatrix_transposes() -> None:
     "instruction",
     [
         "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%r1}, {%r1}, {%r2}, {%r1};",
-        "mma.sync.aligned.m16n8k16.row.col.satfinite.f32.bf16.bf16.f32 {%r1}, {%r1}, {%r2}, {%r1};",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.satfinite {%r1}, {%r1}, {%r2}, {%r1};",
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f16 {%r1}, {%r1}, {%r2}, {%r1};",
         "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;",
         "add.rz.f64 %d1, %d2, %d3;",

@@ -197,20 +197,38 @@ def test_one_stray_thread_is_named() -> None:
         launch(kernel(body, 1), [memory.pointer], device=device, grid=(3, 1, 1))
 
 
-def test_using_what_nobody_wrote_is_a_hazard() -> None:
-    """Reading ahead and moving the value is none."""
+UNWRITTEN = f"""{LANE} ld.param.u64 %d0, [p0]; ld.param.u64 %d1, [p1]; mad.wide.u32 %d2, %r0, 4, %d0;
+    mad.wide.u32 %d3, %r0, 4, %d1; mov.u32 %r9, tile; mad.lo.u32 %r8, %r0, 4, %r9; setp.lt.u32 %p1, %r0, 16;
+    ld.global.u32 %r1, [%d2]; mul.lo.u32 %r2, %r1, 3; mov.u32 %r5, 31;"""
+#: What is done with %r2, of which lanes 16 and up nobody wrote, and how many lanes that concerns.
+USES = [
+    ("", 0),
+    ("st.global.u32 [%d3], %r2;", 16),
+    ("@%p1 st.global.u32 [%d3], %r2;", 0),
+    ("selp.u32 %r3, %r2, 7, %p1; st.global.u32 [%d3], %r3;", 0),
+    ("selp.u32 %r3, 7, %r2, %p1; st.global.u32 [%d3], %r3;", 16),
+    ("mov.u32 %r2, 4; st.global.u32 [%d3], %r2;", 0),
+    ("setp.eq.u32 %p2, %r2, 0; @%p2 st.global.u32 [%d3], %r0;", 16),
+    ("and.b32 %r3, %r2, 0; add.u32 %r3, %r3, %r9; ld.shared.u32 %r4, [%r3];", 16),
+    ("st.shared.u32 [%r8], %r2; ld.shared.u32 %r3, [%r8]; st.global.u32 [%d3], %r3;", 16),
+    ("st.shared.u32 [%r8], %r2; @%p1 ld.shared.u32 %r3, [%r8]; @%p1 st.global.u32 [%d3], %r3;", 0),
+    ("shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1; @!%p1 st.global.u32 [%d3], %r3;", 0),
+    ("shfl.sync.idx.b32 %r3, %r2, 20, 31, -1; st.global.u32 [%d3], %r3;", 32),
+    ("redux.sync.add.u32 %r3, %r2, -1;", 16),
+    ("red.global.add.u32 [%d1], %r2;", 16),
+]
+
+
+@pytest.mark.parametrize(("use", "lanes"), USES, ids=[use for use, _ in USES])
+def test_what_nobody_wrote_is_a_hazard_where_it_matters(use: str, lanes: int) -> None:
     device = Device()
-    memory = device.empty(128)
-    body = f"""{LANE} ld.param.u64 %d0, [p0]; mad.wide.u32 %d0, %r0, 4, %d0; ld.global.u32 %r1, [%d0];
-        mov.u32 %r2, %r1;"""
-    used, replaced = f"{body} add.u32 %r3, %r2, 1;", f"{body} mov.u32 %r2, 5; add.u32 %r3, %r2, 1;"
-    assert launch(kernel(body, 1), [memory.pointer], device=device).hazards == ()
-    assert launch(kernel(replaced, 1), [memory.pointer], device=device).hazards == ()
-    (hazard,) = launch(kernel(used, 1), [memory.pointer], device=device).hazards
-    assert (hazard.kind, hazard.count) == ("uninitialised", 32)
-    assert hazard.text.startswith("add.u32")
-    memory.fill(0)
-    assert launch(kernel(used, 1), [memory.pointer], device=device).hazards == ()
+    source, target = device.empty(32, np.uint32), device.zeros(32, np.uint32)
+    device.heap.memory.write_bytes(device.heap.offset(source.pointer), np.zeros(64, np.uint8))
+    pointers = [source.pointer, target.pointer]
+    found = launch(kernel(f"{UNWRITTEN} {use}", 2, shared=SHARED), pointers, device=device).hazards
+    assert [(hazard.kind, hazard.count) for hazard in found] == ([("uninitialised", lanes)] if lanes else [])
+    source.fill(0)
+    assert launch(kernel(f"{UNWRITTEN} {use}", 2, shared=SHARED), pointers, device=device).hazards == ()
 
 
 def test_counters_of_memory() -> None:

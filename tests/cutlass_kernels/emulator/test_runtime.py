@@ -244,15 +244,23 @@ def test_mutants_are_noticed(library: Path) -> None:
     assert verdict["bar.sync 0"] == "hazard: race"
     assert [site.text for site in survey.undetected] == ["bar.sync 1"]
     assert survey.detection == pytest.approx(2 / 3)
-    assert survey.together is None
 
 
 def test_barriers_that_stand_in_for_one_another(library: Path) -> None:
-    """Two barriers in a row: neither is missed alone, both are."""
+    """Two barriers in a row: neither is missed alone, but the second once the first is gone."""
     twice = PTX.replace("bar.sync 0;", "bar.sync 0;\n bar.sync 2;")
     survey = mutate(library, reverse, is_reversed, ptx=twice)
-    assert [site.text for site in survey.undetected] == ["bar.sync 0", "bar.sync 2", "bar.sync 1"]
-    assert survey.together == "hazard: race"
+    assert [site.text for site in survey.undetected] == ["bar.sync 0", "bar.sync 1"]
+    (second,) = (mutant for mutant in survey.mutants if mutant.site.text == "bar.sync 2")
+    assert second.detected == "hazard: race"
+    assert {site.text for site in second.beside} == {"bar.sync 0"}
+
+
+def test_reductions_without_their_barrier_keep_each_threads_vote(library: Path) -> None:
+    voting = PTX.replace("bar.sync 1;", "setp.lt.u32 %p1, %r0, 9; bar.red.popc.u32 %r9, 1, %p1; add.u32 %r6, %r6, %r9;")
+    survey = mutate(library, reverse, lambda found: is_reversed(found - np.uint32(9)), ptx=voting)
+    verdict = {mutant.site.text: mutant.detected for mutant in survey.mutants}
+    assert verdict["bar.red.popc.u32 %r9, 1, %p1"] == "wrong result"
 
 
 def test_only_clean_kernels_have_mutants(library: Path) -> None:

@@ -142,8 +142,9 @@ def operands(opcode: str) -> tuple[Array, Array, Array, Array, Any]:
 def test_types(opcode: str, modifiers: str, landing: Landing) -> None:
     a, b, c, product, _ = operands(opcode)
     for scale in (1, 0):
-        found, hazards = run(opcode, a, b, accumulator(c), (0, False, 0, False), modifiers=modifiers, landing=landing,
-                             scale=scale)  # fmt: skip
+        found, hazards = run(
+            opcode, a, b, accumulator(c), (0, False, 0, False), modifiers=modifiers, landing=landing, scale=scale
+        )
         np.testing.assert_array_equal(found, accumulator(product + c if scale else product))
         assert hazards == ()
 
@@ -187,8 +188,9 @@ def test_a_from_registers_and_signs(opcode: str, modifiers: str, landing: Landin
         firsts = [(row + 8 * half, start + column) for start in range(0, k, 4 * per) for half in (0, 1)]
         rows.append(np.concatenate([a[r, f : f + per] for r, f in firsts]))
     packed = np.ascontiguousarray(rows).view(np.uint32)
-    found, hazards = run(opcode, a, b, accumulator(c), (0, False, 0, False), from_registers=packed, modifiers=modifiers,
-                         landing=landing)  # fmt: skip
+    found, hazards = run(
+        opcode, a, b, accumulator(c), (0, False, 0, False), from_registers=packed, modifiers=modifiers, landing=landing
+    )
     sign = dtype(-1 if "-1" in modifiers else 1)
     np.testing.assert_array_equal(found, accumulator(sign * product + c))
     assert hazards == ()
@@ -219,10 +221,18 @@ def test_late_products_read_and_write_at_their_wait() -> None:
     opcode, modifiers = TYPES[0]
     a, b, c, product, _ = operands(opcode)
     found = {
-        landing: run(opcode, a, b, accumulator(c), (0, False, 0, False), modifiers=modifiers, landing=landing,
-                     sequence="{fence} {product} {commit}")[0]
+        landing: run(
+            opcode,
+            a,
+            b,
+            accumulator(c),
+            (0, False, 0, False),
+            modifiers=modifiers,
+            landing=landing,
+            sequence="{fence} {product} {commit}",
+        )[0]
         for landing in ("late", "early")
-    }  # fmt: skip
+    }
     np.testing.assert_array_equal(found["late"], accumulator(c))
     np.testing.assert_array_equal(found["early"], accumulator(product + c))
 
