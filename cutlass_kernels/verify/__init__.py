@@ -71,7 +71,6 @@ def _summary(facts: dict[str, Any], outcomes: list[Outcome], exact: int, state: 
         exact=exact,
         error_over_bound=round(max(outcome.error_over_bound for outcome in outcomes), 4),
         hazards=sum(len(outcome.hazards) for outcome in outcomes),
-        tolerated=sum(outcome.tolerated for outcome in outcomes),
         seconds=round(sum(outcome.seconds for outcome in outcomes), 2),
         counters=outcomes[-1].counters,
     )

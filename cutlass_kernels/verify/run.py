@@ -30,7 +30,6 @@ class Outcome:
     mismatches: int
     error_over_bound: float
     hazards: tuple[str, ...]
-    tolerated: int
     steps: int
     seconds: float
     counters: dict[str, Any]
@@ -70,12 +69,10 @@ def execute(built: Built, problem: Problem, options: emulator.Options) -> Outcom
 
     report = emulator.run(built.library, call, arch=built.config.arch, options=options)
     mismatches, ratio = problem.mismatches(report.result)
-    counted = [hazard for hazard in report.hazards if not reads_rows_outside(problem, hazard)]
     return Outcome(
         mismatches,
         ratio,
-        tuple(str(hazard) for hazard in counted),
-        len(report.hazards) - len(counted),
+        tuple(str(hazard) for hazard in report.hazards),
         sum(launch.steps for launch in report.launches),
         round(sum(launch.seconds for launch in report.launches), 3),
         _counters(report.launches),
@@ -86,19 +83,6 @@ def in_a_thread(function: Callable[[], Result]) -> Result:
     """Call it in a thread of its own: CUTLASS 2.x sets up a device once a thread, and each run has a new device."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(function).result()
-
-
-def reads_rows_outside(problem: Problem, hazard: emulator.Hazard) -> bool:
-    """Whether a hazard is CUTLASS's own shortcut at the edge of a matrix, which cannot reach a result.
-
-    Its sm_80 mainloop (SharedMemoryClear::kNone) copies no row past the last one of an operand, nor clears its place in
-    shared memory; its products are summed, and the sums of that row or column are never stored. The emulator fills
-    memory that nobody wrote with NaN, so a right result is the proof.
-    """
-    case, (tile_m, tile_n, _) = problem.case, problem.config.tile
-    outside = case.n % tile_n != 0 or any(rows % tile_m for rows in case.groups or (case.m,))
-    unwritten = hazard.kind == "uninitialised" and hazard.text.strip().startswith(("ldmatrix", "mma"))
-    return problem.config.arch == "sm_80" and outside and unwritten
 
 
 def launch(device: emulator.Device, kernel: abi.Kernel, problem: Problem) -> Array:
