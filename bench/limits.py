@@ -53,9 +53,12 @@ class Limits:
     dram_read: float
 
     def peak(self, dtype: torch.dtype) -> float:
-        """The most FLOP/s that arithmetic on ``dtype`` can reach, accumulating in float32."""
+        """The most FLOP/s that arithmetic on ``dtype`` can reach, accumulating in float32.
+
+        bf16 can always be widened: on some processors float32 is faster than their bf16 instruction.
+        """
         if dtype == torch.bfloat16 and self.bf16_flops is not None:
-            return self.bf16_flops
+            return max(self.bf16_flops, self.fp32_flops)
         return self.fp32_flops
 
     def peak_name(self, dtype: torch.dtype) -> str:

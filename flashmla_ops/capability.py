@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from flashmla_ops import cpu, cuda
+from flashmla_ops.footprint import decode_footprint, prefill_footprint
 
+LEVELS = (1, 2, 3)
 OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm", "grouped_gemm")
 
 _ISA_NOTES = {
-    "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps, fp32 and fp16 in fp32",
+    "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps (slower than fp32 on Intel), fp32 and fp16 in fp32",
     "avx512": "16 lanes; all types in fp32",
     "avx2": "8 lanes; all types in fp32",
     "generic": "the compiler's own vectors, any processor; all types in fp32",
@@ -33,7 +35,7 @@ class Implementation:
 
 
 def implementations() -> list[Implementation]:
-    """The CPU implementations, fastest first. Exactly one is active."""
+    """The CPU implementations, fastest first on this processor. Exactly one is active."""
     state = cpu.STATE
     isas = [*state.isas.items(), (cpu.REFERENCE, True)]
     return [Implementation(name, usable, name == state.active, _ISA_NOTES[name]) for name, usable in isas]
@@ -57,6 +59,23 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def memory() -> list[str]:
+    """Peak intermediate bytes by level (see `flashmla_ops.footprint`), one line a case; none without C++ kernels."""
+    if cpu.STATE.path is None:
+        return []
+    cases = {
+        "decode, 1 x 4096 tokens, 128 heads of 576 / 512, bf16": [
+            decode_footprint(1, 128, 4096, levels=n) for n in LEVELS
+        ],
+        "prefill, 2048 tokens, 16 heads of 192 / 128, bf16": [prefill_footprint(2048, 16, levels=n) for n in LEVELS],
+    }
+    lines = ["memory      peak of intermediate results at levels 1 / 2 / 3, MB (in it scores):"]
+    for name, levels in cases.items():
+        figures = " / ".join(f"{level.total / 1e6:.2f} ({level.scores / 1e6:.2f})" for level in levels)
+        lines.append(f"     {name}: {figures}")
+    return lines
+
+
 def explain() -> str:
     """What runs, and why, as text."""
     state = cpu.STATE
@@ -73,4 +92,4 @@ def explain() -> str:
     for name, served in operators().items():
         elsewhere = "CUDA CUTLASS or torch, " if name in cuda.OPERATORS else ""
         lines.append(f"operator    {name:<16} CPU {served}; {elsewhere}other devices {cpu.REFERENCE}")
-    return "\n".join([*lines, *cuda.explain()])
+    return "\n".join([*lines, *memory(), *cuda.explain()])

@@ -55,13 +55,15 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 volatile float float_sink;
 volatile uint64_t word_sink;
 
-// One dependent integer addition a cycle: the core's frequency.
-uint64_t dependent_adds(int64_t count) {
-  uint64_t x = count;
+// One dependent operation a cycle: the core's frequency. Not an addition of a constant, which some processors fold
+// away.
+uint64_t dependent_steps(int64_t count) {
+  uint64_t x = count, y = 1;
+  __asm__ volatile("" : "+r"(y));
   for (int64_t i = 0; i < count; i += 8) {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      x += 1;
+      x ^= y;
       __asm__ volatile("" : "+r"(x));
     }
   }
@@ -196,8 +198,8 @@ int main(int argc, char** argv) {
 
   std::printf("{\"vector_bytes\": %d, \"threads\": %d, \"dram_bytes\": %zu, \"samples\": {", kVectorBytes, threads,
               bytes);
-  constexpr int64_t kAdds = 4'000'000, kMadds = 200'000;
-  machine.measure("hz", kAdds, [&](int, int) { word_sink = dependent_adds(kAdds); });
+  constexpr int64_t kSteps = 4'000'000, kMadds = 200'000;
+  machine.measure("hz", kSteps, [&](int, int) { word_sink = dependent_steps(kSteps); });
   machine.measure("fp32_flops", 2.0 * kMadds * kChains * (kVectorBytes / 4) * threads,
                   [&](int, int) { float_sink = multiply_adds(kMadds); });
 #if defined(__AVX512BF16__)

@@ -1,90 +1,25 @@
 """The same kernels without torch's C++ headers: Python implementations that fill the C interface's structs.
 
-Slower to call than the stable-ABI binding by a few microseconds; used where that could not be compiled. The structs
-mirror csrc/flashmla/interface.h field by field.
+Slower to call than the stable-ABI binding by a few microseconds; used where that could not be compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import byref, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
 from flashmla_ops.ops import append, decode, merge, schedule
 from flashmla_ops.ops._library import LIBRARY
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        ("page_stride", c_int64),
-        ("token_stride", c_int64),
-        ("head_stride", c_int64),
-        ("d", c_int64),
-    )
-
-
-class _Decode(ctypes.Structure):
-    _fields_ = (
-        ("dtype", c_int32),
-        ("causal", c_int32),
-        *((name, c_int64) for name in ("b", "s_q", "h_q", "h_kv", "d_qk", "d_v", "qk_start")),
-        ("softmax_scale", c_float),
-        ("q", c_void_p),
-        ("q_stride", c_int64 * 4),
-        ("kv", _Cache),
-        ("k", _Cache),
-        ("n_pages", c_int64),
-        ("page_size", c_int64),
-        ("block_table", c_void_p),
-        ("block_table_stride", c_int64 * 2),
-        ("max_pages", c_int64),
-        ("cache_seqlens", c_void_p),
-        ("cache_seqlens_stride", c_int64),
-        ("attn_sink", c_void_p),
-        ("attn_sink_stride", c_int64),
-        ("out", c_void_p),
-        ("out_stride", c_int64 * 3),
-        ("lse", c_void_p),
-        ("lse_stride", c_int64 * 3),
-    )
-
-
-class _Append(ctypes.Structure):
-    _fields_ = (
-        ("cache", c_void_p),
-        ("rows", c_void_p),
-        *(
-            (name, c_int64)
-            for name in (
-                *("page_bytes", "token_bytes", "head_bytes", "row_bytes", "row_head_bytes", "element_bytes"),
-                *("h_kv", "d", "element_size", "n_pages", "page_size"),
-            )
-        ),
-    )
-
-
-class _Merge(ctypes.Structure):
-    _fields_ = (
-        ("dtype", c_int32),
-        *((name, c_int64) for name in ("parts", "b", "s_q", "h_q", "d_v")),
-        *((name, c_void_p) for name in ("outs", "out_strides", "lses", "lse_strides", "out", "lse")),
-    )
-
-
 _BODY = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
 _PARALLEL = ctypes.CFUNCTYPE(None, c_int64, c_void_p, c_void_p)
-
-
-class _Runtime(ctypes.Structure):
-    _fields_ = (("num_threads", c_int64), ("parallel", c_void_p))
 
 
 class Binding:
@@ -103,8 +38,8 @@ class Binding:
         else:
             self._torch_parallel_for(c_int64(0), c_int64(n), c_int64(1), c_void_p(body), c_void_p(context))
 
-    def _runtime(self) -> _Runtime:
-        return _Runtime(torch.get_num_threads(), ctypes.cast(self._parallel, c_void_p))
+    def _runtime(self) -> structs.Runtime:
+        return structs.Runtime(torch.get_num_threads(), ctypes.cast(self._parallel, c_void_p))
 
     def _call(self, function: Callable[..., int], *arguments: Any) -> None:
         message = ctypes.create_string_buffer(self._message)
@@ -135,13 +70,14 @@ class Binding:
         schedule: Tensor | None = None,
         row_format: str = "native",
         attn_sink: Tensor | None = None,
+        levels: int = 3,
         *,
         out: Tensor,
         lse: Tensor,
     ) -> None:
         b, s_q, h_q, d_qk = q.shape
-        call = _Decode(
-            dtype=_DTYPES[q.dtype],
+        call = structs.Decode(
+            dtype=structs.DTYPES[q.dtype],
             causal=causal,
             b=b,
             s_q=s_q,
@@ -151,10 +87,11 @@ class Binding:
             d_v=d_v,
             qk_start=qk_start,
             softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
+            levels=levels,
             q=q.data_ptr(),
             q_stride=q.stride(),
             kv=_cache(kv_cache),
-            k=_Cache() if k_cache is None else _cache(k_cache),
+            k=structs.Cache() if k_cache is None else _cache(k_cache),
             n_pages=kv_cache.size(0),
             page_size=kv_cache.size(1),
             block_table=block_table.data_ptr(),
@@ -190,7 +127,7 @@ class Binding:
         self._append([(kv_cache, rows), (k_cache, k_rows)], slot_mapping)
 
     def _append(self, tensors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
-        calls = (_Append * len(tensors))()
+        calls = (structs.Append * len(tensors))()
         for call, (cache, rows) in zip(calls, tensors, strict=True):
             size = cache.element_size()
             call.cache, call.rows, call.element_size = cache.data_ptr(), rows.data_ptr(), size
@@ -207,8 +144,8 @@ class Binding:
         n, padding = len(outs), [] if batch else [0]
         out_strides = [stride for x in outs for stride in (*padding, *x.stride())]
         lse_strides = [stride for x in lses for stride in (*padding, *x.stride())]
-        call = _Merge(
-            dtype=_DTYPES[out.dtype],
+        call = structs.Merge(
+            dtype=structs.DTYPES[out.dtype],
             parts=n,
             b=batch[0] if batch else 1,
             s_q=s_q,
@@ -225,8 +162,8 @@ class Binding:
         return out, lse
 
 
-def _cache(tensor: Tensor) -> _Cache:
-    return _Cache(tensor.data_ptr(), *tensor.stride()[:3], tensor.size(3))
+def _cache(tensor: Tensor) -> structs.Cache:
+    return structs.Cache(tensor.data_ptr(), *tensor.stride()[:3], tensor.size(3))
 
 
 def register(library: ctypes.CDLL) -> None:

@@ -4,6 +4,11 @@
     key   = kv_cache[page, t, head, qk_start :] ++ k_cache[page, t, head, :]
 
 so one operator serves MLA (absorbed, one KV head, ``qk_start`` 0) and GQA or MHA (``[V, K]`` rows, or V and K apart).
+
+``levels`` is how much of the kernel's hierarchy is used, for the same result up to rounding: 1, whole rows of scores in
+memory, as attention is written on paper; 2, blocks of tokens that stay in cache, with an online softmax; 3 (the
+default), blocks, and sequences cut into parts that run in parallel and are merged. `flashmla_ops.footprint` says what
+each keeps in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from flashmla_ops.reference.schedule import schedule_numel
 ARGUMENTS = (
     "Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor block_table, Tensor cache_seqlens, SymInt d_v,"
     " SymInt qk_start=0, float? softmax_scale=None, bool causal=False, Tensor? schedule=None,"
-    ' str row_format="native", Tensor? attn_sink=None'
+    ' str row_format="native", Tensor? attn_sink=None, int levels=3'
 )
 
 
@@ -48,10 +53,14 @@ def check(
     schedule: Tensor | None,
     row_format: str,
     attn_sink: Tensor | None,
+    levels: int,
 ) -> None:
     """The preconditions that shapes, strides and dtypes decide. The C++ kernel checks the same, with the same words."""
     op = "decode"
     refuse_gradient(op, q=q, kv_cache=kv_cache, k_cache=k_cache, attn_sink=attn_sink)
+    require(op, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
+    uncut = levels == 3 or schedule is None
+    require(op, "schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
     require(op, "row_format", row_format in ROW_FORMATS, f"one of {', '.join(ROW_FORMATS)}", row_format)
     require_dims(op, "q", q, "[b, s_q, h_q, d_qk]")
     require_float(op, "q", q)
@@ -115,8 +124,9 @@ def decode_fake(
     schedule: Tensor | None = None,
     row_format: str = "native",
     attn_sink: Tensor | None = None,
+    levels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink)
+    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink, levels)
     b, s_q, h_q, _ = q.shape
     return q.new_empty((b, s_q, h_q, d_v)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
 
@@ -134,8 +144,9 @@ def decode_reference(
     schedule: Tensor | None = None,
     row_format: str = "native",
     attn_sink: Tensor | None = None,
+    levels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink)
+    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink, levels)
     capacity = block_table.size(1) * kv_cache.size(1)
     for i, length in enumerate(cache_seqlens.tolist()):
         if not 0 <= length <= capacity:
@@ -207,6 +218,7 @@ def vmap(
     schedule: Tensor | None = None,
     row_format: str = "native",
     attn_sink: Tensor | None = None,
+    levels: int = 3,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """The mapped dimension joins the sequences; caches that are mapped too join their pages."""
     op, size = "decode", info.batch_size
@@ -236,6 +248,7 @@ def vmap(
         None,
         row_format,
         attn_sink,
+        levels,
     )
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 

@@ -3,7 +3,8 @@
 The heads are expanded ones: MLA's after ``kv_b_proj``, or those of GQA and MHA.
 
 Sequences of different lengths lie one after another; ``cu_seqlens_q`` and ``cu_seqlens_k`` say where each begins and
-ends. No score matrix is ever in memory: only a block of it, in cache.
+ends. No score matrix is ever in memory: only a block of it, in cache. (But at ``levels=1``, where whole rows of scores
+are kept, for comparison; 2 and 3 are the same here, where blocks of queries occupy the threads. See ``decode``.)
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from flashmla_ops.ops._library import (
 OP = "prefill"
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, levels: int) -> None:
     """The preconditions that shapes, strides and dtypes decide; the C++ binding checks the same, in the same words."""
     refuse_gradient(OP, q=q, k=k, v=v)
+    require(OP, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
     require_dims(OP, "q", q, "[t_q, h_q, d_qk]")
     require_float(OP, "q", q)
     require(OP, "q", q.size(2) >= 1, "d_qk of at least 1", q.size(2))
@@ -73,8 +75,9 @@ def fake(
     cu_seqlens_k: Tensor,
     causal: bool = False,
     softmax_scale: float | None = None,
+    levels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, levels)
     return q.new_empty((q.size(0), q.size(1), v.size(2))), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
 
 
@@ -86,8 +89,9 @@ def by_reference(
     cu_seqlens_k: Tensor,
     causal: bool = False,
     softmax_scale: float | None = None,
+    levels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, levels)
     check_bounds("cu_seqlens_q", cu_seqlens_q, q.size(0))
     check_bounds("cu_seqlens_k", cu_seqlens_k, k.size(0))
     out, lse = reference.prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale)
@@ -96,7 +100,7 @@ def by_reference(
 
 define(
     f"{OP}(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal=False,"
-    " float? softmax_scale=None) -> (Tensor out, Tensor lse)",
+    " float? softmax_scale=None, int levels=3) -> (Tensor out, Tensor lse)",
     fake=fake,
     reference=by_reference,
 )

@@ -4,8 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <vector>
+#include <new>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
@@ -14,26 +13,38 @@
 namespace flashmla {
 namespace {
 
-thread_local Arena scratch_arena, result_arena;
+thread_local Arena schedule_arena, scratch_arena, result_arena;
 
-// The pieces of items that cuts went through: part p keeps its first piece in slot 2p and its last in slot 2p + 1.
-struct Piece {
-  int64_t item, slot;
-};
+// What every item fits in.
+Item largest_item(const FlashmlaDecode& call, const Schedule& shape) {
+  Item item{};
+  item.rows = std::min(shape.row_block, shape.rows());
+  for (int64_t i = 0; i < call.b; i++) {
+    item.length = std::max<int64_t>(item.length, call.cache_seqlens[i * call.cache_seqlens_stride]);
+  }
+  return item;
+}
 
 class Decode {
 public:
   Decode(const FlashmlaDecode& call, const Schedule& shape, const int32_t* schedule)
-      : call_(call), kernels_(kernels()), shape_(shape), starts_(shape.starts(schedule)) {
+      : call_(call), kernels_(kernels()), shape_(shape),
+        starts_(schedule == nullptr ? nullptr : shape.starts(schedule)) {
     stride_ = kernels_.accumulator_stride(call.d_v);
     accumulator_floats_ = Schedule::kMaxRows * (stride_ + 2);
   }
 
   // False if a thread could not get its memory, or met a page that the cache does not have (then `bad_page`).
   bool run(const FlashmlaRuntime& runtime) {
+    if (call_.levels == 3) {
+      const size_t slots = size_t(2 * shape_.num_parts);
+      char* memory = result_arena.reserve(slots * (size_t(accumulator_bytes()) + sizeof(Accumulator) + 8));
+      if (memory == nullptr) return false;
+      results_ = reinterpret_cast<float*>(memory);
+      pieces_ = reinterpret_cast<Accumulator*>(memory + slots * size_t(accumulator_bytes()));
+      piece_items_ = reinterpret_cast<int64_t*>(pieces_ + slots);
+    }
     plan();
-    results_ = result_arena.reserve(size_t(2 * shape_.num_parts) * size_t(accumulator_floats_) * sizeof(float));
-    if (results_ == nullptr) return false;
     if (busy_parts_ <= 1 || runtime.num_threads <= 1) {
       attend_parts(0, shape_.num_parts);
     } else {
@@ -46,9 +57,17 @@ public:
     return true;
   }
 
+  FlashmlaFootprint footprint(int64_t num_threads) const {
+    const ScratchBytes scratch = kernels_.scratch_bytes(call_, largest_item(call_, shape_));
+    const int64_t slots = call_.levels == 3 ? 2 * shape_.num_parts : 0;
+    return {scratch.scores * num_threads, scratch.copies * num_threads, (num_threads + slots) * accumulator_bytes()};
+  }
+
   std::atomic<bool> bad_page{false};
 
 private:
+  int64_t accumulator_bytes() const { return accumulator_floats_ * int64_t{sizeof(float)}; }
+
   Item item_at(int64_t index) const {
     const int64_t per_sequence = shape_.items_per_sequence(), per_head = shape_.items_per_head();
     Item item;
@@ -60,9 +79,8 @@ private:
     return item;
   }
 
-  Accumulator slot(int64_t index) const {
-    return accumulator(reinterpret_cast<float*>(results_) + index * accumulator_floats_);
-  }
+  // Of a piece of an item that was cut: part p keeps its first in slot 2p and its last in slot 2p + 1.
+  Accumulator slot(int64_t index) const { return accumulator(results_ + index * accumulator_floats_); }
   Accumulator accumulator(float* memory) const {
     return {memory + 2 * Schedule::kMaxRows, memory, memory + Schedule::kMaxRows, stride_};
   }
@@ -84,15 +102,17 @@ private:
       bool busy = false;
       for_pieces(part, [&](int64_t index, int64_t, int64_t, bool whole, int64_t slot) {
         busy = true;
-        if (!whole) pieces_.push_back({index, slot});
+        if (whole) return;
+        piece_items_[n_pieces_] = index;
+        pieces_[n_pieces_++] = this->slot(slot);
       });
       busy_parts_ += busy;
     }
   }
 
   void attend_parts(int64_t begin, int64_t end) {
-    const int64_t scratch = kernels_.scratch_bytes(call_, std::min(shape_.row_block, shape_.rows()));
-    char* memory = scratch_arena.reserve(size_t(scratch) + size_t(accumulator_floats_) * sizeof(float));
+    const int64_t scratch = kernels_.scratch_bytes(call_, largest_item(call_, shape_)).all();
+    char* memory = scratch_arena.reserve(size_t(scratch + accumulator_bytes()));
     if (memory == nullptr) {
       out_of_memory_ = true;
       return;
@@ -103,7 +123,7 @@ private:
         if (bad_page) return;
         const Item item = item_at(index);
         const Accumulator into = whole ? own : slot(slot_index);
-        if (!kernels_.attend(call_, item, from, to, into, memory + accumulator_floats_ * sizeof(float))) {
+        if (!kernels_.attend(call_, item, from, to, into, memory + accumulator_bytes())) {
           bad_page = true;
         } else if (whole) {
           kernels_.finish(call_, item, &own, 1, 0, item.rows);
@@ -113,7 +133,7 @@ private:
   }
 
   void merge(const FlashmlaRuntime& runtime) {
-    if (pieces_.empty()) return;
+    if (n_pieces_ == 0) return;
     if (runtime.num_threads <= 1) {
       merge_rows(0, Schedule::kMaxRows);
     } else {
@@ -125,15 +145,11 @@ private:
 
   // Rows [begin, end) of every item that was cut. Pieces of one item follow one another.
   void merge_rows(int64_t begin, int64_t end) {
-    std::vector<Accumulator> parts;
-    for (size_t i = 0; i < pieces_.size();) {
-      const Item item = item_at(pieces_[i].item);
-      parts.clear();
-      for (const int64_t index = pieces_[i].item; i < pieces_.size() && pieces_[i].item == index; i++) {
-        parts.push_back(slot(pieces_[i].slot));
-      }
-      const int64_t last = std::min(end, item.rows);
-      if (begin < last) kernels_.finish(call_, item, parts.data(), int64_t(parts.size()), begin, last);
+    for (int64_t first = 0, last; first < n_pieces_; first = last) {
+      for (last = first + 1; last < n_pieces_ && piece_items_[last] == piece_items_[first];) last++;
+      const Item item = item_at(piece_items_[first]);
+      const int64_t stop = std::min(end, item.rows);
+      if (begin < stop) kernels_.finish(call_, item, pieces_ + first, last - first, begin, stop);
     }
   }
 
@@ -141,10 +157,11 @@ private:
   const Kernels& kernels_;
   const Schedule& shape_;
   const int32_t* starts_;
-  int64_t stride_, accumulator_floats_, busy_parts_ = 0;
-  char* results_ = nullptr;
+  int64_t stride_, accumulator_floats_, busy_parts_ = 0, n_pieces_ = 0;
+  float* results_ = nullptr;
+  Accumulator* pieces_ = nullptr;   // the pieces of cut items, in order,
+  int64_t* piece_items_ = nullptr;  // and the item of each
   std::atomic<bool> out_of_memory_{false};
-  std::vector<Piece> pieces_;
 };
 
 int fail(char* message, const char* op, const char* argument, const char* expected, const char* actual) {
@@ -187,6 +204,14 @@ int name_bad_page(const FlashmlaDecode& call, char* message) {
   return fail(message, "decode", "block_table", "a tensor that nobody writes to during the call", "another one");
 }
 
+// In this thread's arena.
+const int32_t* write_schedule(const FlashmlaDecode& call, const Schedule& shape) {
+  int32_t* schedule = reinterpret_cast<int32_t*>(schedule_arena.reserve(size_t(shape.numel()) * sizeof(int32_t)));
+  if (schedule == nullptr) throw std::bad_alloc();
+  shape.write(call.cache_seqlens, call.cache_seqlens_stride, schedule, call.levels < 3);
+  return schedule;
+}
+
 // The schedule is a tensor that anyone may have written: nothing in it is trusted.
 int check_schedule(const FlashmlaDecode& call, const int32_t* schedule, int64_t numel, char* message) {
   char expected[128], actual[128];
@@ -211,9 +236,8 @@ int check_schedule(const FlashmlaDecode& call, const int32_t* schedule, int64_t 
                   text(actual, "one made for length %d", made_for));
     }
   }
-  std::vector<int32_t> fresh(size_t(shape.numel()));
-  shape.write(call.cache_seqlens, call.cache_seqlens_stride, fresh.data());
-  if (!std::equal(fresh.begin() + Schedule::kHeader, fresh.end(), schedule + Schedule::kHeader)) {
+  const int32_t* fresh = write_schedule(call, shape);
+  if (!std::equal(fresh + Schedule::kHeader, fresh + numel, schedule + Schedule::kHeader)) {
     return fail(message, "decode", "schedule", "the tensor that decode_schedule returned", "other cuts");
   }
   return 0;
@@ -245,15 +269,11 @@ int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t
                     const FlashmlaRuntime* runtime, char* message) try {
   if (check_lengths(*call, message)) return 1;
   if (call->b == 0 || call->h_q == 0) return 0;
-  std::vector<int32_t> own;
   if (schedule != nullptr) {
     if (check_schedule(*call, schedule, schedule_numel, message)) return 1;
   } else {
-    const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv,
-                         std::min<int64_t>(runtime->num_threads, FLASHMLA_MAX_PARTS));
-    own.resize(size_t(shape.numel()));
-    shape.write(call->cache_seqlens, call->cache_seqlens_stride, own.data());
-    schedule = own.data();
+    const int64_t parts = std::min<int64_t>(runtime->num_threads, FLASHMLA_MAX_PARTS);
+    schedule = write_schedule(*call, Schedule(call->b, call->s_q, call->h_q, call->h_kv, parts));
   }
   const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, schedule[4]);
   Decode decode(*call, shape, schedule);
@@ -264,6 +284,11 @@ int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t
 } catch (const std::bad_alloc&) {
   std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
   return 1;
+}
+
+void flashmla_decode_footprint(const FlashmlaDecode* call, int64_t num_threads, FlashmlaFootprint* footprint) {
+  const Schedule shape(call->b, call->s_q, call->h_q, call->h_kv, num_threads);
+  *footprint = Decode(*call, shape, nullptr).footprint(num_threads);
 }
 
 int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message) {

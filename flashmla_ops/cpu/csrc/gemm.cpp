@@ -73,7 +73,7 @@ extern "C" int64_t flashmla_small_rows(FlashmlaDType a, FlashmlaDType weight) {
 }
 
 extern "C" int flashmla_multiplies(FlashmlaDType dtype) {
-  return dtype == FLASHMLA_F32 || (dtype == FLASHMLA_BF16 && kernels().multiplies_bf16);
+  return dtype == FLASHMLA_F32 || (dtype == FLASHMLA_BF16 && multiplies_bf16());
 }
 
 extern "C" int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* product, FlashmlaDType product_dtype,
@@ -98,7 +98,7 @@ extern "C" int flashmla_bmm(const FlashmlaBmm* call, const FlashmlaRuntime* runt
       p.out_of_memory = true;
       return;
     }
-    for (int64_t i = begin; i < end; i++) p.kernels.bmm_run(p.call, i, scratch);
+    p.kernels.bmm_run(p.call, begin, end, scratch);
   };
   if (call->batch * call->m * call->n * call->k < kSerial || runtime->num_threads <= 1) {
     body(0, call->batch, &pass);

@@ -79,20 +79,24 @@ void gemm_epilogue(const FlashmlaGemm& call, const void* product, FlashmlaDType 
 int64_t bmm_scratch_bytes(const FlashmlaBmm& call) {
   return with_element(call.dtype, [&](auto t) { return Bmm<Isa, decltype(t)>::scratch_bytes(call); });
 }
-void bmm_run(const FlashmlaBmm& call, int64_t index, char* scratch) {
-  with_element(call.dtype, [&](auto t) { Bmm<Isa, decltype(t)>(call).run(index, scratch); });
+void bmm_run(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch) {
+  with_element(call.dtype, [&](auto t) { Bmm<Isa, decltype(t)>(call).run(begin, end, scratch); });
 }
 
 // One vector more than the columns need: rows of 2048 bytes would all fall into the same few sets of L1.
 int64_t accumulator_stride(int64_t d_v) { return round_up(d_v, Isa::W) + 16; }
 
-int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
+ScratchBytes scratch_bytes(const FlashmlaDecode& call, const Item& item) {
   return with_element(call.dtype, [&](auto t) {
-    const auto bytes = [&](auto tag) { return decltype(tag)::type::scratch_bytes(call, rows); };
+    const auto bytes = [&](int64_t rows) {
+      Item sized = item;
+      sized.rows = rows;
+      return with_attention<decltype(t)>(rows,
+                                         [&](auto tag) { return decltype(tag)::type::scratch_bytes(call, sized); });
+    };
     // The last item of a head may have fewer rows than the others.
-    const int64_t few = with_attention<decltype(t)>(rows < kFewRows ? rows : kFewRows, bytes);
-    const int64_t all = with_attention<decltype(t)>(rows, bytes);
-    return few > all ? few : all;
+    const ScratchBytes few = bytes(item.rows < kFewRows ? item.rows : kFewRows), all = bytes(item.rows);
+    return few.all() > all.all() ? few : all;
   });
 }
 bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,

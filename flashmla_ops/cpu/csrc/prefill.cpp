@@ -41,13 +41,27 @@ public:
     return !out_of_memory_;
   }
 
+  FlashmlaFootprint footprint(int64_t num_threads) const {
+    FlashmlaFootprint largest{};
+    for (const Item& item : items_) {
+      const ScratchBytes scratch = kernels_.scratch_bytes(sequences_[size_t(item.sequence)], item);
+      largest.scores = std::max(largest.scores, scratch.scores);
+      largest.copies = std::max(largest.copies, scratch.copies);
+    }
+    const int64_t threads = std::min(num_threads, int64_t(items_.size()));
+    return {largest.scores * threads, largest.copies * threads, int64_t(accumulator_bytes()) * threads};
+  }
+
 private:
+  size_t accumulator_bytes() const { return size_t(Schedule::kMaxRows * (stride_ + 2)) * sizeof(float); }
+
   void add_sequence(int64_t i) {
     const int64_t q_begin = bound(call_.cu_seqlens_q, call_.cu_seqlens_q_stride, i);
     const int64_t k_begin = bound(call_.cu_seqlens_k, call_.cu_seqlens_k_stride, i);
     const int64_t size = call_.dtype == FLASHMLA_F32 ? 4 : 2, group = call_.h_q / call_.h_kv;
     FlashmlaDecode one{};
     one.dtype = call_.dtype, one.causal = call_.causal, one.softmax_scale = call_.softmax_scale;
+    one.levels = call_.levels;
     one.b = 1, one.s_q = bound(call_.cu_seqlens_q, call_.cu_seqlens_q_stride, i + 1) - q_begin;
     one.h_q = call_.h_q, one.h_kv = call_.h_kv, one.d_qk = call_.d_qk, one.d_v = one.qk_start = call_.d_v;
     one.q = static_cast<const char*>(call_.q) + q_begin * call_.q_stride[0] * size;
@@ -80,12 +94,12 @@ private:
   }
 
   void work() {
-    const size_t accumulator = size_t(Schedule::kMaxRows * (stride_ + 2)) * sizeof(float);
+    const size_t accumulator = accumulator_bytes();
     for (size_t i = next_++; i < items_.size(); i = next_++) {
       Item item = items_[i];
       const FlashmlaDecode& one = sequences_[size_t(item.sequence)];
       item.sequence = 0;  // of `one`
-      char* memory = arena.reserve(accumulator + size_t(kernels_.scratch_bytes(one, item.rows)));
+      char* memory = arena.reserve(accumulator + size_t(kernels_.scratch_bytes(one, item).all()));
       if (memory == nullptr) {
         out_of_memory_ = true;
         return;
@@ -143,4 +157,9 @@ extern "C" int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRunti
 } catch (const std::bad_alloc&) {
   std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill: out of memory");
   return 1;
+}
+
+extern "C" void flashmla_prefill_footprint(const FlashmlaPrefill* call, int64_t num_threads,
+                                           FlashmlaFootprint* footprint) {
+  *footprint = flashmla::Prefill(*call).footprint(num_threads);
 }

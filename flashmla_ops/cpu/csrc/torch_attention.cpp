@@ -24,7 +24,12 @@ struct DecodeArguments {
   const std::optional<Tensor>& schedule;
   const std::string& row_format;
   const std::optional<Tensor>& attn_sink;
+  int64_t levels;
 };
+
+void check_levels(const Check& check, int64_t levels) {
+  if (levels < 1 || levels > 3) check.fail("levels", "1, 2 or 3", text(levels));
+}
 
 void check_decode(const DecodeArguments& a) {
   const Check check{"decode"};
@@ -32,6 +37,8 @@ void check_decode(const DecodeArguments& a) {
   check.gradient("kv_cache", a.kv_cache);
   if (a.k_cache) check.gradient("k_cache", *a.k_cache);
   if (a.attn_sink) check.gradient("attn_sink", *a.attn_sink);
+  check_levels(check, a.levels);
+  if (a.levels < 3 && a.schedule) check.fail("schedule", "None below level 3, where no sequence is cut", "a tensor");
   if (a.row_format != "native") check.fail("row_format", "one of native", a.row_format);
   check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
   check.floating("q", a.q);
@@ -86,7 +93,7 @@ void check_decode(const DecodeArguments& a) {
 void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
   FlashmlaDecode call{};
   call.dtype = dtype_of(a.q);
-  call.causal = a.causal;
+  call.causal = a.causal, call.levels = int32_t(a.levels);
   call.b = a.q.size(0), call.s_q = a.q.size(1), call.h_q = a.q.size(2), call.d_qk = a.q.size(3);
   call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
   call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
@@ -108,9 +115,9 @@ void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) 
   call.lse = lse.mutable_data_ptr<float>();
   for (int i = 0; i < 3; i++) call.out_stride[i] = out.stride(i), call.lse_stride[i] = lse.stride(i);
 
-  // A schedule is read as it lies: a strided one is not worth a path of its own.
-  std::optional<Tensor> schedule;
-  if (a.schedule) schedule = torch::stable::contiguous(*a.schedule);
+  // A strided schedule is not worth a path of its own.
+  std::optional<Tensor> schedule = a.schedule;
+  if (schedule && schedule->stride(0) != 1) schedule = torch::stable::contiguous(*schedule);
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
   raise_if(flashmla_decode(&call, schedule ? schedule->const_data_ptr<int32_t>() : nullptr,
@@ -121,12 +128,12 @@ void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) 
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache,
                                   const Tensor& block_table, const Tensor& cache_seqlens, int64_t d_v, int64_t qk_start,
                                   std::optional<double> softmax_scale, bool causal, std::optional<Tensor> schedule,
-                                  std::string row_format, std::optional<Tensor> attn_sink) {
-  const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
-                          qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
+                                  std::string row_format, std::optional<Tensor> attn_sink, int64_t levels) {
+  const DecodeArguments a{q,      kv_cache, k_cache,    block_table, cache_seqlens, d_v, qk_start, softmax_scale,
+                          causal, schedule, row_format, attn_sink,   levels};
   check_decode(a);
-  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), d_v});
-  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  const Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), d_v}, q.scalar_type());
+  const Tensor lse = new_tensor({q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   run_decode(a, out, lse);
   return {out, lse};
 }
@@ -134,9 +141,9 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::
 void decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache, const Tensor& block_table,
                 const Tensor& cache_seqlens, int64_t d_v, int64_t qk_start, std::optional<double> softmax_scale,
                 bool causal, std::optional<Tensor> schedule, std::string row_format, std::optional<Tensor> attn_sink,
-                Tensor out, Tensor lse) {
-  const DecodeArguments a{q,        kv_cache,      k_cache, block_table, cache_seqlens, d_v,
-                          qk_start, softmax_scale, causal,  schedule,    row_format,    attn_sink};
+                int64_t levels, Tensor out, Tensor lse) {
+  const DecodeArguments a{q,      kv_cache, k_cache,    block_table, cache_seqlens, d_v, qk_start, softmax_scale,
+                          causal, schedule, row_format, attn_sink,   levels};
   check_decode(a);
   const Check check{"decode"};
   check.dtype("out", out, q.scalar_type());
@@ -160,7 +167,7 @@ Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, in
     check.fail("num_parts", text("a value in [1, ", int(FLASHMLA_MAX_PARTS), "]"), text(num_parts));
   }
   const int64_t b = cache_seqlens.size(0);
-  const Tensor schedule = torch::stable::new_empty(cache_seqlens, {flashmla_schedule_numel(b, num_parts)});
+  const Tensor schedule = new_tensor({flashmla_schedule_numel(b, num_parts)}, ScalarType::Int);
   char message[FLASHMLA_MESSAGE];
   raise_if(flashmla_decode_schedule(cache_seqlens.const_data_ptr<int32_t>(), cache_seqlens.stride(0), b, s_q, h_q, h_kv,
                                     num_parts, schedule.mutable_data_ptr<int32_t>(), message),
@@ -169,8 +176,10 @@ Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, in
 }
 
 std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                   const Tensor& cu_seqlens_k, bool causal, std::optional<double> softmax_scale) {
+                                   const Tensor& cu_seqlens_k, bool causal, std::optional<double> softmax_scale,
+                                   int64_t levels) {
   const Check check{"prefill"};
+  check_levels(check, levels);
   check.gradient("q", q);
   check.gradient("k", k);
   check.gradient("v", v);
@@ -203,10 +212,10 @@ std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tenso
     check.fail("cu_seqlens_k", text(cu_seqlens_q.size(0), " elements, as cu_seqlens_q"), text(cu_seqlens_k.size(0)));
   }
 
-  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
-  const Tensor lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  const Tensor out = new_tensor({q.size(0), q.size(1), v.size(2)}, q.scalar_type());
+  const Tensor lse = new_tensor({q.size(1), q.size(0)}, ScalarType::Float);
   FlashmlaPrefill call{};
-  call.dtype = dtype_of(q), call.causal = causal;
+  call.dtype = dtype_of(q), call.causal = causal, call.levels = int32_t(levels);
   call.b = cu_seqlens_q.size(0) - 1, call.h_q = q.size(1), call.h_kv = k.size(1);
   call.d_qk = q.size(2), call.d_v = v.size(2), call.t_q = q.size(0), call.t_k = k.size(0);
   call.softmax_scale = float(softmax_scale ? *softmax_scale : 1 / std::sqrt(double(call.d_qk)));
@@ -260,11 +269,12 @@ FlashmlaAppend append_of(const Tensor& cache, const Tensor& rows) {
   return to;
 }
 
-void run_append(const std::vector<FlashmlaAppend>& tensors, const Tensor& slots) {
+template <size_t N>
+void run_append(const FlashmlaAppend (&tensors)[N], const Tensor& slots) {
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
-  raise_if(flashmla_append(tensors.data(), int64_t(tensors.size()), slots.const_data_ptr<int64_t>(), slots.stride(0),
-                           slots.size(0), &threads, message),
+  raise_if(flashmla_append(tensors, int64_t{N}, slots.const_data_ptr<int64_t>(), slots.stride(0), slots.size(0),
+                           &threads, message),
            message);
 }
 
@@ -285,10 +295,10 @@ std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Te
   const size_t parts = outs.size();
   if (parts < 1) check.fail("outs", "at least one part", text(parts));
   if (lses.size() != parts) check.fail("lses", text(parts, " parts, as outs"), text(lses.size()));
-  check.floating("outs[0]", outs[0]);
+  Check{"merge_states", 0}.floating("outs", outs[0]);
   const int64_t dims = outs[0].dim();
   if (dims != 3 && dims != 4) {
-    check.fail("outs[0]", "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", text(dims, " dimensions"));
+    Check{"merge_states", 0}.fail("outs", "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", text(dims, " dimensions"));
   }
   std::vector<int64_t> out_shape, lse_shape;
   for (int64_t i = 0; i < dims; i++) out_shape.push_back(outs[0].size(i));
@@ -300,23 +310,23 @@ std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Te
   std::vector<const float*> lse_data;
   std::vector<int64_t> out_strides, lse_strides;
   for (size_t i = 0; i < parts; i++) {
-    const std::string out_name = text("outs[", i, "]"), lse_name = text("lses[", i, "]");
-    check.gradient(out_name, outs[i]);
-    check.gradient(lse_name, lses[i]);
-    check.dtype(out_name, outs[i], outs[0].scalar_type());
-    check.dtype(lse_name, lses[i], ScalarType::Float);
-    check.on_cpu(out_name, outs[i]);
-    check.shape(out_name, outs[i], out_shape);
-    check.on_cpu(lse_name, lses[i]);
-    check.shape(lse_name, lses[i], lse_shape);
+    const Check part{"merge_states", int64_t(i)};
+    part.gradient("outs", outs[i]);
+    part.gradient("lses", lses[i]);
+    part.dtype("outs", outs[i], outs[0].scalar_type());
+    part.dtype("lses", lses[i], ScalarType::Float);
+    part.on_cpu("outs", outs[i]);
+    part.shape("outs", outs[i], out_shape);
+    part.on_cpu("lses", lses[i]);
+    part.shape("lses", lses[i], lse_shape);
     out_data.push_back(outs[i].const_data_ptr());
     lse_data.push_back(lses[i].const_data_ptr<float>());
     if (dims == 3) out_strides.push_back(0), lse_strides.push_back(0);
     for (int64_t d = 0; d < dims; d++) out_strides.push_back(outs[i].stride(d));
     for (int64_t d = 0; d < dims - 1; d++) lse_strides.push_back(lses[i].stride(d));
   }
-  const Tensor out = torch::stable::new_empty(outs[0], out_shape);
-  const Tensor lse = torch::stable::new_empty(lses[0], lse_shape);
+  const Tensor out = new_tensor(out_shape, outs[0].scalar_type());
+  const Tensor lse = new_tensor(lse_shape, ScalarType::Float);
   FlashmlaMerge call{};
   call.dtype = dtype_of(outs[0]);
   call.parts = int64_t(parts);

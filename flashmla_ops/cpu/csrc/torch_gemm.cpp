@@ -68,32 +68,45 @@ std::vector<int64_t> check_gemm(const GemmArguments& g) {
   return shape;
 }
 
-// [..., k] as rows of k contiguous elements; a copy only where the strides leave no other way.
-Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t columns) {
-  if (tensor.dim() == 2 && (tensor.stride(1) == 1 || columns == 1)) return tensor;
-  return torch::stable::reshape(torch::stable::contiguous(tensor), {rows, columns});
-}
+// [..., k] as rows of k contiguous elements, `stride` elements apart; a copy only where the strides leave no other way.
+struct Rows {
+  Tensor tensor;
+  int64_t stride;
+
+  Rows(const Tensor& given, int64_t columns) : tensor(given), stride(columns) {
+    const int64_t dims = given.dim();
+    bool regular = given.stride(-1) == 1 || columns == 1;
+    for (int64_t i = 0; i + 2 < dims; i++) {
+      regular &= given.size(i) == 1 || given.stride(i) == given.stride(i + 1) * given.size(i + 1);
+    }
+    if (!regular) {
+      tensor = torch::stable::contiguous(given);
+    } else if (dims > 1) {
+      stride = given.stride(-2);
+    }
+  }
+};
 
 Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
             std::optional<Tensor> weight_scale, std::string activation, std::optional<ScalarType> out_dtype) {
   const GemmArguments g{a, weight, bias, residual, weight_scale, activation, out_dtype.value_or(a.scalar_type())};
   const std::vector<int64_t> shape = check_gemm(g);
-  const Tensor out = torch::stable::new_empty(a, shape, g.out_dtype);
+  const Tensor out = new_tensor(shape, g.out_dtype);
 
   FlashmlaGemm call{};
   call.activation = activation_of(Check{"gemm"}, activation);
   call.k = weight.size(1), call.n = shape.back(), call.m = 1;
   for (size_t i = 0; i + 1 < shape.size(); i++) call.m *= shape[i];
   if (call.m == 0 || call.n == 0) return out;
-  const Tensor rows = as_rows(a, call.m, call.k);
-  std::optional<Tensor> added;
-  if (residual) added = as_rows(*residual, call.m, call.n);
+  const Rows rows(a, call.k);
+  std::optional<Rows> added;
+  if (residual) added.emplace(*residual, call.n);
   call.a_dtype = dtype_of(a), call.weight_dtype = dtype_of(weight), call.out_dtype = dtype_of(out);
-  call.a = rows.const_data_ptr(), call.a_stride = rows.stride(0);
+  call.a = rows.tensor.const_data_ptr(), call.a_stride = rows.stride;
   call.weight = weight.const_data_ptr(), call.weight_stride = weight.stride(0);
   call.weight_scale = weight_scale ? weight_scale->const_data_ptr<float>() : nullptr;
   call.bias = bias ? bias->const_data_ptr() : nullptr;
-  call.residual = added ? added->const_data_ptr() : nullptr, call.residual_stride = added ? added->stride(0) : 0;
+  call.residual = added ? added->tensor.const_data_ptr() : nullptr, call.residual_stride = added ? added->stride : 0;
   call.out = out.mutable_data_ptr(), call.out_stride = call.n;
 
   char message[FLASHMLA_MESSAGE];
@@ -106,7 +119,8 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
   // Many rows: torch's product, then the epilogue alone.
   const bool narrow = g.out_dtype != ScalarType::Float && flashmla_multiplies(call.a_dtype);
   const ScalarType type = narrow ? a.scalar_type() : ScalarType::Float;
-  const Tensor left = torch::stable::to(rows, type), right = torch::stable::to(weight, type);
+  const Tensor left = torch::stable::to(torch::stable::reshape(a, {call.m, call.k}), type);
+  const Tensor right = torch::stable::to(weight, type);
   const Tensor product = torch::stable::matmul(left, torch::stable::transpose(right, 0, 1));
   if (!epilogue && type == g.out_dtype) {
     return torch::stable::view(product, shape);
@@ -130,12 +144,12 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
   FlashmlaBmm call{};
   call.dtype = dtype_of(a);
   call.batch = a.size(0), call.m = a.size(1), call.k = a.size(2), call.n = weight.size(2);
-  if (call.m > flashmla_small_rows(call.dtype, call.dtype)) {
+  if (call.m > FLASHMLA_SMALL_ROWS) {
     const ScalarType type = flashmla_multiplies(call.dtype) ? a.scalar_type() : ScalarType::Float;
     const Tensor product = torch::stable::matmul(torch::stable::to(a, type), torch::stable::to(weight, type));
     return torch::stable::contiguous(torch::stable::to(product, a.scalar_type()));
   }
-  const Tensor out = torch::stable::new_empty(a, {call.batch, call.m, call.n});
+  const Tensor out = new_tensor({call.batch, call.m, call.n}, a.scalar_type());
   if (call.batch == 0 || call.m == 0 || call.n == 0) return out;
   // Rows of a and of weight (or its columns) must be contiguous: what is not is copied, as torch.bmm would.
   const Tensor left = a.stride(2) == 1 || call.k == 1 ? a : torch::stable::contiguous(a);

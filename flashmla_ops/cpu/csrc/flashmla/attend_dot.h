@@ -25,14 +25,13 @@ public:
     Scratch scratch(memory);
     query_stride_ = round_up(head_part_, W) + round_up(call.k.d, W);
     queries_ = scratch.take<float>(item.rows * query_stride_);
-    scores_ = scratch.take<float>(item.rows * kBlock);
+    bytes_.copies = scratch.used();
+    all_scores_ = scratch.take<float>(item.rows * (call.levels > 1 ? kBlock : round_up(item.length, kBlock)));
     rescale_ = scratch.take<float>(item.rows);
-    bytes_ = scratch.used();
+    bytes_.scores = scratch.used() - bytes_.copies;
   }
 
-  static int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
-    Item item{};
-    item.rows = rows;
+  static ScratchBytes scratch_bytes(const FlashmlaDecode& call, const Item& item) {
     return DotAttention(call, item, {}, nullptr).bytes_;
   }
 
@@ -42,6 +41,13 @@ public:
       into_.m[r] = -INFINITY, into_.l[r] = 0;
       std::memset(into_.o + r * into_.stride, 0, size_t(call_.d_v) * sizeof(float));
     }
+    if (call_.levels > 1) return pass(begin, end, true, true);
+    return pass(begin, end, true, false) && pass(begin, end, false, true);
+  }
+
+private:
+  // As LaneAttention's.
+  bool pass(int64_t begin, int64_t end, bool scores, bool values) {
     Rows<T, kBlock> blocks[2];
     if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
     int current = 0;
@@ -49,14 +55,14 @@ public:
       const int64_t next = t + kBlock, last = end < next + kBlock ? end : next + kBlock;
       Rows<T, kBlock>&here = blocks[current], &ahead = blocks[current ^ 1];
       if (!ahead.locate(call_, item_, next, last)) return false;
-      score(here, ahead);
-      weigh(here.n, t);
-      for_rows([&](auto count, int64_t row) { accumulate<count()>(here, row); });
+      scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * item_.rows;
+      if (scores) score(here, ahead);
+      weigh(here.n, t, scores, values);
+      if (values) for_rows([&](auto count, int64_t row) { accumulate<count()>(here, row); });
     }
     return true;
   }
 
-private:
   // Calls f(count, first row) for groups of query rows that share what is read: all eight, or up to four at a time.
   template <class Call>
   __attribute__((always_inline)) void for_rows(Call f) {
@@ -129,22 +135,14 @@ private:
   }
 
   // Here a lane is a token: the block is padded with -inf to whole vectors.
-  void weigh(int n, int64_t first_token) {
-    const F scale = Isa::set1(call_.softmax_scale * kLog2E);
+  void weigh(int n, int64_t first_token, bool scale_them, bool weigh_them) {
     for (int64_t r = 0; r < item_.rows; r++) {
       float* scores = scores_ + r * kBlock;
-      const int64_t seen = visible(call_, item_, item_.row + r) - first_token;
-      F maximum = Isa::set1(into_.m[r]);
-      for (int t = 0; t < n; t += W) {
-        Isa::store(scores + t, Isa::load(scores + t) * scale);
-        for (int64_t i = seen < n ? seen : n; i < t + W; i++) {
-          if (i >= t) scores[i] = -INFINITY;
-        }
-        maximum = Isa::max(maximum, Isa::load(scores + t));
-      }
-      const float m = Isa::max(maximum);
-      const F subtract = finite_maximum(Isa::set1(m));
-      const F rescale = exp2<Isa>(Isa::set1(into_.m[r]) - subtract);
+      const float old = into_.m[r];
+      if (scale_them) into_.m[r] = scale_row(scores, n, visible(call_, item_, item_.row + r) - first_token, old);
+      if (!weigh_them) continue;
+      const F subtract = finite_maximum(Isa::set1(into_.m[r]));
+      const F rescale = exp2<Isa>(Isa::set1(old) - subtract);
       F total{};
       for (int t = 0; t < n; t += W) {
         const F p = exp2<Isa>(Isa::load(scores + t) - subtract);
@@ -152,9 +150,21 @@ private:
         total += p;
       }
       rescale_[r] = rescale[0];
-      into_.m[r] = m;
       into_.l[r] = into_.l[r] * rescale[0] + Isa::sum(total);
     }
+  }
+  // Returns the larger of `old` and the scaled scores that the row sees.
+  float scale_row(float* scores, int n, int64_t seen, float old) const {
+    const F scale = Isa::set1(call_.softmax_scale * kLog2E);
+    F maximum = Isa::set1(old);
+    for (int t = 0; t < n; t += W) {
+      Isa::store(scores + t, Isa::load(scores + t) * scale);
+      for (int64_t i = seen < n ? seen : n; i < t + W; i++) {
+        if (i >= t) scores[i] = -INFINITY;
+      }
+      maximum = Isa::max(maximum, Isa::load(scores + t));
+    }
+    return Isa::max(maximum);
   }
 
   template <int R>
@@ -195,8 +205,10 @@ private:
   const Item& item_;
   const Accumulator into_;
   const int64_t head_part_;  // elements of the key in the first tensor
-  int64_t query_stride_, bytes_;
-  float *queries_, *scores_, *rescale_;
+  int64_t query_stride_;
+  ScratchBytes bytes_{};
+  float *queries_, *all_scores_, *rescale_;
+  float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -37,17 +37,21 @@ public:
     plan(scratch);
   }
 
-  static int64_t scratch_bytes(const FlashmlaDecode& call, int64_t rows) {
-    Item item{};
-    item.rows = rows;
-    LaneAttention sized(call, item, {}, nullptr);
-    return sized.bytes_;
+  static ScratchBytes scratch_bytes(const FlashmlaDecode& call, const Item& item) {
+    return LaneAttention(call, item, {}, nullptr).bytes_;
   }
 
   bool run(int64_t begin, int64_t end) {
     pack_queries();
     std::memset(zeros_, 0, size_t(call_.d_v) * sizeof(T));
     for (int64_t r = 0; r < rows_; r++) into_.m[r] = -INFINITY, into_.l[r] = 0;
+    if (call_.levels > 1) return pass(begin, end, true, true);
+    return pass(begin, end, true, false) && pass(begin, end, false, true);
+  }
+
+private:
+  // Over the blocks of tokens [begin, end): their scores and the maximum, their weights and values, or both at once.
+  bool pass(int64_t begin, int64_t end, bool scores, bool values) {
     Rows<T, kBlock> blocks[2];
     if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
     int current = 0;
@@ -57,15 +61,17 @@ public:
       if (!ahead.locate(call_, item_, next, last)) return false;
       Prefetcher<T, kBlock> prefetch(call_, ahead, steps(here.n));
       const auto each = [&] { prefetch.step(); };
+      scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * rows_;
       stage(here);
-      for (const Part& part : parts_) score(part, here, each);
-      weigh(here.n, t);
-      accumulate(here, t == begin, each);
+      if (scores) {
+        for (const Part& part : parts_) score(part, here, each);
+      }
+      weigh(here.n, t, scores, values);
+      if (values) accumulate(here, t == begin, each);
     }
     return true;
   }
 
-private:
   // A part of the keys: what comes from one cache tensor. Chunks do not cross parts.
   struct Part {
     int64_t d, offset, token_stride;  // elements: how many, where in the row they start, from row to row
@@ -88,11 +94,12 @@ private:
     keys_ = scratch.take<Unit>(chunks_ * kBlock * kChunk);
     values_ = stage_values ? scratch.take<Unit>(S::chunks(call_.d_v) * kBlock * kChunk) : keys_;
     zeros_ = scratch.take<T>(call_.d_v);
-    scores_ = scratch.take<float>(rows_ * kBlock);
+    bytes_.copies = scratch.used();
+    all_scores_ = scratch.take<float>(rows_ * (call_.levels > 1 ? kBlock : round_up(item_.length, kBlock)));
     weights_ = M::pairs ? scratch.take<Unit>(rows_ * kBlock / 2) : nullptr;
     rescale_ = scratch.take<float>(rows_);
     visible_ = scratch.take<float>(rows_);
-    bytes_ = scratch.used();
+    bytes_.scores = scratch.used() - bytes_.copies;
   }
 
   int64_t panel_width(int64_t row) const { return rows_ - row < kPanel ? rows_ - row : kPanel; }
@@ -201,7 +208,8 @@ private:
   }
 
   // Scores become weights; for pairs, weights of two tokens are packed into one unit: [vector of rows][token pair][W].
-  void weigh(int n, int64_t first_token) {
+  // At level 1 scores are scaled, and their maximum found, in one pass and become weights in the next.
+  void weigh(int n, int64_t first_token, bool scale_them, bool weigh_them) {
     int64_t least = n;
     for (int64_t r = 0; r < rows_; r++) {
       const int64_t seen = visible(call_, item_, item_.row + (r < item_.rows ? r : item_.rows - 1)) - first_token;
@@ -212,9 +220,14 @@ private:
     for (int64_t r = 0; r < rows_; r += W) {
       const int64_t first = r / kPanel * kPanel, width = panel_width(first);
       float* scores = scores_ + first * kBlock + (r - first);
-      const F factor =
-          softmax_block<Isa>(scores, width, n, scale, Isa::load(visible_ + r), least >= n, into_.m + r, into_.l + r);
-      Isa::store(rescale_ + r, factor);
+      const F old = Isa::load(into_.m + r);
+      F maximum = old;
+      if (scale_them) {
+        maximum = scale_scores<Isa>(scores, width, n, scale, Isa::load(visible_ + r), least >= n, old);
+        Isa::store(into_.m + r, maximum);
+      }
+      if (!weigh_them) continue;
+      Isa::store(rescale_ + r, weigh_scores<Isa>(scores, width, n, old, maximum, into_.l + r));
       if constexpr (M::pairs) {
         for (int t = 0; t < n; t += 2) {
           const F second = t + 1 < n ? Isa::load(scores + (t + 1) * width) : F{};
@@ -285,10 +298,12 @@ private:
   const Accumulator into_;
   const int64_t rows_;  // padded to whole vectors
   Part parts_[2];
-  int64_t key_units_ = 0, chunks_ = 0, bytes_;
+  int64_t key_units_ = 0, chunks_ = 0;
+  ScratchBytes bytes_{};
   Unit *queries_, *keys_, *values_, *weights_;
   T* zeros_;  // a row of them: the partner of the last token where their number is odd
-  float *scores_, *rescale_, *visible_;
+  float *all_scores_, *rescale_, *visible_;
+  float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

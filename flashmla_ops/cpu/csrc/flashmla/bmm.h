@@ -6,37 +6,32 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-// Rows of one batch entry. The product along k is a gemm; along n, four weight rows at a time are added to rows of out
-// held in fp32, so that weights are read in the order they lie in.
+// Batch entries one after another. The product along k is a gemm; along n it is what attention does with values: tiles
+// of out stay in registers while weight rows pass by. A tile reads a few columns of every row, which no processor's
+// prefetcher follows, so the first pass over an entry fetches the same columns of the next entry into L2. Measured on
+// Emerald Rapids with 128 heads of 128 x 512 in bf16 and cold weights, against rows added to sums in L1: 1.8 times
+// faster at 16 rows, 1.4 times at 4, but a sixth slower at 1 (21 against 24 GB/s).
 template <class Isa, class T>
 class Bmm {
+  using M = Mac<Isa, T>;
+  using Unit = typename M::Unit;
   using F = typename Isa::F;
-  using AlongK = Gemm<Isa, T, Isa::pairs && std::is_same_v<T, bf16>>;
-  static constexpr int kColumns = 512;  // of out, in fp32: 2 KB a row
+  using AlongK = Gemm<Isa, T, M::pairs>;
+  static constexpr int W = Isa::W, kPerUnit = M::pairs ? 2 : 1;
+  static constexpr int kRows = Isa::pv_m, kAccumulators = Isa::pv_m * (Isa::pv_n > 2 ? 2 : Isa::pv_n);
 
 public:
-  explicit Bmm(const FlashmlaBmm& call) : call_(call) {}
+  explicit Bmm(const FlashmlaBmm& call) : call_(call), units_((call.k + kPerUnit - 1) / kPerUnit) {}
 
   // Scratch of one thread.
   static int64_t scratch_bytes(const FlashmlaBmm& call) {
-    const FlashmlaGemm gemm = along_k(call, 0);
-    return AlongK::packed_bytes(gemm);
+    if (call.weight_along_k) return AlongK::packed_bytes(along_k(call, 0));
+    return round_up(call.m, kRows) * Bmm(call).units_ * int64_t{sizeof(Unit)};
   }
 
-  void run(int64_t index, char* scratch) const {
-    if (call_.weight_along_k) {
-      const FlashmlaGemm gemm = along_k(call_, index);
-      const AlongK product(gemm);
-      for (int64_t m = 0; m < call_.m; m += kGemmRows) {
-        const int64_t rows = call_.m - m < kGemmRows ? call_.m - m : kGemmRows;
-        product.template pack<T>(m, rows, scratch);
-        product.run(m, rows, scratch, 0, call_.n);
-      }
-    } else {
-      for (int64_t n = 0; n < call_.n; n += kColumns) {
-        const int64_t columns = call_.n - n < kColumns ? call_.n - n : kColumns;
-        for (int64_t m = 0; m < call_.m; m += 4) rows_along_n(index, m, call_.m - m < 4 ? call_.m - m : 4, n, columns);
-      }
+  void run(int64_t begin, int64_t end, char* scratch) const {
+    for (int64_t i = begin; i < end; i++) {
+      call_.weight_along_k ? run_along_k(i, scratch) : run_along_n(i, i + 1 < end, reinterpret_cast<Unit*>(scratch));
     }
   }
 
@@ -51,50 +46,113 @@ private:
     gemm.out = static_cast<T*>(call.out) + index * call.out_stride[0], gemm.out_stride = call.out_stride[1];
     return gemm;
   }
-
-  void rows_along_n(int64_t index, int64_t m0, int64_t rows, int64_t n, int64_t columns) const {
-    float sums[4][kColumns] = {};
-    const T* a = static_cast<const T*>(call_.a) + index * call_.a_stride[0] + m0 * call_.a_stride[1];
-    const T* weight = static_cast<const T*>(call_.weight) + index * call_.weight_stride[0] + n;
-    for (int64_t k = 0; k < call_.k; k += 4) {
-      const int64_t depth = call_.k - k < 4 ? call_.k - k : 4;
-      const T* w[4];
-      for (int64_t d = 0; d < 4; d++) w[d] = weight + (k + (d < depth ? d : 0)) * call_.weight_stride[1];
-      for (int64_t m = 0; m < rows; m++) {
-        float x[4];
-        for (int64_t d = 0; d < 4; d++) x[d] = d < depth ? to_float(a[m * call_.a_stride[1] + k + d]) : 0;
-        add_rows(sums[m], w, x, depth, columns, m == 0);
-      }
-    }
-    for (int64_t m = 0; m < rows; m++) {
-      T* out = static_cast<T*>(call_.out) + index * call_.out_stride[0] + (m0 + m) * call_.out_stride[1] + n;
-      int64_t i = 0;
-      for (; i + Isa::W <= columns; i += Isa::W) Isa::store(out + i, Isa::load(sums[m] + i));
-      for (; i < columns; i++) from_float(sums[m][i], out[i]);
+  void run_along_k(int64_t index, char* scratch) const {
+    const FlashmlaGemm gemm = along_k(call_, index);
+    const AlongK product(gemm);
+    for (int64_t m = 0; m < call_.m; m += kGemmRows) {
+      const int64_t rows = call_.m - m < kGemmRows ? call_.m - m : kGemmRows;
+      product.template pack<T>(m, rows, scratch);
+      product.run(m, rows, scratch, 0, call_.n);
     }
   }
-  void add_rows(float* sums, const T* const (&w)[4], const float (&x)[4], int64_t depth, int64_t columns,
-                bool fetch) const {
-    int64_t i = 0;
-    if (depth == 4) {
-      const F x0 = Isa::set1(x[0]), x1 = Isa::set1(x[1]), x2 = Isa::set1(x[2]), x3 = Isa::set1(x[3]);
-      const int64_t next = 4 * call_.weight_stride[1];
-      for (; i + Isa::W <= columns; i += Isa::W) {
-        if (fetch && i * int64_t{sizeof(T)} % 64 == 0) {  // rows are short: the processor has no time to see a stream
-          for (int d = 0; d < 4; d++) __builtin_prefetch(w[d] + i + next);
+
+  void run_along_n(int64_t index, bool fetch, Unit* packed) const {
+    for (int64_t m = 0, rows; m < call_.m; m += rows, fetch = false) {
+      rows = with_rows(call_.m - m, [&](auto count) {
+        pack<count()>(index, m, packed);
+        fetch ? row_tile<count(), true>(index, m, packed) : row_tile<count(), false>(index, m, packed);
+      });
+    }
+  }
+  // Calls f(count) with the most rows of a tile, a power of two, that `left` allows; returns it.
+  template <int R = kRows, class Call>
+  static int64_t with_rows(int64_t left, Call f) {
+    if constexpr (R > 1) {
+      if (left < R) return with_rows<R / 2>(left, f);
+    }
+    f(std::integral_constant<int, R>{});
+    return R;
+  }
+
+  // [unit][row of the tile]; past k: zeros.
+  template <int R>
+  void pack(int64_t index, int64_t m, Unit* to) const {
+    for (int64_t r = 0; r < R; r++) {
+      const T* a = static_cast<const T*>(call_.a) + index * call_.a_stride[0] + (m + r) * call_.a_stride[1];
+      for (int64_t u = 0; u < units_; u++) {
+        if constexpr (M::pairs) {
+          to[u * R + r] = a[2 * u].bits | (2 * u + 1 < call_.k ? uint32_t{a[2 * u + 1].bits} << 16 : 0);
+        } else {
+          to[u * R + r] = to_float(a[u]);
         }
-        F s = Isa::fma(Isa::load(w[0] + i), x0, Isa::load(sums + i));
-        s = Isa::fma(Isa::load(w[1] + i), x1, s);
-        s = Isa::fma(Isa::load(w[2] + i), x2, s);
-        Isa::store(sums + i, Isa::fma(Isa::load(w[3] + i), x3, s));
       }
     }
-    for (; i < columns; i++) {
-      for (int64_t d = 0; d < depth; d++) sums[i] += to_float(w[d][i]) * x[d];
+  }
+
+  template <int R, bool FETCH>
+  void row_tile(int64_t index, int64_t m, const Unit* packed) const {
+    constexpr int N = kAccumulators / R;
+    int64_t n = 0;
+    for (; n + N * W <= call_.n; n += N * W) tile<R, N, FETCH>(index, m, n, N * W, packed);
+    for (; n < call_.n; n += W) tile<R, 1, FETCH>(index, m, n, call_.n - n < W ? call_.n - n : W, packed);
+  }
+  template <int R, int N, bool FETCH>
+  void tile(int64_t index, int64_t m, int64_t n, int64_t columns, const Unit* packed) const {
+    const T* weight = static_cast<const T*>(call_.weight) + index * call_.weight_stride[0] + n;
+    const int64_t stride = call_.weight_stride[1], next = call_.weight_stride[0];
+    float sums[R * N * W];
+    const float factors[R] = {};
+    const auto accumulate = [&](auto values) {
+      value_tile<M, R, N>(packed, R, values, sums, N * W, factors, int(units_), true, [] {});
+    };
+    if (columns < N * W) {
+      accumulate([&](int u, int) {
+        return value(part(weight, u * kPerUnit, columns), part(weight, u * kPerUnit + 1, columns));
+      });
+    } else {
+      static constexpr T kZeros[N * W] = {};
+      const int64_t last = call_.k - 1;
+      accumulate([=](int u, int i) __attribute__((always_inline)) {
+        const T* one = weight + u * kPerUnit * stride + i * W;
+        const T* two = kPerUnit == 1 ? one : u * kPerUnit == last ? kZeros + i * W : one + stride;
+        if constexpr (FETCH) {
+          if (i * W * int64_t{sizeof(T)} % 64 == 0) {
+            __builtin_prefetch(one + next, 0, 2);
+            if (kPerUnit == 2) __builtin_prefetch(two + next, 0, 2);
+          }
+        }
+        return value(one, two);
+      });
     }
+    T* out = static_cast<T*>(call_.out) + index * call_.out_stride[0] + m * call_.out_stride[1] + n;
+    for (int r = 0; r < R; r++, out += call_.out_stride[1]) write(sums + r * N * W, columns, out);
+  }
+
+  static typename M::V value(const T* one, const T* two) {
+    if constexpr (M::pairs) {
+      return Isa::interleave(one, two);
+    } else {
+      return Isa::load(one);
+    }
+  }
+  struct Vector {
+    T elements[W];
+    operator const T*() const { return elements; }
+  };
+  // The first `columns` elements of a weight row, or zeros past the last row.
+  Vector part(const T* weight, int64_t row, int64_t columns) const {
+    Vector whole{};
+    if (row < call_.k) std::memcpy(whole.elements, weight + row * call_.weight_stride[1], size_t(columns) * sizeof(T));
+    return whole;
+  }
+  static void write(const float* sums, int64_t columns, T* out) {
+    int64_t i = 0;
+    for (; i + W <= columns; i += W) Isa::store(out + i, Isa::load(sums + i));
+    for (; i < columns; i++) from_float(sums[i], out[i]);
   }
 
   const FlashmlaBmm& call_;
+  const int64_t units_;
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -30,6 +30,7 @@ struct FlashmlaDecode {
   int32_t causal;
   int64_t b, s_q, h_q, h_kv, d_qk, d_v, qk_start;
   float softmax_scale;
+  int32_t levels;  // 1: whole rows of scores; 2: blocks; 3: blocks, and sequences cut into parts
 
   const void* q;  // [b, s_q, h_q, d_qk]
   int64_t q_stride[4];
@@ -57,7 +58,8 @@ struct FlashmlaPrefill {
   int32_t causal;
   int64_t b, h_q, h_kv, d_qk, d_v, t_q, t_k;
   float softmax_scale;
-  const void* q;  // [t_q, h_q, d_qk]
+  int32_t levels;  // 1: whole rows of scores; 2 and 3: blocks
+  const void* q;   // [t_q, h_q, d_qk]
   int64_t q_stride[3];
   const void *k, *v;  // [t_k, h_kv, d_qk], [t_k, h_kv, d_v], last dimension contiguous
   int64_t k_stride[2], v_stride[2];
@@ -154,6 +156,16 @@ FLASHMLA_EXPORT int flashmla_multiplies(FlashmlaDType dtype);
 FLASHMLA_EXPORT int flashmla_gemm_epilogue(const FlashmlaGemm* call, const void* product, FlashmlaDType product_dtype,
                                            const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_bmm(const FlashmlaBmm* call, const FlashmlaRuntime* runtime, char* message);
+
+// Bytes of intermediate results at their peak, all threads together: of scores (which become weights), of packed
+// queries and staged rows, and of outputs that are not finished.
+struct FlashmlaFootprint {
+  int64_t scores, copies, outputs;
+};
+FLASHMLA_EXPORT void flashmla_decode_footprint(const FlashmlaDecode* call, int64_t num_threads,
+                                               FlashmlaFootprint* footprint);
+FLASHMLA_EXPORT void flashmla_prefill_footprint(const FlashmlaPrefill* call, int64_t num_threads,
+                                                FlashmlaFootprint* footprint);
 
 FLASHMLA_EXPORT int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts);
 

@@ -18,11 +18,19 @@ struct Accumulator {
   int64_t stride;  // floats between rows of o
 };
 
+// Of a thread, for one item: packed queries and staged rows; scores, which become weights.
+struct ScratchBytes {
+  int64_t copies, scores;
+
+  int64_t all() const { return copies + scores; }
+};
+
 struct Kernels {
   const char* name;
   bool multiplies_bf16;  // in one instruction, with fp32 sums
   int64_t (*accumulator_stride)(int64_t d_v);
-  int64_t (*scratch_bytes)(const FlashmlaDecode& call, int64_t rows);
+  // The most that any item of at most item.rows rows and item.length tokens needs.
+  ScratchBytes (*scratch_bytes)(const FlashmlaDecode& call, const Item& item);
   // Attend tokens [begin, end). False if the block table names a page that the cache does not have.
   bool (*attend)(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
                  char* scratch);
@@ -39,7 +47,8 @@ struct Kernels {
   void (*gemm_run)(const FlashmlaGemm& call, int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end);
   void (*gemm_epilogue)(const FlashmlaGemm& call, const void* product, FlashmlaDType dtype, int64_t begin, int64_t end);
   int64_t (*bmm_scratch_bytes)(const FlashmlaBmm& call);
-  void (*bmm_run)(const FlashmlaBmm& call, int64_t index, char* scratch);
+  // Batch entries [begin, end).
+  void (*bmm_run)(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch);
 };
 
 extern const Kernels kernels_generic, kernels_emulated;

@@ -31,7 +31,8 @@ struct Schedule {
   const int32_t* lengths(const int32_t* schedule) const { return schedule + kHeader; }
   const int32_t* starts(const int32_t* schedule) const { return schedule + kHeader + b; }
 
-  void write(const int32_t* cache_seqlens, int64_t stride, int32_t* schedule) const {
+  // `whole`: no sequence is cut, and parts hold whole items.
+  void write(const int32_t* cache_seqlens, int64_t stride, int32_t* schedule, bool whole = false) const {
     const int64_t header[kHeader] = {b, s_q, h_q, h_kv, num_parts, row_block, 0, 0};
     for (int64_t i = 0; i < kHeader; i++) *schedule++ = int32_t(header[i]);
     int64_t total = 0;
@@ -49,7 +50,7 @@ struct Schedule {
       const int64_t each = sequence < b ? units(cache_seqlens[sequence * stride]) : 1;
       const int64_t item = (cut - before) / each;
       *schedule++ = int32_t(sequence * items_per_sequence() + item);
-      *schedule++ = int32_t((cut - before - item * each) * kUnit);
+      *schedule++ = whole ? 0 : int32_t((cut - before - item * each) * kUnit);
     }
   }
 

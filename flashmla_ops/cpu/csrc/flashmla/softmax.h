@@ -36,22 +36,28 @@ F finite_maximum(F m) {
   return m == F{} - INFINITY ? F{} : m;
 }
 
-// One vector of rows over a block of n scaled scores, `step` floats apart. `visible`: how many of the block's tokens
-// each row sees. Updates m and l, replaces scores by weights and returns the factor that earlier results must be scaled
-// with.
+// One vector of rows over a block of n scores, `step` floats apart: scales them, hides those at or past `visible` of
+// each row (`all`: there are none) and returns the larger of `maximum` and theirs.
 template <class Isa>
-typename Isa::F softmax_block(float* scores, int64_t step, int n, typename Isa::F scale, typename Isa::F visible,
-                              bool all, float* m, float* l) {
+typename Isa::F scale_scores(float* scores, int64_t step, int n, typename Isa::F scale, typename Isa::F visible,
+                             bool all, typename Isa::F maximum) {
   using F = typename Isa::F;
   const F minus_infinity = Isa::set1(-INFINITY);
-  const F old = Isa::load(m);
-  F maximum = old;
   for (int t = 0; t < n; t++) {
     F s = Isa::load(scores + t * step) * scale;
     if (!all) s = Isa::set1(float(t)) < visible ? s : minus_infinity;
     Isa::store(scores + t * step, s);
     maximum = Isa::max(maximum, s);
   }
+  return maximum;
+}
+
+// Scaled scores become weights, `maximum` having been `old` before them; adds them to l and returns the factor that
+// earlier results must be scaled with.
+template <class Isa>
+typename Isa::F weigh_scores(float* scores, int64_t step, int n, typename Isa::F old, typename Isa::F maximum,
+                             float* l) {
+  using F = typename Isa::F;
   const F subtract = finite_maximum(maximum);
   const F rescale = exp2<Isa>(old - subtract);
   F total = Isa::load(l) * rescale;
@@ -60,7 +66,6 @@ typename Isa::F softmax_block(float* scores, int64_t step, int n, typename Isa::
     Isa::store(scores + t * step, p);
     total += p;
   }
-  Isa::store(m, maximum);
   Isa::store(l, total);
   return rescale;
 }

@@ -1,0 +1,99 @@
+"""The structures of csrc/flashmla/interface.h, for ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Cache(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("page_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+        ("d", c_int64),
+    )
+
+
+class Decode(ctypes.Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("causal", c_int32),
+        *((name, c_int64) for name in ("b", "s_q", "h_q", "h_kv", "d_qk", "d_v", "qk_start")),
+        ("softmax_scale", c_float),
+        ("levels", c_int32),
+        ("q", c_void_p),
+        ("q_stride", c_int64 * 4),
+        ("kv", Cache),
+        ("k", Cache),
+        ("n_pages", c_int64),
+        ("page_size", c_int64),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64 * 2),
+        ("max_pages", c_int64),
+        ("cache_seqlens", c_void_p),
+        ("cache_seqlens_stride", c_int64),
+        ("attn_sink", c_void_p),
+        ("attn_sink_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64 * 3),
+        ("lse", c_void_p),
+        ("lse_stride", c_int64 * 3),
+    )
+
+
+class Prefill(ctypes.Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("causal", c_int32),
+        *((name, c_int64) for name in ("b", "h_q", "h_kv", "d_qk", "d_v", "t_q", "t_k")),
+        ("softmax_scale", c_float),
+        ("levels", c_int32),
+        ("q", c_void_p),
+        ("q_stride", c_int64 * 3),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_stride", c_int64 * 2),
+        ("v_stride", c_int64 * 2),
+        ("cu_seqlens_q", c_void_p),
+        ("cu_seqlens_k", c_void_p),
+        ("cu_seqlens_q_stride", c_int64),
+        ("cu_seqlens_k_stride", c_int64),
+        ("out", c_void_p),
+        ("lse", c_void_p),
+    )
+
+
+class Footprint(ctypes.Structure):
+    _fields_ = (("scores", c_int64), ("copies", c_int64), ("outputs", c_int64))
+
+
+class Append(ctypes.Structure):
+    _fields_ = (
+        ("cache", c_void_p),
+        ("rows", c_void_p),
+        *(
+            (name, c_int64)
+            for name in (
+                *("page_bytes", "token_bytes", "head_bytes", "row_bytes", "row_head_bytes", "element_bytes"),
+                *("h_kv", "d", "element_size", "n_pages", "page_size"),
+            )
+        ),
+    )
+
+
+class Merge(ctypes.Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        *((name, c_int64) for name in ("parts", "b", "s_q", "h_q", "d_v")),
+        *((name, c_void_p) for name in ("outs", "out_strides", "lses", "lse_strides", "out", "lse")),
+    )
+
+
+class Runtime(ctypes.Structure):
+    _fields_ = (("num_threads", c_int64), ("parallel", c_void_p))
