@@ -12,7 +12,7 @@ EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.hpp' '*.cc' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-peers kernels hooks clean
+.PHONY: help demo test test-all verify lint bench bench-peers kernels hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: kernels  ## run the tests, without the slow ones
 
 test-all: kernels  ## run every test
 	$(PY) -m pytest
+
+verify: $(INSTALLED)  ## build one CUDA kernel of each kind and run it in the emulator (20 minutes; needs nvcc, no GPU)
+	$(PY) -m cutlass_kernels verify --list representatives
 
 lint: $(INSTALLED)  ## ruff, mypy --strict and clang-format; changes nothing
 	$(VENV)/bin/ruff check .

@@ -180,8 +180,8 @@ def _compile(config: GemmConfig, source: str, compiler: Nvcc, folder: Path) -> N
 
 def _errors(text: str) -> str:
     """The lines that say what is wrong; all of the end if none does."""
-    found = [line for line in text.splitlines() if "error" in line]
-    return "\n".join(found[:20]) or text[-4000:]
+    found = [line[:400] for line in text.splitlines() if "error" in line]
+    return "\n".join(found[:10]) or text[-4000:]
 
 
 class Progress:

@@ -23,7 +23,7 @@ from typing import Any
 from cutlass_kernels.config import BYTES, GemmConfig
 from cutlass_kernels.errors import MissingToolError
 
-HOW_TO_GET_IT = "pip install 'nvidia-cutlass==4.2.0.0' (or the extra: flashmla-ops[cutlass])"
+HOW_TO_GET_IT = "pip install 'nvidia-cutlass==4.2.0.0' (or this package's extra: cutlass)"
 
 
 def load() -> Any:
@@ -87,7 +87,7 @@ def _tile(config: GemmConfig) -> Any:
     types = _types()
     integer = config.weight == config.a == "s8"
     operation = MathOperation.multiply_add
-    if integer:
+    if integer:  # the only one that CUTLASS has; sums saturate past 2^31, which takes a k of 133,000
         operation = MathOperation.multiply_add_saturate
     elif config.a != config.weight:
         operation = MathOperation.multiply_add_mixed_input_upcast

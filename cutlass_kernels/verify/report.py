@@ -24,7 +24,6 @@ class KernelResult:
     exact: int = 0  # cases of small integers without a single mismatch
     error_over_bound: float = 0.0
     hazards: int = 0
-    tolerated: int = 0  # reads of rows outside the operands, see run.reads_rows_outside
     seconds: float = 0.0
     compile_seconds: float = 0.0
     registers: int = 0
@@ -55,19 +54,17 @@ def table(results: Mapping[str, Any]) -> str:
         f"{verified} of {len(rows)} kernels verified **in the emulator, not on hardware**: nvcc {results['nvcc']},"
         f" CUTLASS {results['cutlass']}. Each case runs with copies landing as early and as late as they may."
         ' "error" is the largest one over its bound: 1 ulp of the output + 2^-23 sqrt(k) (\\|A\\| \\|B\\|), see'
-        ' [`problem.py`](cutlass_kernels/verify/problem.py). "edge reads" are hazards that cannot reach a result, see'
-        " `reads_rows_outside` in [`run.py`](cutlass_kernels/verify/run.py). Made by"
-        " `python -m cutlass_kernels verify`.",
+        " [`problem.py`](cutlass_kernels/verify/problem.py). Made by `python -m cutlass_kernels verify`.",
         "",
-        "| kernel | state | cases | exact integers | error | hazards | edge reads | registers | mutants found |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| kernel | state | cases | exact integers | error | hazards | registers | mutants found |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         mutants = "–" if row["mutants"] is None else f"{row['detected']}/{row['mutants']}"
         state = row["state"] + (f": {_one_line(row['why'])}" if row["why"] else "")
         lines.append(
             f"| `{row['name']}` | {state} | {row['cases']} | {row['exact']} | {row['error_over_bound']:.2f} |"
-            f" {row['hazards']} | {row['tolerated']} | {row['registers']} | {mutants} |"
+            f" {row['hazards']} | {row['registers']} | {mutants} |"
         )
     return "\n".join(lines)
 

@@ -197,7 +197,7 @@ def test_torchs_operators_compute_the_same(case: GemmCase) -> None:
 
 AUTOTUNED = """
 import torch, flashmla_ops
-from flashmla_ops.cuda.autotune import register_autotuning
+from flashmla_ops.cuda import register_autotuning
 register_autotuning()
 a, weight, bias = torch.randn(4, 16), torch.randn(8, 16), torch.randn(8)
 function = lambda a, weight, bias: torch.ops.flashmla.gemm(a, weight, bias, activation="silu") * 2

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cutlass_kernels import abi, build, emulator, toolchain, verify
 from cutlass_kernels.build import Built
-from cutlass_kernels.catalogue import kernels, representatives, smoke
+from cutlass_kernels.catalogue import kernels, smoke
 from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import CallError, MissingToolError
 from cutlass_kernels.verify import report
@@ -178,8 +178,9 @@ def test_most_dropped_synchronisation_is_noticed(built: dict[GemmConfig, Built])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", representatives(), ids=lambda config: config.name)
-def test_one_kernel_of_each_kind_is_verified(config: GemmConfig) -> None:
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("config", kernels(), ids=lambda config: config.name)
+def test_the_whole_catalogue_is_verified(config: GemmConfig) -> None:
     result = verify.verify(build.build([config], quiet=True)[0])
     assert (result.state, result.why) == ("verified", "")
 
@@ -200,3 +201,9 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     assert "wrong: 3 \\| mismatches" in text
     with pytest.raises(ValueError, match="expected one"):
         report.update(path, report.load(path))
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
+    root = Path(__file__).parents[2]
+    expected = report.table(report.load(root / "bench" / "results" / "cuda_verify.json"))
+    assert f"{report.BEGIN}\n{expected}\n{report.END}" in (root / "README.md").read_text()
