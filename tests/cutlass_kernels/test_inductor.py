@@ -29,7 +29,9 @@ def test_links_that_are_right_stay_and_wrong_ones_are_replaced(tmp_path: Path) -
     assert (folder / "tools").lstat().st_mtime_ns == before
 
 
-def test_inductor_takes_it(tmp_path: Path) -> None:
+def test_inductor_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cache folder of its own: Inductor keeps links there, and insists on those it finds."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     config = pytest.importorskip("torch._inductor.config")
     utils = pytest.importorskip("torch._inductor.codegen.cutlass.utils", reason="this torch has it elsewhere")
     with config.patch({"cutlass.cutlass_dir": inductor_cutlass_dir(tmp_path)}):
