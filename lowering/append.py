@@ -114,8 +114,8 @@ def scatter_rows(
 
     def position(index: Sequence[sympy.Expr]) -> list[sympy.Expr]:
         row, head, element = index
-        offset = slots.offset + slots.stride * row + CHECKED
-        slot = ops.indirect_indexing(ops.load(slots.name, offset), slots.capacity, check=False, wrap_neg=False)
+        checked = ops.load(slots.name, row + CHECKED)  # the copy has an element a row, however the tensor lies
+        slot = ops.indirect_indexing(checked, slots.capacity, check=False, wrap_neg=False)
         return [*page_and_token(cache, slot, page_size), head, element]
 
     scatter = RowScatter(

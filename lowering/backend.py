@@ -40,5 +40,5 @@ def flashmla(
     """Compile one graph. ``mode`` and ``options`` are those of Inductor; options of `Settings` start "flashmla."."""
     settings, theirs = split_options(options)
     patches = versions.inductor_options(mode, theirs)
-    with registration._entered(settings):
+    with registration.entered(settings):
         return versions.compile_fx(graph, example_inputs, registration.inductor_patches(patches))

@@ -61,7 +61,7 @@ class AppendArgs(KernelArgs):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[str, str] = {}
+        self.live: dict[Slots, str] = {}
 
 
 class _ChecksSlots:
@@ -74,7 +74,7 @@ class _ChecksSlots:
         plain = index - CHECKED
         if not _is_checked(index):
             return super().load(name, index)  # type: ignore[misc]
-        live = self.args.live[name]  # type: ignore[attr-defined]
+        live = self.args.live[self.current_node.node.data.slots]  # type: ignore[attr-defined]
         with patch.object(self.args, "input", lambda _: live):  # type: ignore[attr-defined]
             return super().load(name, plain)  # type: ignore[misc]
 
@@ -132,17 +132,19 @@ class AppendGroup(KernelGroup):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.args = AppendArgs()
+        self.copies = 0
 
     def check_slots(self, slots: Slots) -> None:
         """Emit the checked copy of a slot mapping, in front of the loops that follow."""
         live = self.args.live
-        if slots.name in live and slots.name not in V.graph.mutated_buffers:
+        if slots in live and slots.name not in V.graph.mutated_buffers:
             return
         rename = CppKernel(self.args, self.ws.num_threads).rename_indexing
         offset, n, stride, capacity = (
             cexpr_index(rename(sympy.expand(x))) for x in (slots.offset, slots.n, slots.stride, slots.capacity)
         )
-        name = f"live_slots{len(live)}"
+        name = f"live_slots{self.copies}"
+        self.copies += 1
         pointer = self.args.input(slots.name)
         self.ws.close()
         if versions.resets_division_flag():
@@ -154,7 +156,7 @@ class AppendGroup(KernelGroup):
         if versions.resets_division_flag():
             self.loops_code.writeline("inductor_cpu_integer_div_error_flag = &inductor_cpu_integer_div_error;")
         self.loops_code.writeline(f"const int64_t* const {name} = {name}_holder.data();")
-        live[slots.name] = name
+        live[slots] = name
 
     def codegen_group(self, name: str | None = None) -> str:
         source: str = super().codegen_group(name)

@@ -6,7 +6,7 @@ import copy
 import itertools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,7 +73,6 @@ class _Watch:
 
     compile: Callable[..., Any]
     compilations: int = 0
-    operators: set[str] = field(default_factory=set)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         self.compilations += 1

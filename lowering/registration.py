@@ -94,12 +94,13 @@ def active(settings: Settings | None = None) -> Iterator[Session]:
 
     For what is not `torch.compile`: ``torch._inductor.aoti_compile_and_package`` and the like.
     """
-    with _entered(settings or Settings()) as current, versions.patch_inductor(inductor_patches({})):
+    with entered(settings or Settings()) as current, versions.patch_inductor(inductor_patches({})):
         yield current
 
 
 @contextlib.contextmanager
-def _entered(settings: Settings) -> Iterator[Session]:
+def entered(settings: Settings) -> Iterator[Session]:
+    """A session without the passes in Inductor's configuration: for who hands that over by other ways."""
     install()
     current = Session(settings)
     if (watched := _RECORDING.get()) is not None:

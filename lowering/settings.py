@@ -15,8 +15,7 @@ class Settings:
 
     ``decode``: "extern" calls the compiled library, and work after it is a kernel of its own; "template" generates one
     kernel that holds attention and the pointwise work after it; "autotune" times both for every shape, when compiling.
-    The default is what measured faster on the CPU (docs/compile.md). ``fuse_append``: generate `append_` into the
-    kernel that computes the rows.
+    ``fuse_append``: generate `append_` into the kernel that computes the rows.
     """
 
     decode: str = "extern"

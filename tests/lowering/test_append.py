@@ -158,6 +158,30 @@ def test_slots_computed_in_the_graph_are_checked_too() -> None:
     assert cache.isnan().all()
 
 
+def test_views_of_one_slot_tensor_and_caches_of_different_sizes() -> None:
+    """Strided and offset slots; the same slots for two caches, of which only one has the last of them."""
+
+    def step(small: Tensor, large: Tensor, x: Tensor, slots: Tensor) -> None:
+        torch.ops.flashmla.append_(small, x, slots[1, ::2])
+        torch.ops.flashmla.append_(large, x * 2, slots[1, ::2])
+        torch.ops.flashmla.append_(large, x * 3, slots[0, 1::2])
+
+    def caches() -> list[Tensor]:
+        return [torch.full((pages, 4, 1, 8), torch.nan) for pages in (2, 4)]
+
+    compiled, x = Compiled(step), torch.arange(24.0).view(3, 1, 8)
+    slots = torch.tensor([[99, 15, 99, -1, 99, 15], [7, 99, -1, 99, 2, 99]])
+    actual, expected = caches(), caches()
+    compiled(*actual, x, slots)
+    step(*expected, x, slots)
+    assert all(map(same_bits, actual, expected))
+    assert [each.kind for each in compiled.program.steps] == ["kernel"]
+    untouched = caches()
+    with pytest.raises(RuntimeError, match=BAD_SLOT.format(15, 2)):
+        compiled(*untouched, x, torch.tensor([[0] * 6, [7, 0, -1, 0, 15, 0]]))
+    assert all(cache.isnan().all() for cache in untouched)
+
+
 def test_rows_made_of_rows_of_the_cache_are_read_before_they_are_overwritten() -> None:
     def move(cache: Tensor, slots: Tensor) -> None:
         torch.ops.flashmla.append_(cache, cache.flatten(0, 1)[:3] + 1, slots)
