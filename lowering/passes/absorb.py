@@ -32,6 +32,9 @@ from lowering.passes.writer import Writer
 
 PATTERN = "expanded MLA"
 
+#: A linear layer without bias; of rows that are not contiguous it is a batched product with one weight for all.
+PROJECTIONS = (aten.mm.default, aten.bmm.default)
+
 
 def absorb_latents(graph: torch.fx.Graph, record: Record) -> None:
     """Replace attention of short queries over expanded latents by absorbed `flashmla::decode` on the latents.
@@ -107,7 +110,7 @@ def expanded(attention: Attention) -> Expanded:
     parts = split(attention.k, attention.e)
     if len(parts) != 2:
         raise Refusal(f"keys of {len(parts)} parts, not an expanded latent and a rotary part")
-    projected = [part for part in parts if part.element.node.target in (aten.mm.default, aten.addmm.default)]
+    projected = [part for part in parts if part.element.node.target in (*PROJECTIONS, aten.addmm.default)]
     if len(projected) != 1:
         raise Refusal(f"{len(projected)} parts of the keys are projections, not one")
     (part,) = projected
@@ -173,12 +176,13 @@ def projection(element: Access) -> Projection:
     node = element.node
     if node.target == aten.addmm.default:
         raise Refusal(f"the projection {node} has a bias, which absorption would drop")
-    if node.target != aten.mm.default:
+    if node.target not in PROJECTIONS:
         raise Refusal(f"the values are {node}, not a projection of latents")
     left, right = inputs(node)
-    c = Axis("c", shape(left)[1])
-    row, column = element.index
-    latent, weight = resolve(Access(left, (row, whole(c)))), resolve(Access(right, (whole(c), column)))
+    c = Axis("c", shape(left)[-1])
+    *batch, row, column = element.index
+    latent = resolve(Access(left, (*batch, row, whole(c))))
+    weight = resolve(Access(right, (*batch, whole(c), column)))
     if not isinstance(c.size, int):
         raise Refusal("the rank of the latents is not static")
     return Projection(latent, weight, c, node)

@@ -80,16 +80,17 @@ def candidates(graph: torch.fx.Graph) -> Iterator[Candidate]:
             yield Candidate("softmax", node)
 
 
-def _softmax_before(node: Any, steps: int = 12) -> bool:
-    """Whether the left operand of a product descends from an exponential by moves and elementwise operators alone."""
-    while isinstance(node, Node) and steps > 0:
-        if node.target in (aten.exp.default, aten._softmax.default, aten._safe_softmax.default):
+def _softmax_before(node: Any, steps: int = 24) -> bool:
+    """Whether the left operand of a product descends from a softmax by moves and elementwise operators alone."""
+    frontier = [node]
+    while frontier and steps > 0:
+        node, steps = frontier.pop(), steps - 1
+        if node.target in (aten._softmax.default, aten._safe_softmax.default):
             return True
-        if node.target in (aten.bmm.default, aten.mm.default) or node.op != "call_function":
-            return False
-        # Of where(condition, 0, probabilities), the last input; of all others, the first.
-        inputs = node.all_input_nodes
-        node, steps = (inputs[-1] if node.target == aten.where.self else inputs[0]) if inputs else None, steps - 1
+        if node.target == aten.exp.default and any(_is_call(user, aten.sum.dim_IntList) for user in node.users):
+            return True
+        if node.target not in (aten.bmm.default, aten.mm.default, aten.addmm.default):
+            frontier.extend(each for each in node.all_input_nodes if _is_float(each))
     return False
 
 
@@ -130,7 +131,9 @@ def _match_sdpa(node: Node) -> Attention:
         scale = d_qk**-0.5
     _check_scale(scale)
     conditions = []
+    _tie(shape(val)[-2], j.size)
     if mask is not None:
+        _tie(shape(mask)[-1], j.size)
         conditions.append(hidden_unless(operand(access(output, [*outer, i, j]), mask)))
     if bound["is_causal"]:
         conditions.append(Condition((Affine(0, ((j, 1), (i, -1))),)))
@@ -139,7 +142,19 @@ def _match_sdpa(node: Node) -> Attention:
         resolve(access(tensor, axes))
         for tensor, axes in ((query, [*outer, i, e]), (key, [*k_axes, j, e]), (val, [*v_axes, j, x]))
     )
-    return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(conditions, i, j, k, v))
+    return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(conditions, i, j, node.graph))
+
+
+def _tie(size: Size, other: Size) -> None:
+    """Of two sizes that the operator requires to be equal or the first to be 1: a guard, where the graph does not say.
+
+    Caches of one model have a symbol each for a length that they share; the attention is an error if it is not shared.
+    """
+    if known(size == other) or known(size == 1):
+        return
+    hints = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else None for n in (size, other)]
+    if None in hints or hints[0] != hints[1] or not bool(size == other):
+        raise Refusal(f"{size} and {other} keys are not proven to be as many")
 
 
 def _outer_names(n: int) -> list[str]:
@@ -149,7 +164,7 @@ def _outer_names(n: int) -> list[str]:
 def _only_result(node: Node) -> Node:
     if node.target == aten.scaled_dot_product_attention.default:
         return node
-    results = {inputs(user)[1]: user for user in node.users}
+    results = {inputs(user)[1]: user for user in node.users if user.users}
     if set(results) != {0}:
         raise Refusal("the log-sum-exp of the scores has another use")
     return results[0]
@@ -170,11 +185,11 @@ def _kv_axes(outer: tuple[Axis, ...], sizes: list[Size]) -> list[Axis]:
     return axes
 
 
-def _visible(conditions: list[Condition], i: Axis, j: Axis, k: Access, v: Access) -> Visible:
+def _visible(conditions: list[Condition], i: Axis, j: Axis, graph: torch.fx.Graph) -> Visible:
     seen = Condition()
     for condition in conditions:
         seen = seen.both(condition)
-    return visible_keys(seen, i, j, [k, v])
+    return visible_keys(seen, i, j, graph)
 
 
 def _check_scale(scale: Any) -> None:
@@ -228,7 +243,7 @@ def _match_softmax(product: Node) -> Attention:
     scale = chain.scale * q_scale * k_scale
     _check_scale(scale)
     _check_users(chain, product)
-    return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(chain.conditions, i, j, k, v))
+    return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(chain.conditions, i, j, product.graph))
 
 
 def _output_axes(product: Node) -> tuple[Node, tuple[Axis, ...], Axis, Axis]:
@@ -399,12 +414,7 @@ def _condition_of_where(element: Access, side: Node) -> Condition:
     seen = operand(element, condition)
     if not isinstance(seen, Condition):
         raise Refusal("the condition of the mask is not proven")
-    if side is then:
-        return seen
-    negated = seen.negated()
-    if not isinstance(negated, Condition):
-        raise Refusal(f"the mask is not proven: {negated.reason}")
-    return negated
+    return seen if side is then else seen.negated()
 
 
 def _number(argument: Any) -> float:
@@ -439,6 +449,6 @@ def _check_users(chain: _Chain, product: Node) -> None:
     """Nothing between q k^T and the product with v is used elsewhere, so that all of it goes away."""
     inside = set(chain.nodes)
     for node in chain.nodes:
-        outside = [user for user in node.users if user not in inside]
+        outside = [user for user in node.users if user not in inside and (user.users or user.op == "output")]
         if node is not product and outside:
             raise Refusal(f"{node}, a part of it, has another use: {outside[0]}")

@@ -6,8 +6,8 @@ up to ``i + start``", for all sequences and heads alike: that is what the operat
 
 Two more things must be proven. Every query sees a key: otherwise the model's result is the mean of all values, or NaN,
 where the operators' is 0. And the last query's keys exist: a mask may go on beyond the cache, lengths may not. Where
-``start`` is a tensor, what proves both is the write of the new keys: they lie at ``start, start + 1, ...`` in the very
-tensor that is read, and a write beyond it raises.
+``start`` is a tensor, what proves both is a write of new keys in the same graph, by this layer or another whose cache
+is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph
 
 from lowering.passes.elements import (
     Access,
     Axis,
     Size,
     aten,
-    constant,
     inputs,
     known,
-    pieces,
-    replaced,
-    resolve,
     shape,
     whole,
 )
-from lowering.passes.values import Affine, Choice, Condition, Opaque, Value, evaluate
+from lowering.passes.values import Affine, Choice, Condition, Negated, Opaque, Value, evaluate
 
 
 class Refusal(Exception):
@@ -62,11 +58,8 @@ def hidden_unless(mask: Value) -> Condition:
     if isinstance(mask, Choice):
         if _is_zero(mask.then) and hides(mask.other):
             return mask.condition
-        negated = mask.condition.negated()
         if _is_zero(mask.other) and hides(mask.then):
-            if isinstance(negated, Opaque):
-                raise Refusal(f"the mask is not proven: {negated.reason}")
-            return negated
+            return mask.condition.negated()
         raise Refusal(f"the mask adds {mask.then} or {mask.other}, not 0 or -inf")
     raise Refusal(f"the mask adds {mask}, which is a bias and no mask")
 
@@ -83,8 +76,8 @@ def _is_zero(form: Affine) -> bool:
     return not form.terms and isinstance(form.constant, (int, float)) and form.constant == 0
 
 
-def visible_keys(seen: Condition, i: Axis, j: Axis, keys: list[Access]) -> Visible:
-    """What a condition on query i and key j says. ``keys`` are the tensors read at j; see `_written`.
+def visible_keys(seen: Condition, i: Axis, j: Axis, graph: Graph) -> Visible:
+    """What a condition on query i and key j says.
 
     Raises `Refusal` where it is none of the forms above or a bound is not proven.
     """
@@ -96,6 +89,8 @@ def visible_keys(seen: Condition, i: Axis, j: Axis, keys: list[Access]) -> Visib
     for literal in literals:
         if isinstance(literal, Opaque):
             raise Refusal(f"the mask depends on data: {literal.reason}")
+        if isinstance(literal, Negated):
+            raise Refusal(f"the mask is not causal: {literal}")
         if literal.factor(j) < 0:
             raise Refusal(f"the mask hides early keys (a window, or not causal): {literal} <= 0")
     if len(literals) > 1:
@@ -113,7 +108,7 @@ def visible_keys(seen: Condition, i: Axis, j: Axis, keys: list[Access]) -> Visib
     causal = rate == -1
     length = start + Affine(i.size if causal else 1)
     if start.loads():
-        _prove_written(start, length, keys, j)
+        _prove_written(start, length, graph, j.size)
     else:
         _prove_constant(start.constant, length.constant, j.size)
         if known(length.constant == j.size):
@@ -128,54 +123,34 @@ def _prove_constant(start: Size | float, length: Size | float, s_kv: Size) -> No
         raise Refusal(f"the last query sees {length} keys, which is not proven to be at most the {s_kv} there are")
 
 
-def _prove_written(start: Affine, length: Affine, keys: list[Access], j: Axis) -> None:
+def _prove_written(start: Affine, length: Affine, graph: Graph, s_kv: Size) -> None:
     ((load, _),) = start.loads()
-    for row in (row for key in keys for row in _rows(key, j)):
-        written = _written(row, j)
-        if written is None or [other.key for other, _ in written[0].loads()] != [load.key]:
+    for first, count, size in _writes(graph):
+        if [other.key for other, _ in first.loads()] != [load.key] or not known(size <= s_kv):
             continue
-        first, count = written
-        # first >= 0 and first + count <= s_kv, because the write did not raise.
+        # first >= 0 and first + count <= size <= s_kv, because the write does not raise.
         if known(start.constant >= first.constant) and known(length.constant <= first.constant + count):
             return
-    raise Refusal(f"no write of the keys proves that the {length} visible keys exist")
+    raise Refusal(f"no write in the graph proves that the {length} visible keys exist")
 
 
-def _rows(element: Access, j: Axis) -> Iterator[Access]:
-    """The tensors whose row j an element of row j is computed from: parts put together, and what a product expands."""
-    yield element
-    if (joined := pieces(element.node)) is not None:
-        dim, parts = joined
-        if all(digit.axis is not j for digit in element.entry(dim)):
-            for part in parts:
-                inner = replaced(element.index, dim, constant(0, shape(part.source)[dim]))
-                yield from _rows(resolve(Access(part.source, inner)), j)
-    elif element.node.target == aten.mm.default and any(digit.axis is j for digit in element.entry(0)):
-        rows = inputs(element.node)[0]
-        yield from _rows(resolve(Access(rows, (element.index[0], constant(0, shape(rows)[1])))), j)
-
-
-def _written(key: Access, j: Axis) -> tuple[Affine, Size] | None:
-    """If the keys are what a write at consecutive positions made: the first position and their number.
+def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
+    """Of all writes at consecutive positions: the first one, their number, and the size they must be within.
 
     Positions of a write count from the end where they are negative, which no cache means: `flashmla::decode` refuses a
     negative length.
     """
-    node = key.node
-    if node.target != aten.index_put.default or len(inputs(node)) > 3:
-        return None
-    indices: list[Node | None] = list(inputs(node)[1])
-    dims = [dim for dim, index in enumerate(indices) if index is not None]
-    if len(dims) != 1 or (positions := indices[dims[0]]) is None or len(shape(positions)) != 1:
-        return None
-    entry = key.entry(dims[0])
-    if len(entry) != 1 or entry[0].axis is not j or not entry[0].whole:
-        return None
-    t = Axis("t", shape(positions)[0])
-    first = evaluate(Access(positions, (whole(t),)))
-    if not isinstance(first, Affine) or len(first.loads()) != 1 or any(n != 1 for _, n in first.loads()):
-        return None
-    rest = [atom for atom in first.axes() if atom is not t]
-    if rest or (t.leaves() and first.factor(t) != 1):
-        return None
-    return Affine(first.constant, tuple(first.loads())), t.size
+    for node in graph.nodes:
+        if node.target != aten.index_put.default or not node.users:
+            continue
+        indices = inputs(node)[1]
+        dims = [dim for dim, index in enumerate(indices) if index is not None]
+        if len(dims) != 1 or len(shape(indices[dims[0]])) != 1:
+            continue
+        positions = indices[dims[0]]
+        t = Axis("t", shape(positions)[0])
+        first = evaluate(Access(positions, (whole(t),)))
+        if not isinstance(first, Affine) or [n for _, n in first.loads()] != [1]:
+            continue
+        if all(axis is t for axis in first.axes()) and (not t.leaves() or first.factor(t) == 1):
+            yield Affine(first.constant, tuple(first.loads())), t.size, shape(node)[dims[0]]

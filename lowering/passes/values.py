@@ -101,7 +101,17 @@ class Opaque:
     reason: str
 
 
-Literal: TypeAlias = Affine | Opaque
+@dataclass(frozen=True)
+class Negated:
+    """That one of several conditions does not hold."""
+
+    condition: Condition
+
+    def __str__(self) -> str:
+        return f"not all of {', '.join(map(str, self.condition.literals))}"
+
+
+Literal: TypeAlias = Affine | Opaque | Negated
 
 
 @dataclass(frozen=True)
@@ -113,12 +123,14 @@ class Condition:
     def both(self, other: Condition) -> Condition:
         return Condition(self.literals + other.literals)
 
-    def negated(self) -> Condition | Opaque:
+    def negated(self) -> Condition:
         if self.never():
             return Condition()
         if len(self.literals) != 1:
-            return NEVER if not self.literals else Opaque("one of several conditions, which is not causal")
+            return Condition((Negated(self),)) if self.literals else NEVER
         (literal,) = self.literals
+        if isinstance(literal, Negated):
+            return literal.condition
         if isinstance(literal, Opaque):
             return Condition((Opaque(f"not ({literal.reason})"),))
         return Condition((literal.scaled(-1) + Affine(1),))
@@ -133,8 +145,17 @@ class Condition:
             top = literal.largest() if isinstance(literal, Affine) else None
             return top is not None and known(top <= 0)
 
-        kept = {str(x): x for x in self.literals if not always(x)}
+        literals = [part for x in self.literals for part in _simplified(x)]
+        kept = {str(x): x for x in literals if not always(x)}
         return Condition(tuple(kept.values()))
+
+
+def _simplified(literal: Literal) -> tuple[Literal, ...]:
+    """A negation of what is but one literal, as that literal's negation."""
+    if isinstance(literal, Negated):
+        inner = literal.condition.simplified()
+        return inner.negated().literals if len(inner.literals) <= 1 else (Negated(inner),)
+    return (literal,)
 
 
 NEVER = Condition((Affine(1),))
@@ -334,8 +355,7 @@ def _not(element: Access) -> Value:
     inner = operand(element, inputs(element.node)[0])
     if not isinstance(inner, Condition):
         return _unknown(element)
-    negated = inner.negated()
-    return negated if isinstance(negated, Condition) else Condition((negated,))
+    return inner.negated()
 
 
 def _where(element: Access) -> Value:

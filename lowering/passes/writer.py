@@ -161,8 +161,17 @@ class Writer:
         return self.call(aten.slice.Tensor, node, dim, self.size(digit.offset), self.size(digit.stop))
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let all users of ``old`` use ``new``, whose strides may differ; the fake tensors behind it follow."""
+        """Let all users of ``old`` use ``new``, whose strides may differ; the fake tensors behind it follow.
+
+        A call that ``old`` is a result of goes at once: SDPA has a dropout, for which it counts as impure, and no
+        removal of dead code would touch it.
+        """
+        call = inputs(old)[0] if old.target is operator.getitem else old
         old.replace_all_uses_with(new)
+        for result in [user for user in call.users if not user.users]:
+            self.graph.erase_node(result)
+        if not call.users:
+            self.graph.erase_node(call)
         changed = {new}
         for node in list(self.graph.nodes):
             if node.op == "call_function" and changed.intersection(node.all_input_nodes) and node is not new:
