@@ -116,7 +116,7 @@ def test_decode_on_a_static_cache(family: str, implementation: str) -> None:
     assert {viewed(cache) for cache in read} <= set(buffers)  # views of the caches themselves, and no copy
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "deepseek-v3-dense"])
 def test_decode_on_a_growing_cache(family: str, implementation: str) -> None:
     """A graph for the first length, and one for all others."""
@@ -129,7 +129,7 @@ def test_decode_on_a_growing_cache(family: str, implementation: str) -> None:
     assert pair.compiled.refusals == []
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_without_a_cache(family: str, implementation: str) -> None:
     pair = Pair(family, implementation, None)
