@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 import torch
 
+from lowering.passes.absorb import absorb_latents
+from lowering.passes.attend import rewrite_attention
 from lowering.passes.record import Decision, Record
 
 GraphPass = Callable[[torch.fx.Graph, Record], None]
 
 #: In the order in which they run.
-PASSES: list[GraphPass] = []
+PASSES: list[GraphPass] = [absorb_latents, rewrite_attention]
 
 __all__ = ["PASSES", "Decision", "GraphPass", "Record"]

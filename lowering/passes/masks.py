@@ -1,0 +1,156 @@
+"""Which keys a query sees, proven from what the graph computes as its mask.
+
+A mask hides what it sets to -inf (or to the most negative number of its type, which no score survives either) and adds
+0 to the rest. The conditions of all masks of one attention together must say "no key", "the keys before n" or "the keys
+up to ``i + start``", for all sequences and heads alike: that is what the operators can express.
+
+Two more things must be proven. Every query sees a key: otherwise the model's result is the mean of all values, or NaN,
+where the operators' is 0. And the last query's keys exist: a mask may go on beyond the cache, lengths may not. Where
+``start`` is a tensor, what proves both is a write of new keys in the same graph, by this layer or another whose cache
+is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph
+
+from lowering.passes.elements import (
+    Access,
+    Axis,
+    Size,
+    aten,
+    inputs,
+    known,
+    shape,
+    whole,
+)
+from lowering.passes.values import Affine, Choice, Condition, Negated, Opaque, Value, evaluate
+
+
+class Refusal(Exception):
+    """Why a candidate is left alone."""
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Of ``s_kv`` keys, the last query sees the first ``length``; with ``causal`` each earlier query sees one less.
+
+    ``length`` is None for all of them, and otherwise ``constant`` plus at most one element of a tensor.
+    """
+
+    length: Affine | None = None
+    causal: bool = False
+
+
+def hidden_unless(mask: Value) -> Condition:
+    """The condition under which a mask does not hide a key. Raises `Refusal` if it does anything else than hide."""
+    if isinstance(mask, Condition):
+        return mask
+    if isinstance(mask, Affine) and not mask.terms and mask.constant == 0:
+        return Condition()
+    if isinstance(mask, Opaque):
+        raise Refusal(f"the mask is not proven: {mask.reason}")
+    if isinstance(mask, Choice):
+        if _is_zero(mask.then) and hides(mask.other):
+            return mask.condition
+        if _is_zero(mask.other) and hides(mask.then):
+            return mask.condition.negated()
+        raise Refusal(f"the mask adds {mask.then} or {mask.other}, not 0 or -inf")
+    raise Refusal(f"the mask adds {mask}, which is a bias and no mask")
+
+
+def hides(form: Affine) -> bool:
+    """Whether a number added to a score leaves nothing of its weight: -inf, or the least number of a float type."""
+    if form.terms or not isinstance(form.constant, (int, float)):
+        return False
+    least = [torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    return form.constant == -math.inf or form.constant in least
+
+
+def _is_zero(form: Affine) -> bool:
+    return not form.terms and isinstance(form.constant, (int, float)) and form.constant == 0
+
+
+def visible_keys(seen: Condition, i: Axis, j: Axis, graph: Graph) -> Visible:
+    """What a condition on query i and key j says.
+
+    Raises `Refusal` where it is none of the forms above or a bound is not proven.
+    """
+    literals = seen.simplified().literals
+    if seen.never():
+        raise Refusal("the mask hides every key")
+    if not literals:
+        return Visible()
+    for literal in literals:
+        if isinstance(literal, Opaque):
+            raise Refusal(f"the mask depends on data: {literal.reason}")
+        if isinstance(literal, Negated):
+            raise Refusal(f"the mask is not causal: {literal}")
+        if literal.factor(j) < 0:
+            raise Refusal(f"the mask hides early keys (a window, or not causal): {literal} <= 0")
+    if len(literals) > 1:
+        raise Refusal(f"the mask has several conditions: {', '.join(f'{x} <= 0' for x in literals)}")
+    (bound,) = literals
+    assert isinstance(bound, Affine)
+    rate = bound.factor(i)
+    if bound.factor(j) != 1 or rate not in (0, -1):
+        raise Refusal(f"the mask is not causal: {bound} <= 0")
+    start = Affine(bound.constant, tuple(term for term in bound.terms if term[0] not in (i, j))).scaled(-1)
+    if start.axes() or any(load.element.leaves() for load, _ in start.loads()):
+        raise Refusal(f"the mask differs between queries, sequences or heads: {bound} <= 0")
+    if len(start.loads()) > 1 or any(n != 1 for _, n in start.loads()):
+        raise Refusal(f"the mask depends on several tensors: {bound} <= 0")
+    causal = rate == -1
+    length = start + Affine(i.size if causal else 1)
+    if start.loads():
+        _prove_written(start, length, graph, j.size)
+    else:
+        _prove_constant(start.constant, length.constant, j.size)
+        if known(length.constant == j.size):
+            return Visible(None, causal)
+    return Visible(length, causal)
+
+
+def _prove_constant(start: Size | float, length: Size | float, s_kv: Size) -> None:
+    if not known(start >= 0):
+        raise Refusal(f"the first query is not proven to see a key: it sees those up to {start}")
+    if not known(length <= s_kv):
+        raise Refusal(f"the last query sees {length} keys, which is not proven to be at most the {s_kv} there are")
+
+
+def _prove_written(start: Affine, length: Affine, graph: Graph, s_kv: Size) -> None:
+    ((load, _),) = start.loads()
+    for first, count, size in _writes(graph):
+        if [other.key for other, _ in first.loads()] != [load.key] or not known(size <= s_kv):
+            continue
+        # first >= 0 and first + count <= size <= s_kv, because the write does not raise.
+        if known(start.constant >= first.constant) and known(length.constant <= first.constant + count):
+            return
+    raise Refusal(f"no write in the graph proves that the {length} visible keys exist")
+
+
+def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
+    """Of all writes at consecutive positions: the first one, their number, and the size they must be within.
+
+    Positions of a write count from the end where they are negative, which no cache means: `flashmla::decode` refuses a
+    negative length.
+    """
+    for node in graph.nodes:
+        if node.target != aten.index_put.default or not node.users:
+            continue
+        indices = inputs(node)[1]
+        dims = [dim for dim, index in enumerate(indices) if index is not None]
+        if len(dims) != 1 or len(shape(indices[dims[0]])) != 1:
+            continue
+        positions = indices[dims[0]]
+        t = Axis("t", shape(positions)[0])
+        first = evaluate(Access(positions, (whole(t),)))
+        if not isinstance(first, Affine) or [n for _, n in first.loads()] != [1]:
+            continue
+        if all(axis is t for axis in first.axes()) and (not t.leaves() or first.factor(t) == 1):
+            yield Affine(first.constant, tuple(first.loads())), t.size, shape(node)[dims[0]]

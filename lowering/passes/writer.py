@@ -1,0 +1,211 @@
+"""Write nodes into a graph, each with the fake tensor that the rest of the compiler expects of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from lowering.passes.elements import Access, Axis, Digit, Entry, Size, aten, cut_digits, inputs, known, prims, shape
+from lowering.passes.masks import Refusal
+
+Group = Sequence[Axis]
+
+
+class Writer:
+    """Writes before a node. What it writes for one attention, a later one of the same graph may use: see `shared`."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.graph = graph
+        self.before: Node | None = None
+        self._shared: dict[tuple[str, ...], Node] = {}
+        values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+        self.fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        assert self.before is not None
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = self.run(node)
+        return node
+
+    def run(self, node: Node) -> Any:
+        """What a call gives for the fake values of its arguments."""
+        args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def shared(self, *key: object) -> tuple[tuple[str, ...], Node | None]:
+        """A key for something that all layers can use, and the node if it was written before."""
+        text = tuple(str(part) for part in key)
+        return text, self._shared.get(text)
+
+    def share(self, key: tuple[str, ...], node: Node) -> Node:
+        self._shared[key] = node
+        return node
+
+    def size(self, size: Any) -> Any:
+        """An argument for a size: a number, or a node that computes the symbolic size."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expr = size.node.expr
+        if expr.is_number:
+            return int(expr)
+        key, found = self.shared("size", expr)
+        return found if found is not None else self.share(key, self._expression(expr))
+
+    def _expression(self, expr: Any) -> Any:
+        if expr.is_number:
+            return int(expr)
+        if expr.is_Symbol:
+            return self._symbol(expr)
+        if expr.is_Add or expr.is_Mul:
+            function = operator.add if expr.is_Add else operator.mul
+            first, *rest = (self._expression(arg) for arg in expr.args)
+            for term in rest:
+                first = (
+                    function(first, term)
+                    if isinstance(first, int) and isinstance(term, int)
+                    else self.call(function, first, term)
+                )
+            return first
+        for node in self._earlier():
+            if isinstance(val := node.meta.get("val"), torch.SymInt) and val.node.expr == expr:
+                return node
+        raise Refusal(f"the size {expr} has no node in the graph")
+
+    def _symbol(self, symbol: Any) -> Node:
+        for node in self._earlier():
+            val = node.meta.get("val")
+            if isinstance(val, torch.SymInt) and val.node.expr == symbol:
+                return node
+            if node.op == "placeholder" and isinstance(val, torch.Tensor):
+                for dim, n in enumerate(val.shape):
+                    if isinstance(n, torch.SymInt) and n.node.expr == symbol:
+                        return self.call(aten.sym_size.int, node, dim)
+        raise Refusal(f"the size {symbol} has no node in the graph")
+
+    def _earlier(self) -> list[Node]:
+        nodes = list(self.graph.nodes)
+        assert self.before is not None
+        return nodes[: nodes.index(self.before)]
+
+    def view(self, node: Node, sizes: Sequence[Size]) -> Node:
+        """The elements in another shape; copied only if their strides leave no other way."""
+        if len(sizes) == len(shape(node)) and all(known(n == m) for n, m in zip(sizes, shape(node), strict=True)):
+            return node
+        target = [self.size(n) for n in sizes]
+        if not viewable(node, sizes):
+            node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self.call(aten.view.default, node, target)
+
+    def iota(self, length: Size, dtype: torch.dtype, device: torch.device) -> Node:
+        options = {"start": 0, "step": 1, "dtype": dtype, "device": device, "requires_grad": False}
+        return self.call(prims.iota.default, self.size(length), **options)
+
+    def lay_out(self, element: Access, groups: Sequence[Group]) -> Node:
+        """The tensor that has ``element`` at the index of ``groups``: one dimension for each, its axes in that order.
+
+        Only views, except where axes from different places are merged into one dimension.
+        """
+        wanted = [tuple(leaf for axis in group for leaf in axis.leaves()) for group in groups]
+        node, units = self._separate(element, wanted)
+        order = [unit for group in wanted for unit in _units_of(group, units)]
+        read = [axis for unit in units for axis in unit]
+        if sorted(order) != list(range(len(units))) or sum(map(len, wanted)) != len(read):
+            raise Refusal(f"{element.node} is read along {read}, not along {list(wanted)}")
+        if order != sorted(order):
+            node = self.call(aten.permute.default, node, order)
+        sizes: list[Size] = []
+        for group in wanted:
+            product: Size = 1
+            for axis in group:
+                product = product * axis.size
+            sizes.append(product)
+        return self.view(node, sizes)
+
+    def _separate(self, element: Access, wanted: list[tuple[Axis, ...]]) -> tuple[Node, list[tuple[Axis, ...]]]:
+        """The node with a dimension for each axis or whole group that its element depends on, and those."""
+        node = element.node
+        entries: list[Entry] = []
+        sizes: list[Size] = []
+        for entry, size in zip(element.index, shape(node), strict=True):
+            digits = cut_digits(entry)
+            if len(digits) <= 1 or (all(d.whole for d in digits) and tuple(d.axis for d in digits) in wanted):
+                entries.append(digits)
+                sizes.append(size)
+            else:
+                entries.extend((digit,) for digit in digits)
+                sizes.extend(digit.size for digit in digits)
+        node = self.view(node, sizes)
+        units: list[tuple[Axis, ...]] = []
+        for entry in entries:
+            dim = len(units)
+            if not entry or entry[0].axis is None:
+                node = self.call(aten.select.int, node, dim, self.size(entry[0].offset) if entry else 0)
+                continue
+            node = self._narrow(node, dim, entry)
+            units.append(tuple(digit.axis for digit in entry if digit.axis is not None))
+        return node, units
+
+    def _narrow(self, node: Node, dim: int, entry: Entry) -> Node:
+        if len(entry) > 1 or entry[0].whole:
+            return node
+        digit: Digit = entry[0]
+        return self.call(aten.slice.Tensor, node, dim, self.size(digit.offset), self.size(digit.stop))
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let all users of ``old`` use ``new``, whose strides may differ; the fake tensors behind it follow.
+
+        A call that ``old`` is a result of goes at once: SDPA has a dropout, for which it counts as impure, and no
+        removal of dead code would touch it.
+        """
+        call = inputs(old)[0] if old.target is operator.getitem else old
+        old.replace_all_uses_with(new)
+        for result in [user for user in call.users if not user.users]:
+            self.graph.erase_node(result)
+        if not call.users:
+            self.graph.erase_node(call)
+        changed = {new}
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and changed.intersection(node.all_input_nodes) and node is not new:
+                self._refresh(node, changed)
+
+    def _refresh(self, node: Node, changed: set[Node]) -> None:
+        if node.target == aten.view.default and not viewable(inputs(node)[0], node.meta["val"].shape):
+            self.before = node
+            clone = self.call(aten.clone.default, inputs(node)[0], memory_format=torch.contiguous_format)
+            node.replace_input_with(inputs(node)[0], clone)
+        before, after = node.meta["val"], self.run(node)
+        if not _same_layout(before, after):
+            node.meta["val"] = after
+            changed.add(node)
+
+
+def _units_of(group: tuple[Axis, ...], units: list[tuple[Axis, ...]]) -> list[int]:
+    if group in units:
+        return [units.index(group)]
+    return [units.index((axis,)) for axis in group if (axis,) in units]
+
+
+def viewable(node: Node, sizes: Sequence[Size]) -> bool:
+    """Whether a tensor can have these sizes without a copy."""
+    try:
+        node.meta["val"].view(list(sizes))
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _same_layout(before: Any, after: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
+    return all(
+        not isinstance(x, torch.Tensor) or all(known(n == m) for n, m in zip(x.stride(), y.stride(), strict=True))
+        for x, y in pairs
+    )

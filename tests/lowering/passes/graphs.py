@@ -1,0 +1,79 @@
+"""Graphs as the passes see them: functional, in ATen operators, decomposed as Inductor does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lowering.passes import PASSES, Record
+
+Function = Callable[..., Any]
+
+
+def traced(function: Function, *inputs: Tensor, mode: str = "fake") -> torch.fx.GraphModule:
+    """The graph of a function of tensors. Sizes are constants, or all symbolic with ``mode="symbolic"``."""
+    with enable_python_dispatcher():
+        functional = torch.func.functionalize(lambda *args: function(*args))
+        return make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode=mode)(*inputs)
+
+
+def rewrite(graph: torch.fx.GraphModule) -> Record:
+    """Run the passes as the backend does."""
+    record = Record()
+    for each in PASSES:
+        each(graph.graph, record)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    return record
+
+
+def operators(graph: torch.fx.GraphModule) -> list[str]:
+    """The operators of ours that a graph calls."""
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return [target.removeprefix("flashmla.").removesuffix(".default") for target in targets if "flashmla" in target]
+
+
+@dataclass
+class Rewritten:
+    """``function`` compiled with the passes alone: its rewritten graphs run operator by operator."""
+
+    function: Function
+    graphs: list[torch.fx.GraphModule] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        backend = aot_autograd(
+            fw_compiler=self._compile, inference_compiler=self._compile, decompositions=select_decomp_table()
+        )
+        self._compiled = torch.compile(self.function, backend=backend, fullgraph=True)
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Function:
+        self.records.append(rewrite(graph))
+        self.graphs.append(graph)
+        return graph.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+    @property
+    def refusals(self) -> list[str]:
+        return [str(decision) for record in self.records for decision in record if not decision.rewritten]
+
+
+def dynamic_lengths(*tensors: Tensor) -> None:
+    """Let the compiler take the sizes of dimension 2, the tokens of ``[b, h, s, d]``, for variables."""
+    for x in tensors:
+        torch._dynamo.mark_dynamic(x, 2)
+
+
+def assert_equal_to(actual: Tensor, expected: Tensor, *, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
