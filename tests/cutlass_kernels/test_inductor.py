@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,10 +32,19 @@ def test_links_that_are_right_stay_and_wrong_ones_are_replaced(tmp_path: Path) -
     assert (folder / "tools").lstat().st_mtime_ns == before
 
 
-def test_inductor_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a cache folder of its own: Inductor keeps links there, and insists on those it finds."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    config = pytest.importorskip("torch._inductor.config")
-    utils = pytest.importorskip("torch._inductor.codegen.cutlass.utils", reason="this torch has it elsewhere")
-    with config.patch({"cutlass.cutlass_dir": inductor_cutlass_dir(tmp_path)}):
-        assert utils.try_import_cutlass()
+TAKEN = """
+import sys
+import torch._inductor.config as config
+from torch._inductor.codegen.cutlass import utils
+config.cutlass.cutlass_dir = sys.argv[1]
+assert utils.try_import_cutlass()
+"""
+
+
+def test_inductor_takes_it(tmp_path: Path) -> None:
+    """In a process of its own: Inductor keeps links to the folder in its cache, and changes sys.path."""
+    pytest.importorskip("torch._inductor.codegen.cutlass.utils", reason="this torch has it elsewhere")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    folder = inductor_cutlass_dir(tmp_path / "cutlass")
+    done = subprocess.run([sys.executable, "-c", TAKEN, folder], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
