@@ -12,13 +12,20 @@ documentation is in this file, each with its reason:
 5. `GroupedGemm` describes A with B's layout. The operation class takes what we say.
 6. Names of emitted types do not say the epilogue, nor the schedule of k: two kernels could share one, and with it
    CUTLASS's static members once both are loaded. `generate` renames them.
+7. Importing it makes a database of compiled kernels in the current folder, which nothing here uses. It gets one in
+   memory.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import sqlite3
+import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 from cutlass_kernels.config import BYTES, GemmConfig
 from cutlass_kernels.errors import MissingToolError
@@ -29,13 +36,29 @@ HOW_TO_GET_IT = "pip install 'nvidia-cutlass==4.2.0.0' (or this package's extra:
 def load() -> Any:
     """The module `cutlass_cppgen`. Raises `MissingToolError` without it."""
     try:
-        import cutlass_cppgen
+        with _database_in_memory():
+            import cutlass_cppgen
+            import cutlass_cppgen.backend
     except ImportError as error:
         raise MissingToolError(f"generating kernels needs cutlass_cppgen ({error}): {HOW_TO_GET_IT}") from error
     from cutlass_cppgen.epilogue import epilogue
 
     epilogue.ast, epilogue.textwrap = ast, textwrap  # work-around 3
     return cutlass_cppgen
+
+
+@contextlib.contextmanager
+def _database_in_memory() -> Iterator[None]:  # work-around 7
+    if "cutlass_cppgen.backend" in sys.modules:
+        yield
+        return
+    connect = sqlite3.connect
+
+    def connect_elsewhere(database: Any, *args: Any, **kwargs: Any) -> Any:
+        return connect(":memory:" if database == "compiled_cache.db" else database, *args, **kwargs)
+
+    with patch.object(sqlite3, "connect", connect_elsewhere):
+        yield
 
 
 def version() -> str:

@@ -18,7 +18,7 @@ from cutlass_kernels.catalogue import smoke
 from cutlass_kernels.errors import BuildError, MissingToolError
 from cutlass_kernels.toolchain import Nvcc
 
-pytest.importorskip("cutlass_cppgen", reason="nvidia-cutlass is not installed")
+pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
 SMALL = smoke()[0]
 
 CLEAN = """\

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ from cutlass_kernels.catalogue import fused, kernels, representatives, sm80, sm9
 from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import GenerateError
 
-pytest.importorskip("cutlass_cppgen", reason="nvidia-cutlass is not installed")
+pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,13 @@ def test_the_same_bytes_in_another_process(sources: dict[GemmConfig, str]) -> No
     here = hashlib.sha256("".join(sources[config] for config in representatives()).encode()).hexdigest()
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == here
+
+
+def test_nothing_is_left_in_the_current_folder(tmp_path: Path) -> None:
+    script = "from cutlass_kernels import catalogue, generate; generate.source(catalogue.kernels()[0])"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_arguments_of_an_epilogue_follow_its_tree() -> None:

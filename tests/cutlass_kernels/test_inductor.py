@@ -46,5 +46,6 @@ def test_inductor_takes_it(tmp_path: Path) -> None:
     pytest.importorskip("torch._inductor.codegen.cutlass.utils", reason="this torch has it elsewhere")
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     folder = inductor_cutlass_dir(tmp_path / "cutlass")
-    done = subprocess.run([sys.executable, "-c", TAKEN, folder], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", TAKEN, folder]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

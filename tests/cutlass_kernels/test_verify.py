@@ -77,7 +77,7 @@ def test_an_ulp_is_the_distance_to_the_next_number(element: str) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> dict[GemmConfig, Built]:
-    pytest.importorskip("cutlass_cppgen", reason="nvidia-cutlass is not installed")
+    pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
     try:
         toolchain.nvcc()
     except MissingToolError as error:
