@@ -15,6 +15,7 @@
 #include <stdexcept>
 
 #include "flashmla/attend_dot.h"
+#include "flashmla/attend_few.h"
 #include "flashmla/attend_lanes.h"
 #include "flashmla/decode.h"
 #include "flashmla/finish.h"
@@ -61,7 +62,10 @@ private:
   static auto with_attention(int64_t rows, F f) {
     if (rows > kFewRows) return f(static_cast<LaneAttention<Isa, T>*>(nullptr));
     if constexpr (Mac<Isa, T>::pairs) {
-      return f(static_cast<LaneAttention<typename Mac<Isa, T>::Isa::Half, T, Isa>*>(nullptr));
+      if (rows > 4) return f(static_cast<FewAttention<Isa, T, 8>*>(nullptr));
+      if (rows > 2) return f(static_cast<FewAttention<Isa, T, 4>*>(nullptr));
+      if (rows > 1) return f(static_cast<FewAttention<Isa, T, 2>*>(nullptr));
+      return f(static_cast<FewAttention<Isa, T, 1>*>(nullptr));
     } else {
       return f(static_cast<DotAttention<Isa, T>*>(nullptr));
     }

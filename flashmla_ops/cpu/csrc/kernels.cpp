@@ -7,6 +7,7 @@
 #define FLASHMLA_STRING(a) FLASHMLA_STRING_(a)
 
 #include "flashmla/attend_dot.h"
+#include "flashmla/attend_few.h"
 #include "flashmla/attend_lanes.h"
 #include "flashmla/bmm.h"
 #include "flashmla/finish.h"
@@ -44,7 +45,9 @@ template <class T, class F>
 auto with_attention(int64_t rows, F f) {
   if (rows > kFewRows) return f(Tag<LaneAttention<Isa, T>>{});
   if constexpr (Mac<Isa, T>::pairs) {
-    return f(Tag<LaneAttention<typename Mac<Isa, T>::Isa::Half, T, Isa>>{});
+    if (rows > 4) return f(Tag<FewAttention<Isa, T, 8>>{});
+    if (rows > 2) return f(Tag<FewAttention<Isa, T, 4>>{});
+    return rows > 1 ? f(Tag<FewAttention<Isa, T, 2>>{}) : f(Tag<FewAttention<Isa, T, 1>>{});
   } else {
     return f(Tag<DotAttention<Isa, T>>{});
   }

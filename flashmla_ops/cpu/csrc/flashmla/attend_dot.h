@@ -1,5 +1,5 @@
 // Attention for few query rows a KV head (GQA, MHA, MLA with one to a few heads), where a lane a row would leave most
-// lanes empty: lanes run along the row. (Not for pairs of bf16, where eight lanes of rows are faster.) Rows are read in
+// lanes empty: lanes run along the row. (Pairs of bf16: see FewAttention.) Rows are read in
 // place, each key and value once for up to four query rows; what bounds this is memory, not arithmetic.
 #pragma once
 

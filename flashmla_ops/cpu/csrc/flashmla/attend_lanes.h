@@ -13,14 +13,13 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-// Columns: what O = P V is computed with, whose lanes are columns, however few the rows are.
-template <class Isa, class T, class Columns = Isa>
+template <class Isa, class T>
 class LaneAttention {
   using M = Mac<Isa, T>;
   using S = Stage<Isa, T>;
   using Unit = typename M::Unit;
   using F = typename Isa::F;
-  static constexpr int W = Isa::W, kColumns = Columns::W, kPanel = Isa::qk_n * W, kBlock = Isa::block;
+  static constexpr int W = Isa::W, kPanel = Isa::qk_n * W, kBlock = Isa::block;
   static constexpr int kTokensPerUnit = M::pairs ? 2 : 1;  // of a value
   // What a unit is, is what lies in the cache.
   static constexpr bool kInPlace = M::pairs || std::is_same_v<T, float>;
@@ -166,7 +165,7 @@ private:
         if (part.units) steps += tiles * (Isa::step || rows_ == W ? stepped(part.units) : S::chunks(part.units));
       }
     }
-    const int64_t wide = kValueVectors * kColumns, tiles = rows_ / kValueRows * ((call_.d_v + wide - 1) / wide);
+    const int64_t wide = kValueVectors * W, tiles = rows_ / kValueRows * ((call_.d_v + wide - 1) / wide);
     return steps + tiles * stepped(value_units(n));
   }
   static int value_units(int n) { return (n + kTokensPerUnit - 1) / kTokensPerUnit; }
@@ -240,19 +239,19 @@ private:
   template <class Each>
   void accumulate(Rows<T, kBlock>& rows, bool first_block, Each each) {
     if (rows.n % kTokensPerUnit) rows.kv[rows.n] = zeros_;
-    const int64_t whole = call_.d_v / kColumns, vectors = kInPlace ? whole : (call_.d_v + kColumns - 1) / kColumns;
+    const int64_t whole = call_.d_v / W, vectors = kInPlace ? whole : (call_.d_v + W - 1) / W;
     for (int64_t v = 0; v < vectors;) {
-      const int64_t chunk_left = kChunk / kColumns - v % (kChunk / kColumns),
+      const int64_t chunk_left = kChunk / W - v % (kChunk / W),
                     left = vectors - v < chunk_left ? vectors - v : chunk_left;
       if (kValueVectors >= 3 && left != 4 && left >= 3) {
-        accumulate_columns<kValueVectors, false>(rows, v * kColumns, first_block, each), v += kValueVectors;
+        accumulate_columns<kValueVectors, false>(rows, v * W, first_block, each), v += kValueVectors;
       } else if (kValueVectors >= 2 && left >= 2) {  // 4 as 2 + 2: a lone vector's accumulators do not hide the latency
-        accumulate_columns<2, false>(rows, v * kColumns, first_block, each), v += 2;
+        accumulate_columns<2, false>(rows, v * W, first_block, each), v += 2;
       } else {
-        accumulate_columns<1, false>(rows, v * kColumns, first_block, each), v += 1;
+        accumulate_columns<1, false>(rows, v * W, first_block, each), v += 1;
       }
     }
-    if (vectors * kColumns < call_.d_v) accumulate_columns<1, true>(rows, vectors * kColumns, first_block, each);
+    if (vectors * W < call_.d_v) accumulate_columns<1, true>(rows, vectors * W, first_block, each);
   }
   // N vectors of columns, or (PART) the last columns, which are less than a vector.
   template <int N, bool PART, class Each>
@@ -261,14 +260,14 @@ private:
     const T* const* tokens = rows.kv;
     const auto values = [=, this](int t, int n) __attribute__((always_inline)) {
       if constexpr (!kInPlace) {
-        return Columns::load(staged + t * kChunk + n * kColumns);
+        return Isa::load(staged + t * kChunk + n * W);
       } else if constexpr (M::pairs) {
         const T *one = tokens[2 * t] + column, *two = tokens[2 * t + 1] + column;
-        return PART ? Columns::interleave(part(one).elements, part(two).elements)
-                    : Columns::interleave(one + n * kColumns, two + n * kColumns);
+        return PART ? Isa::interleave(part(one).elements, part(two).elements)
+                    : Isa::interleave(one + n * W, two + n * W);
       } else {
-        const T* value = tokens[t] + column + n * kColumns;
-        return PART ? Columns::load(part(value).elements) : Columns::load(value);
+        const T* value = tokens[t] + column + n * W;
+        return PART ? Isa::load(part(value).elements) : Isa::load(value);
       }
     };
     for (int64_t r = 0; r < rows_; r += kValueRows) {
@@ -280,16 +279,16 @@ private:
         const int64_t first = r / kPanel * kPanel;
         weights = scores_ + first * kBlock + (r - first), stride = panel_width(first);
       }
-      value_tile<Mac<Columns, T>, kValueRows, N>(weights, stride, values, into_.o + r * into_.stride + column,
-                                                 into_.stride, rescale_ + r, value_units(rows.n), first_block, each);
+      value_tile<M, kValueRows, N>(weights, stride, values, into_.o + r * into_.stride + column, into_.stride,
+                                   rescale_ + r, value_units(rows.n), first_block, each);
     }
   }
   struct Vector {
-    T elements[kColumns];
+    T elements[W];
   };
   Vector part(const T* from) const {
     Vector whole{};
-    std::memcpy(whole.elements, from, size_t(call_.d_v % kColumns) * sizeof(T));
+    std::memcpy(whole.elements, from, size_t(call_.d_v % W) * sizeof(T));
     return whole;
   }
 

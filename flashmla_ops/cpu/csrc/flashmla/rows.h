@@ -43,12 +43,16 @@ private:
 
 // Fetches the next block's rows into L2 while this block is being multiplied, spread evenly over `steps` calls of
 // step(): at 16 heads a block is multiplied in little more time than DRAM takes to deliver the next one, and a burst of
-// prefetches waits for the few line buffers of a core.
+// prefetches waits for the few line buffers of a core. One line of every 4 KB is asked for at once, so that address
+// translations, which miss too where pages are scattered, are there when the rest is: reading random chunks of 32 KB on
+// Zen 4 went from 38 to 42 GB/s, and from 33 to 41 with work in between.
 template <class T, int N>
 class Prefetcher {
 public:
   Prefetcher(const FlashmlaDecode& call, const Rows<T, N>& rows, int64_t steps)
       : rows_(rows), kv_bytes_(call.kv.d * int64_t{sizeof(T)}), k_bytes_(call.k.d * int64_t{sizeof(T)}), steps_(steps) {
+    touch(rows.kv, kv_bytes_);
+    touch(rows.k, k_bytes_);
   }
 
   void step() {
@@ -59,6 +63,18 @@ public:
   }
 
 private:
+  void touch(const T* const (&rows)[N], int64_t bytes) const {
+    if (bytes == 0) return;
+    uintptr_t last = 0;
+    for (int i = 0; i < rows_.n; i++) {
+      const uintptr_t row = reinterpret_cast<uintptr_t>(rows[i]);
+      for (uintptr_t at = row; at < row + bytes; at = (at | 4095) + 1) {
+        if (at >> 12 == last) continue;
+        last = at >> 12;
+        __builtin_prefetch(reinterpret_cast<const char*>(at), 0, 2);
+      }
+    }
+  }
   static void fetch(const T* row, int64_t bytes) {
     const char* line = reinterpret_cast<const char*>(row);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);

@@ -1,5 +1,5 @@
 // AVX-512: 16 lanes, 32 registers; with PAIRS also AVX512_BF16 (vdpbf16ps: two bf16 products a lane, fp32
-// accumulation), of which Avx512Half is the same with 8 lanes.
+// accumulation).
 #pragma once
 
 #include <immintrin.h>
@@ -8,12 +8,9 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-struct Avx512Half;
-
 template <bool PAIRS>
 struct Avx512 : Portable<16, PAIRS> {
   using Base = Portable<16, PAIRS>;
-  using Half = Avx512Half;  // for few query rows
   using typename Base::F, typename Base::U, typename Base::I;
   // At least 12 accumulators: 2 products a cycle with a latency of 6. 16 tokens a tile divide every usual page size.
   static constexpr int qk_m = 8, qk_n = 2, pv_m = 8, pv_n = 3, pair_m = 16, pair_n = 1;
@@ -61,7 +58,45 @@ struct Avx512 : Portable<16, PAIRS> {
     return (U)_mm512_permutex2var_epi16(_mm512_castsi256_si512(a), (__m512i)alternating(), _mm512_castsi256_si512(b));
   }
 
+  template <int N>
+  static U repeated(const bf16* p) {
+    if constexpr (N == 2) {
+      return (U)_mm512_set1_epi64(bits<int64_t>(p));
+    } else if constexpr (N == 4) {
+      return (U)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    } else if constexpr (N == 8) {
+      return (U)_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    } else {
+      static_assert(N == 16);
+      return (U)_mm512_loadu_si512(p);
+    }
+  }
+  static F add_neighbours(F a, F b) {
+    const I even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+    return (F)_mm512_permutex2var_ps((__m512)a, (__m512i)even, (__m512)b) +
+           (F)_mm512_permutex2var_ps((__m512)a, (__m512i)odd, (__m512)b);
+  }
+  template <int N>
+  static F rotate(F x) {
+    return (F)_mm512_castsi512_ps(
+        _mm512_alignr_epi32(_mm512_castps_si512((__m512)x), _mm512_castps_si512((__m512)x), N));
+  }
+  template <int N>
+  static void pack_neighbours(uint32_t* p, F x) {
+    typename VectorOf<uint16_t, 16>::type order;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) order[i] = uint16_t(i / 2 / N * 2 * N + i / 2 % N + i % 2 * N);
+    const __m256i words = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutexvar_epi16((__m256i)order, words));
+  }
+
 private:
+  template <class X>
+  static X bits(const void* p) {
+    X x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
   using Words = typename VectorOf<uint16_t, 32>::type;
   static Words alternating() {  // 0, 32, 1, 33, ...: word i of the first operand, then word i of the second
     return Words{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -69,34 +104,5 @@ private:
   }
 #endif
 };
-
-#ifdef __AVX512BF16__
-// For at most 8 query rows a KV head. Zen 4 runs two of these instructions in the time of one of 512 bits.
-struct Avx512Half : Portable<8, true> {
-  static constexpr int qk_m = 8, qk_n = 2, pair_m = 8, pair_n = 2;
-  static constexpr int block = 64, step = 24;
-
-  using Portable::max;
-  static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-  static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
-  static F dot(F c, U a, U b) { return (F)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b); }
-#ifndef FLASHMLA_ASSUME_AVX512
-  static F dot_at(F c, U a, const uint32_t* b) {
-    __asm__("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(c) : "v"(a), "m"(*b));
-    return c;
-  }
-#endif
-  static U pack(F lo, F hi) {
-    const __m256i low = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)lo));
-    const __m256i high = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh((__m256)hi));
-    return (U)_mm256_or_si256(low, _mm256_slli_epi32(high, 16));
-  }
-  static U interleave(const bf16* first, const bf16* second) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
-    return (U)_mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
-  }
-};
-#endif
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -95,6 +95,35 @@ struct Portable {
   // Pairs (first[i], second[i]): what a product over two tokens takes.
   static U interleave(const bf16* first, const bf16* second) { return widen(first) | (widen(second) << 16); }
 
+  // N units from p on, again and again.
+  template <int N>
+  static U repeated(const bf16* p) {
+    U x;
+    for (int i = 0; i < W; i++) std::memcpy(reinterpret_cast<uint32_t*>(&x) + i, p + i % N * 2, 4);
+    return x;
+  }
+  // The sum of lanes 2 i and 2 i + 1, of a and then of b.
+  static F add_neighbours(F a, F b) {
+    F x;
+    for (int i = 0; i < W; i++) x[i] = i < W / 2 ? a[2 * i] + a[2 * i + 1] : b[2 * i - W] + b[2 * i + 1 - W];
+    return x;
+  }
+  template <int N>
+  static F rotate(F x) {
+    F y;
+    for (int i = 0; i < W; i++) y[i] = x[(i + N) % W];
+    return y;
+  }
+  // Lanes i and i + N become a pair of bf16, for all i of which i / N is even; in order.
+  template <int N>
+  static void pack_neighbours(uint32_t* p, F x) {
+    const U bits = round_to_bf16(x);
+    for (int i = 0; i < W / 2; i++) {
+      const int first = i / N * 2 * N + i % N;
+      p[i] = bits[first] | bits[first + N] << 16;
+    }
+  }
+
   template <class To, class From>
   static To reinterpret(From x) {
     static_assert(sizeof(To) == sizeof(From));
