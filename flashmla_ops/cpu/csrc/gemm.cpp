@@ -12,7 +12,7 @@ namespace {
 
 thread_local Arena arena;
 
-constexpr int64_t kColumnStep = 64;
+constexpr int64_t kColumnStep = 16;   // columns of out that a thread takes a multiple of
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds that cost less than waking a thread
 
 int out_of_memory(const char* op, char* message) {
