@@ -66,12 +66,6 @@ extern "C" int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* ru
   return 0;
 }
 
-// Measured at 2048 x 10944 with AVX512_BF16: oneDNN's product of bf16 is as fast as ours from 16 rows on; ours is
-// faster at 32 rows too with fp32 or int8 weights.
-extern "C" int64_t flashmla_small_rows(FlashmlaDType a, FlashmlaDType weight) {
-  return kernels().multiplies_bf16 && a == FLASHMLA_BF16 && weight == FLASHMLA_BF16 ? 12 : FLASHMLA_SMALL_ROWS;
-}
-
 extern "C" int flashmla_multiplies(FlashmlaDType dtype) {
   return dtype == FLASHMLA_F32 || (dtype == FLASHMLA_BF16 && multiplies_bf16());
 }

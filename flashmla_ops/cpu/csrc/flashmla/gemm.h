@@ -25,7 +25,8 @@ class Gemm {
   static constexpr int kVectors = kLine / kStep;
 
 public:
-  explicit Gemm(const FlashmlaGemm& call) : call_(call) {}
+  // after: the weights that are read when these have been, if they do not follow in memory.
+  explicit Gemm(const FlashmlaGemm& call, const W* after = nullptr) : call_(call), after_(after) {}
 
   // A vector more than k needs: rows of a, at multiples of 4 KB, would all fall into the same set of L1.
   static int64_t packed_stride(int64_t k) { return round_up(k, 2 * Isa::W) + 2 * Isa::W; }
@@ -83,7 +84,8 @@ private:
     int64_t k = 0;
     do {  // once with a k of 0 too
       const bool last = k + depth >= call_.k;
-      const W* next = last ? weight + columns * call_.weight_stride : weight + k + depth;
+      const W* following = after_ && n + columns == call_.n ? after_ : weight + columns * call_.weight_stride;
+      const W* next = last ? following : weight + k + depth;
       const int64_t ahead = kGemmAhead / (depth * int64_t{sizeof(W)});
       const Strip strip{weight + k, next, columns, last ? call_.k - k : depth, ahead, k == 0};
       for (int64_t group = 0, m = 0; group < groups; group++) {
@@ -222,6 +224,7 @@ private:
   }
 
   const FlashmlaGemm& call_;
+  const W* const after_;
 };
 
 }  // namespace flashmla::FLASHMLA_ISA
