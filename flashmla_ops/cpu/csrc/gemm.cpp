@@ -12,7 +12,7 @@ namespace {
 
 thread_local Arena arena;
 
-constexpr int64_t kColumnStep = 64;
+constexpr int64_t kColumnStep = 16;   // columns of out that a thread takes a multiple of
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds that cost less than waking a thread
 
 int out_of_memory(const char* op, char* message) {
@@ -64,12 +64,6 @@ extern "C" int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* ru
     }
   }
   return 0;
-}
-
-// Measured at 2048 x 10944 with AVX512_BF16: oneDNN's product of bf16 is as fast as ours from 16 rows on; ours is
-// faster at 32 rows too with fp32 or int8 weights.
-extern "C" int64_t flashmla_small_rows(FlashmlaDType a, FlashmlaDType weight) {
-  return kernels().multiplies_bf16 && a == FLASHMLA_BF16 && weight == FLASHMLA_BF16 ? 12 : FLASHMLA_SMALL_ROWS;
 }
 
 extern "C" int flashmla_multiplies(FlashmlaDType dtype) {

@@ -75,9 +75,7 @@ void gemm_run(const FlashmlaGemm& call, int64_t row, int64_t rows, const char* p
   with_gemm(call, [&](auto gemm) { gemm.run(row, rows, packed, begin, end); });
 }
 void gemm_epilogue(const FlashmlaGemm& call, const void* product, FlashmlaDType dtype, int64_t begin, int64_t end) {
-  with_element(dtype, [&](auto p) {
-    Gemm<Isa, float, false>(call).run_epilogue(static_cast<const decltype(p)*>(product), begin, end);
-  });
+  with_element(dtype, [&](auto p) { Epilogue<Isa>(call).run(static_cast<const decltype(p)*>(product), begin, end); });
 }
 int64_t bmm_scratch_bytes(const FlashmlaBmm& call) {
   return with_element(call.dtype, [&](auto t) { return Bmm<Isa, decltype(t)>::scratch_bytes(call); });

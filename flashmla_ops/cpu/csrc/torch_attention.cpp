@@ -300,15 +300,16 @@ std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Te
   if (dims != 3 && dims != 4) {
     Check{"merge_states", 0}.fail("outs", "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", text(dims, " dimensions"));
   }
-  std::vector<int64_t> out_shape, lse_shape;
-  for (int64_t i = 0; i < dims; i++) out_shape.push_back(outs[0].size(i));
-  if (dims == 4) lse_shape.push_back(out_shape[0]);
-  lse_shape.push_back(out_shape[size_t(dims) - 2]);
-  lse_shape.push_back(out_shape[size_t(dims) - 3]);
+  std::vector<int64_t> out_shape(static_cast<size_t>(dims)), lse_shape(static_cast<size_t>(dims) - 1);
+  for (int64_t i = 0; i < dims; i++) out_shape[size_t(i)] = outs[0].size(i);
+  lse_shape[0] = out_shape[0];  // b, where there is one
+  lse_shape[size_t(dims) - 3] = out_shape[size_t(dims) - 2];
+  lse_shape[size_t(dims) - 2] = out_shape[size_t(dims) - 3];
 
   std::vector<const void*> out_data;
   std::vector<const float*> lse_data;
   std::vector<int64_t> out_strides, lse_strides;
+  out_data.reserve(parts), lse_data.reserve(parts), out_strides.reserve(4 * parts), lse_strides.reserve(3 * parts);
   for (size_t i = 0; i < parts; i++) {
     const Check part{"merge_states", int64_t(i)};
     part.gradient("outs", outs[i]);

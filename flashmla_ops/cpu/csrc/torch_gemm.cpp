@@ -112,7 +112,7 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
   const bool epilogue = call.activation != FLASHMLA_NONE || bias || residual || weight_scale;
-  if (call.m <= (epilogue ? FLASHMLA_SMALL_ROWS : flashmla_small_rows(call.a_dtype, call.weight_dtype))) {
+  if (call.m <= FLASHMLA_SMALL_ROWS) {
     raise_if(flashmla_gemm(&call, &threads, message), message);
     return out;
   }

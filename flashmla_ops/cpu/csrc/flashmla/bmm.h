@@ -48,7 +48,7 @@ private:
   }
   void run_along_k(int64_t index, char* scratch) const {
     const FlashmlaGemm gemm = along_k(call_, index);
-    const AlongK product(gemm);
+    const AlongK product(gemm, static_cast<const T*>(gemm.weight) + call_.weight_stride[0]);
     for (int64_t m = 0; m < call_.m; m += kGemmRows) {
       const int64_t rows = call_.m - m < kGemmRows ? call_.m - m : kGemmRows;
       product.template pack<T>(m, rows, scratch);

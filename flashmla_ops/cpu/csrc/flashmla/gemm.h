@@ -1,18 +1,17 @@
 // Products with few rows: what is left of a decode step once attention is fast. Every weight is read once from DRAM, so
-// the work is divided by weight rows, each read along itself, and multiplied with all rows of a while it is in L1.
+// the work is divided by weight rows; a few of them at a time, each read along itself, meet rows of a in registers.
 #pragma once
 
-#include <cmath>
+#include <type_traits>
 
+#include "flashmla/gemm_epilogue.h"
 #include "flashmla/scratch.h"
-#include "flashmla/softmax.h"
-#include "flashmla/tiles.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
-constexpr int kGemmRows = 32;     // rows of a that one pass over the weights serves
-constexpr int kGemmColumns = 64;  // columns of out that one task finishes at a time
-constexpr int kGemmDepth = 512;   // elements of k that stay in L1: four weight rows and the rows of a they meet
+constexpr int kGemmRows = 32;             // rows of a that one pass over the weights serves
+constexpr int64_t kGemmNear = 32 << 10;   // bytes of a that weights meet at a time, so that they stay near the core
+constexpr int64_t kGemmAhead = 16 << 10;  // bytes of weights between what is multiplied and what is fetched, at least
 
 // PAIRS: a in bf16, weights in bf16 or int8 (whose values bf16 holds exactly) and a processor that multiplies pairs, so
 // that a stays as it is.
@@ -22,14 +21,17 @@ class Gemm {
   static constexpr bool pairs = PAIRS;
   using Packed = std::conditional_t<pairs, bf16, float>;
   static constexpr int kStep = pairs ? 2 * Isa::W : Isa::W;  // elements of k in a vector
+  static constexpr int kLine = 64 / sizeof(W);               // and in a cache line of weights
+  static constexpr int kVectors = kLine / kStep;
 
 public:
-  explicit Gemm(const FlashmlaGemm& call) : call_(call) {}
+  // after: the weights that are read when these have been, if they do not follow in memory.
+  explicit Gemm(const FlashmlaGemm& call, const W* after = nullptr) : call_(call), after_(after) {}
 
   // A vector more than k needs: rows of a, at multiples of 4 KB, would all fall into the same set of L1.
   static int64_t packed_stride(int64_t k) { return round_up(k, 2 * Isa::W) + 2 * Isa::W; }
   static int64_t packed_bytes(const FlashmlaGemm& call) {
-    return kGemmRows * packed_stride(call.k) * int64_t{sizeof(Packed)};
+    return (call.m < kGemmRows ? call.m : kGemmRows) * packed_stride(call.k) * int64_t{sizeof(Packed)};
   }
 
   // Rows [row, row + rows) of a in the type they are multiplied in, padded with zeros.
@@ -52,228 +54,177 @@ public:
   // Columns [begin, end) of out, for rows [row, row + rows).
   void run(int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) const {
     const bool gated = call_.activation == FLASHMLA_SILU_MUL;
+    const Epilogue<Isa> epilogue(call_);
     float sums[2][kGemmRows * kGemmColumns];
     for (int64_t n = begin; n < end; n += kGemmColumns) {
       const int64_t columns = end - n < kGemmColumns ? end - n : kGemmColumns;
       multiply(reinterpret_cast<const Packed*>(packed), rows, n, columns, sums[0]);
       if (gated) multiply(reinterpret_cast<const Packed*>(packed), rows, call_.n + n, columns, sums[1]);
       for (int64_t m = 0; m < rows; m++) {
-        finish(row + m, n, columns, sums[0] + m * kGemmColumns, sums[1] + m * kGemmColumns);
-      }
-    }
-  }
-
-  // The epilogue of rows [begin, end) over a product that somebody else computed.
-  template <class P>
-  void run_epilogue(const P* product, int64_t begin, int64_t end) const {
-    const int64_t halves = call_.activation == FLASHMLA_SILU_MUL ? 2 : 1;
-    float sums[2][kGemmColumns];
-    for (int64_t m = begin; m < end; m++) {
-      for (int64_t n = 0; n < call_.n; n += kGemmColumns) {
-        const int64_t columns = call_.n - n < kGemmColumns ? call_.n - n : kGemmColumns;
-        for (int64_t half = 0; half < halves; half++) {
-          const P* from = product + (m * halves + half) * call_.n + n;
-          for (int64_t i = 0; i < columns; i++) sums[half][i] = to_float(from[i]);
-        }
-        finish(m, n, columns, sums[0], sums[1]);
+        epilogue.finish(row + m, n, columns, sums[0] + m * kGemmColumns, sums[1] + m * kGemmColumns);
       }
     }
   }
 
 private:
-  // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns). With few rows of a, four or two weight rows
-  // are read along their whole length and meet all of them in registers; with more, four weight rows are read (and
-  // widened, if need be) in chunks that stay in L1 while they meet one group of rows after another.
+  // A chunk of k of `columns` weight rows. What lies `ahead` rows further on is fetched, or past the last row that much
+  // further on from `next`, where the following chunk begins.
+  struct Strip {
+    const W *weight, *next;
+    int64_t columns, depth, ahead;
+    bool first;
+  };
+
+  // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns).
   void multiply(const Packed* a, int64_t rows, int64_t n, int64_t columns, float* sums) const {
+    alignas(64) float partial[kGemmRows * kGemmColumns * Isa::W];  // a vector for each sum
+    const int64_t groups = (rows + Isa::gemm_m - 1) / Isa::gemm_m, stride = packed_stride(call_.k);
+    const int64_t depth = depth_of((rows + groups - 1) / groups);
     const W* weight = static_cast<const W*>(call_.weight) + n * call_.weight_stride;
-    for (int64_t j = 0, count; j < columns; j += count) {
-      const W* w = weight + j * call_.weight_stride;
-      const int64_t left = columns - j;
-      count = left < 2 ? 1 : left < 4 || (rows > Isa::gemm_m && rows <= 2 * Isa::gemm_m) ? 2 : 4;
-      if (count == 1) {
-        whole<1, 2 * Isa::gemm_m>(w, a, rows, sums + j);
-      } else if (count == 2) {
-        whole<2, 2 * Isa::gemm_m>(w, a, rows, sums + j);
-      } else if (rows <= Isa::gemm_m) {
-        whole<4, Isa::gemm_m>(w, a, rows, sums + j);
-      } else {
-        in_chunks(w, a, rows, sums + j);
+    int64_t k = 0;
+    do {  // once with a k of 0 too
+      const bool last = k + depth >= call_.k;
+      const W* following = after_ && n + columns == call_.n ? after_ : weight + columns * call_.weight_stride;
+      const W* next = last ? following : weight + k + depth;
+      const int64_t ahead = kGemmAhead / (depth * int64_t{sizeof(W)});
+      const Strip strip{weight + k, next, columns, last ? call_.k - k : depth, ahead, k == 0};
+      for (int64_t group = 0, m = 0; group < groups; group++) {
+        const int64_t count = (rows - m + groups - group - 1) / (groups - group);
+        with_rows<Isa::gemm_m>(count, [&](auto M) {
+          run_strip<M()>(strip, group == 0, a + m * stride + k, partial + m * kGemmColumns * Isa::W);
+        });
+        m += count;
+      }
+      k += depth;
+    } while (k < call_.k);
+    for (int64_t m = 0; m < rows; m++) {
+      for (int64_t j = 0; j < columns; j += Isa::W) {
+        float* vectors = partial + (m * kGemmColumns + j) * Isa::W;
+        for (int64_t i = columns - j; i < Isa::W; i++) Isa::store(vectors + i * Isa::W, F{});
+        Isa::store(sums + m * kGemmColumns + j, Isa::sums(vectors));
       }
     }
   }
+
+  // Elements of k that are multiplied at a time, so that a group of rows of a stays near: all, or even parts.
+  int64_t depth_of(int64_t rows) const {
+    const int64_t most = kGemmNear / (rows * int64_t{sizeof(Packed)});
+    const int64_t chunks = (call_.k + most - 1) / most;
+    return chunks < 2 ? round_up(call_.k + 1, kLine) : round_up((call_.k + chunks - 1) / chunks, kLine * kVectors);
+  }
+
+  // Calls f(rows) with a constant.
+  template <int M, class Call>
+  static void with_rows(int64_t rows, Call f) {
+    if constexpr (M > 1) {
+      if (rows < M) return with_rows<M - 1>(rows, f);
+    }
+    f(std::integral_constant<int, M>{});
+  }
+  // Weight rows that M rows of a meet at once: as many as there are accumulators for.
+  static constexpr int weight_rows(int m) {
+    const int most = Isa::gemm_sums / m;
+    return most >= 8 ? 8 : most >= 6 ? 6 : most >= 4 ? 4 : most;
+  }
+
+  template <int M>
+  void run_strip(const Strip& strip, bool fetch, const Packed* a, float* partial) const {
+    constexpr int R = weight_rows(M);
+    int64_t j = 0;
+    for (; j + R <= strip.columns; j += R) tile<R, M>(strip, j, fetch, a, partial + j * Isa::W);
+    for (; j < strip.columns; j++) tile<1, M>(strip, j, fetch, a, partial + j * Isa::W);
+  }
+
   template <int R, int M>
-  void whole(const W* w, const Packed* a, int64_t rows, float* sums) const {
-    tiles<R, M>(w, call_.weight_stride, w + R * call_.weight_stride, a, rows, call_.k, sums, true);
-  }
-  void in_chunks(const W* w, const Packed* a, int64_t rows, float* sums) const {
-    const int64_t stride = call_.weight_stride;
-    for (int64_t k = 0; k < call_.k; k += kGemmDepth) {
-      const bool last = k + kGemmDepth >= call_.k;
-      const int64_t depth = last ? call_.k - k : kGemmDepth;
-      const W* next = last ? w + 4 * stride : w + k + depth;
-      if constexpr (std::is_same_v<W, Packed>) {
-        tiles<4, Isa::gemm_m>(w + k, stride, next, a + k, rows, depth, sums, k == 0);
-      } else {
-        Packed wide[4 * kGemmDepth];
-        for (int r = 0; r < 4; r++) widen(w + r * stride + k, next + r * stride, depth, wide + r * kGemmDepth);
-        tiles<4, Isa::gemm_m>(wide, kGemmDepth, static_cast<const Packed*>(nullptr), a + k, rows, depth, sums, k == 0);
+  __attribute__((noinline)) void tile(const Strip& strip, int64_t j, bool fetch, const Packed* a,
+                                      float* partial) const {
+    F c[R][M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        c[r][m] = strip.first ? F{} : Isa::load(partial + (m * kGemmColumns + r) * Isa::W);
       }
-    }
-  }
-
-  // To the type that a is packed in; fetches as many weights from `next` on.
-  void widen(const W* from, const W* next, int64_t n, Packed* to) const {
-    for (int64_t i = 0; i < n; i += 64 / int64_t{sizeof(W)}) __builtin_prefetch(next + i, 0, 3);
+    const int64_t stride = packed_stride(call_.k), w_stride = call_.weight_stride, depth = strip.depth;
+    const W* w = strip.weight + j * w_stride;
+    const int64_t ahead = j + (strip.ahead > R ? strip.ahead : R), beyond = ahead - strip.columns;
+    const W* next = beyond < 0 ? strip.weight + ahead * w_stride : strip.next + beyond * w_stride;
+    if (!fetch) next = w;  // what the first group of rows has fetched
     int64_t i = 0;
-    if constexpr (pairs) {
-      for (; i + kStep <= n; i += kStep) Isa::store(reinterpret_cast<uint32_t*>(to + i), Isa::load_pairs(from + i));
-      for (; i < n; i++) from_float(to_float(from[i]), to[i]);
-    } else {
-      for (; i + kStep <= n; i += kStep) Isa::store(to + i, Isa::load(from + i));
-      for (; i < n; i++) to[i] = to_float(from[i]);
-    }
-  }
-
-  // R weight rows and all rows of a, up to M at a time. `next`: where these R rows are read after this, or null.
-  template <int R, int M, class V>
-  void tiles(const V* w, int64_t w_stride, const V* next, const Packed* a, int64_t rows, int64_t depth, float* sums,
-             bool first) const {
-    const int64_t stride = packed_stride(call_.k);
-    for (int64_t m = 0; m < rows; m += M, next = nullptr) {
-      const int64_t left = rows - m < M ? rows - m : M;
-      sized_tile<R, M>(w, w_stride, next, a + m * stride, left, depth, sums + m * kGemmColumns, first);
-    }
-  }
-  template <int R, int M, class V>
-  void sized_tile(const V* w, int64_t w_stride, const V* next, const Packed* a, int64_t rows, int64_t depth,
-                  float* sums, bool first) const {
-    if (rows == M) {
-      next ? tile<R, M, true>(w, w_stride, next, a, depth, sums, first)
-           : tile<R, M, false>(w, w_stride, next, a, depth, sums, first);
-    } else if constexpr (M > 1) {
-      sized_tile<R, M - 1>(w, w_stride, next, a, rows, depth, sums, first);
-    }
-  }
-
-  template <int R, int M, bool PREFETCH, class V>
-  void tile(const V* w, int64_t w_stride, const V* next, const Packed* a, int64_t depth, float* sums,
-            bool first) const {
-    // Several accumulators for each product where there are registers: four alone would wait for one another.
-    constexpr int kChains = R * M <= 2 ? 4 : R * M <= 4 ? 2 : 1;
-    F c[R][M][kChains] = {};
-    const int64_t stride = packed_stride(call_.k);
-    // R rows are R streams, which the processor's own prefetcher follows late and never across 4 KB: what is fetched is
-    // kAhead further along these rows or, near their end, where they are read next.
-    constexpr int64_t kAhead = 1024 / sizeof(V);
-    const V *along = w + kAhead, *beyond = next - (depth - kAhead);
-    int64_t i = 0;
-    for (; i + kChains * kStep <= depth; i += kChains * kStep) {
-      const V* ahead = i + kAhead < depth ? along : beyond;
-#pragma GCC unroll 4
-      for (int u = 0; u < kChains; u++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-          if constexpr (PREFETCH) __builtin_prefetch(ahead + r * w_stride + i + u * kStep, 0, 3);
-          const auto v = operand(w + r * w_stride + i + u * kStep);
+    for (; i + kLine <= depth; i += kLine) {
+      // Every other cache line, into L2: the processor fetches its neighbour with it. Fetching all of them took up the
+      // few buffers for lines on their way that reads from L2 need too (8 rows on Zen 4: a tenth slower).
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        if ((i / kLine + r) % 2 == 0) __builtin_prefetch(next + r * w_stride + i, 0, 2);
+      }
 #pragma GCC unroll 16
-          for (int m = 0; m < M; m++) c[r][m][u] = mac(c[r][m][u], v, a + m * stride + i + u * kStep);
-        }
-      }
+      for (int u = 0; u < kVectors; u++) multiply_step<R, M>(c, w + i + u * kStep, w_stride, a + i + u * kStep, stride);
     }
     for (; i < depth; i += kStep) {
-      for (int r = 0; r < R; r++) {
-        V part[kStep] = {};
-        std::memcpy(part, w + r * w_stride + i, size_t(depth - i < kStep ? depth - i : kStep) * sizeof(V));
-        const auto v = operand(part);
-        for (int m = 0; m < M; m++) c[r][m][0] = mac(c[r][m][0], v, a + m * stride + i);
-      }
+      W part[R * kStep] = {};
+      const size_t bytes = size_t(depth - i < kStep ? depth - i : kStep) * sizeof(W);
+      for (int r = 0; r < R; r++) std::memcpy(part + r * kStep, w + r * w_stride + i, bytes);
+      multiply_step<R, M>(c, part, kStep, a + i, stride);
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) Isa::store(partial + (m * kGemmColumns + r) * Isa::W, c[r][m]);
+  }
+
+  // One vector of k. The operand of which there are fewer stays in registers.
+  template <int R, int M>
+  static __attribute__((always_inline)) void multiply_step(F (&c)[R][M], const W* w, int64_t w_stride, const Packed* a,
+                                                           int64_t a_stride) {
+    if constexpr (R < M) {
+      decltype(operand(w)) v[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) v[r] = operand(w + r * w_stride);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const auto x = row(a + m * a_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) c[r][m] = mac(c[r][m], v[r], x);
+      }
+    } else {
+      decltype(row(a)) x[M];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) x[m] = row(a + m * a_stride);
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        F total = c[r][m][0];
-#pragma GCC unroll 4
-        for (int u = 1; u < kChains; u++) total += c[r][m][u];
-        float& sum = sums[m * kGemmColumns + r];
-        sum = (first ? 0 : sum) + Isa::sum(total);
+        const auto v = operand(w + r * w_stride);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) c[r][m] = mac(c[r][m], v, x[m]);
       }
     }
   }
 
-  template <class V>
-  static auto operand(const V* w) {
+  static auto operand(const W* w) {
     if constexpr (pairs) {
       return Isa::load_pairs(w);
     } else {
       return Isa::load(w);
     }
   }
-  template <class V>
-  static F mac(F c, V v, const Packed* a) {
+  static auto row(const Packed* a) {
     if constexpr (pairs) {
-      return Isa::dot(c, v, Isa::load(reinterpret_cast<const uint32_t*>(a)));
+      return Isa::load_pairs(a);
     } else {
-      return Isa::fma(v, Isa::load(a), c);
+      return Isa::load(a);
     }
   }
-
-  // Scale, bias, activation, residual and rounding of columns [n, n + columns) of row m. Sums may be overwritten past
-  // `columns`, up to a whole vector.
-  void finish(int64_t m, int64_t n, int64_t columns, float* sums, float* gated) const {
-    scale_and_bias(sums, n, columns);
-    if (call_.activation == FLASHMLA_SILU_MUL) scale_and_bias(gated, call_.n + n, columns);
-    switch (call_.activation) {
-      case FLASHMLA_NONE:
-        break;
-      case FLASHMLA_RELU:
-        for (int64_t i = 0; i < columns; i++) sums[i] = sums[i] < 0 ? 0 : sums[i];
-        break;
-      case FLASHMLA_GELU:
-        for (int64_t i = 0; i < columns; i++) sums[i] *= 0.5f * (1 + std::erf(sums[i] * 0.70710678118654752440f));
-        break;
-      default:
-        for (int64_t i = 0; i < columns; i += Isa::W) {
-          F y = silu(Isa::load(sums + i));
-          if (call_.activation == FLASHMLA_SILU_MUL) y *= Isa::load(gated + i);
-          Isa::store(sums + i, y);
-        }
+  template <class V>
+  static F mac(F c, V w, V a) {
+    if constexpr (pairs) {
+      return Isa::dot(c, w, a);
+    } else {
+      return Isa::fma(w, a, c);
     }
-    with_element(call_.out_dtype, [&](auto o) {
-      using O = decltype(o);
-      write(static_cast<O*>(call_.out), static_cast<const O*>(call_.residual), m, n, columns, sums);
-    });
-  }
-  void scale_and_bias(float* sums, int64_t n, int64_t columns) const {
-    const float* scale = call_.weight_scale ? call_.weight_scale + n : nullptr;
-    for (int64_t i = 0; scale && i < columns; i++) sums[i] *= scale[i];
-    if (call_.bias == nullptr) return;
-    with_element(call_.a_dtype, [&](auto a) {
-      const auto* bias = static_cast<const decltype(a)*>(call_.bias) + n;
-      for (int64_t i = 0; i < columns; i++) sums[i] += to_float(bias[i]);
-    });
-  }
-  // x / (1 + 2^(-x log2 e)), with the exponential of a number that is not positive: of -|x|.
-  static F silu(F x) {
-    const F magnitude = Isa::max(x, -x);
-    const F e = exp2<Isa>(magnitude * Isa::set1(-kLog2E));
-    const F one = Isa::set1(1.0f);
-    return x * (x < F{} ? e : one) / (one + e);
-  }
-  template <class O>
-  void write(O* out, const O* residual, int64_t m, int64_t n, int64_t columns, const float* sums) const {
-    out += m * call_.out_stride + n;
-    if (residual) residual += m * call_.residual_stride + n;
-    int64_t i = 0;
-    for (; i + Isa::W <= columns; i += Isa::W) {
-      F y = Isa::load(sums + i);
-      if (residual) y += Isa::load(residual + i);
-      Isa::store(out + i, y);
-    }
-    for (; i < columns; i++) from_float(sums[i] + (residual ? to_float(residual[i]) : 0), out[i]);
   }
 
   const FlashmlaGemm& call_;
+  const W* const after_;
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

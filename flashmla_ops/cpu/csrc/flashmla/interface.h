@@ -147,8 +147,6 @@ FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_ten
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
 
 FLASHMLA_EXPORT int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* runtime, char* message);
-// More rows than this of a plain product, without an epilogue, are left to a general one.
-FLASHMLA_EXPORT int64_t flashmla_small_rows(FlashmlaDType a, FlashmlaDType weight);
 // Whether a general product of this type is fast here. Where not, widening to float32 first is: without an instruction
 // for them, torch multiplies 16-bit types about ten times slower.
 FLASHMLA_EXPORT int flashmla_multiplies(FlashmlaDType dtype);

@@ -24,9 +24,9 @@ struct Portable {
   // Register tiles: qk_m tokens x qk_n vectors of rows, and pv_m rows x pv_n vectors of columns. Eight accumulators
   // fill the sixteen 128-bit registers of the oldest x86-64 together with their operands.
   static constexpr int qk_m = 4, qk_n = 2, pv_m = 4, pv_n = 2;
-  static constexpr int pair_m = 4, pair_n = 2;  // pv_m and pv_n for pairs, whose vectors take work to make
-  static constexpr int gemm_m = 2;              // rows of a that four weight rows meet at once
-  static constexpr int block = 64;              // tokens staged at a time
+  static constexpr int pair_m = 4, pair_n = 2;      // pv_m and pv_n for pairs, whose vectors take work to make
+  static constexpr int gemm_m = 4, gemm_sums = 12;  // rows of a that weight rows meet at once, and sums kept for them
+  static constexpr int block = 64;                  // tokens staged at a time
   // How often a tile's loop stops for prefetches; 0: never. With 16 registers, gcc 12 would spill the accumulators.
   static constexpr int step = 0;
 
@@ -67,6 +67,12 @@ struct Portable {
   static float sum(F x) {
     float s = 0;
     for (int i = 0; i < W; i++) s += x[i];
+    return s;
+  }
+  // Lane i: the sum of vector i.
+  static F sums(const float* vectors) {
+    F s;
+    for (int i = 0; i < W; i++) s[i] = sum(load(vectors + i * W));
     return s;
   }
   static float max(F x) {
