@@ -31,6 +31,7 @@ class KernelResult:
     mutants: int | None = None
     detected: int | None = None
     undetected: list[str] = field(default_factory=list)
+    without_undetected: int = 0  # runs of cases that passed with all of these left out at once
 
 
 def write(path: Path, results: Iterable[KernelResult], facts: Mapping[str, Any]) -> None:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlass_kernels import abi, build, emulator, toolchain, verify
+from cutlass_kernels import abi, build, emulator, verify
 from cutlass_kernels.build import Built
 from cutlass_kernels.catalogue import kernels, smoke
 from cutlass_kernels.config import GemmConfig
-from cutlass_kernels.errors import CallError, MissingToolError
+from cutlass_kernels.errors import CallError
 from cutlass_kernels.verify import report
 from cutlass_kernels.verify.cases import Case, cases_of
 from cutlass_kernels.verify.problem import FORMATS, Problem, decode, encode, ulp
@@ -36,10 +36,16 @@ def problems(draw: st.DrawFn) -> Problem:
 def test_the_rounded_result_passes_and_a_wrong_element_does_not(problem: Problem) -> None:
     stored = encode(problem.expected, problem.config.d)
     assert problem.mismatches(stored)[0] == 0
-    place = np.unravel_index(np.argmax(np.abs(problem.expected)), problem.expected.shape)
-    for wrong in (problem.expected[place] + 2.5 * problem.bound[place], np.nan):
+    finite = np.isfinite(problem.expected)
+    largest = np.argmax(np.where(finite, np.abs(problem.expected), -1.0))
+    places = [
+        (largest, wrong) for wrong in (problem.expected.flat[largest] + 2.5 * problem.bound.flat[largest], np.nan)
+    ]
+    places += [(place, 0.0) for place in np.flatnonzero(~finite)[:3]]
+    places += [(place, np.nan) for place in np.flatnonzero(np.isinf(problem.expected))[:1]]
+    for place, wrong in places:
         changed = problem.expected.copy()
-        changed[place] = wrong
+        changed.flat[place] = wrong
         count, ratio = problem.mismatches(encode(changed, problem.config.d))
         assert count == 1
         assert ratio > 1
@@ -56,13 +62,14 @@ def test_integers_are_exact_in_the_output(problem: Problem) -> None:
 def test_every_kernel_has_every_kind_of_case() -> None:
     for config in kernels():
         cases = cases_of(config)
-        assert {"integers", "normal"} == {case.fill for case in cases}
+        assert {case.fill for case in cases} == {"integers", "normal", "special"}
         assert any(case.k >= 1024 for case in cases)
         assert any(case.m == 1 for case in cases)
         assert any(case.m % config.tile[0] and case.n % config.tile[1] and case.k % config.tile[2] for case in cases)
         assert any(case.batch > 1 for case in cases) == config.batches
         assert any(case.splits > 1 for case in cases) == config.splits
         assert any(case.groups for case in cases) == (config.family == "grouped")
+        assert any(case.offsets for case in cases) == (config.family == "grouped")
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16", "f32", "e4m3"])
@@ -73,16 +80,6 @@ def test_an_ulp_is_the_distance_to_the_next_number(element: str) -> None:
     assert np.array_equal(decode(encode(away, element), element), away)
     half = values + np.sign(values) * step * 0.25
     assert np.array_equal(decode(encode(half, element), element), values)
-
-
-@pytest.fixture(scope="module")
-def built() -> dict[GemmConfig, Built]:
-    pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
-    try:
-        toolchain.nvcc()
-    except MissingToolError as error:
-        pytest.skip(str(error))
-    return dict(zip(smoke(), build.build(smoke(), quiet=True), strict=True))
 
 
 @pytest.mark.parametrize("config", smoke(), ids=lambda config: config.name)
@@ -107,10 +104,18 @@ def test_three_timings_give_one_result(built: dict[GemmConfig, Built]) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "k": {"k": 63},
     "n": {"n": 63},
-    "address": {"a": 8},
+    "no rows": {"m": 0},
+    "no columns": {"n": 0},
+    "no sums": {"k": 0},
+    "more than 32 bits": {"m": (1 << 32) + 64},
+    "address of a": {"a": 8},
+    "address of c": {"c": 8},
+    "address of d": {"d": 2},
+    "address of the bias": {"bias": 4},
     "row stride": {"weight_stride": (68, 0)},
     "batch": {"batch": 0},
     "splits": {"splits": 0},
+    "more batches than a grid has": {"batch": 70000},
 }
 
 
@@ -129,7 +134,7 @@ def test_what_a_kernel_cannot_do_is_refused_before_it_runs(
             if isinstance(value, tuple):
                 getattr(good, name)[:] = value
             else:
-                setattr(good, name, place + value if name == "a" else value)
+                setattr(good, name, place + value if name in ("a", "c", "d", "bias") else value)
         with pytest.raises(CallError, match=config.name):
             kernel.run(good, 0)
         return before, kernel.refuses(good)
