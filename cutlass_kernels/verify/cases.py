@@ -96,4 +96,6 @@ def mutation_cases(config: GemmConfig) -> list[Case]:
         # At most 14 tiles of k are in flight, over tiles of d that belong to one block.
         return [Case(6 * m * config.cluster[0], n * config.cluster[1], 6 * k, sm_count=config.cluster[0])]
     cases = [Case(m, n, (config.stages or 6) * k * 2)]
+    if config.stream_k:
+        cases += [Case(m, n, 32 * k)]  # enough for several blocks
     return [*cases, Case(m, n, 4 * k, splits=2)] if config.splits else cases
