@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from cutlass_kernels import abi, build, emulator, verify
 from cutlass_kernels.build import Built
-from cutlass_kernels.catalogue import kernels, smoke
+from cutlass_kernels.catalogue import by_name, kernels, representatives, smoke
 from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import CallError
 from cutlass_kernels.verify import report
@@ -177,9 +178,13 @@ def test_without_a_device_it_says_so(built: dict[GemmConfig, Built]) -> None:
 @pytest.mark.slow
 def test_most_dropped_synchronisation_is_noticed(built: dict[GemmConfig, Built]) -> None:
     config = smoke()[0]
-    survey = verify.survey_of(built[config], build_problem(config, verify.mutation_case(config)))
-    assert len(survey.mutants) >= 5
-    assert survey.detection >= 0.8, survey.undetected
+    result = verify.verify(built[config], cases_of(config), mutations=True)
+    assert result.mutants is not None
+    assert result.detected is not None
+    assert result.mutants >= 15
+    # Of those left, every case passes without all at once: see docs/cuda_verify.md.
+    assert result.detected >= 0.75 * result.mutants, result.undetected
+    assert all(report.reason(each) for each in result.undetected)
 
 
 @pytest.mark.slow
@@ -193,9 +198,11 @@ def test_the_whole_catalogue_is_verified(config: GemmConfig) -> None:
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     facts = {"nvcc": "V13.0.88", "cutlass": "4.2.0"}
     path, document = tmp_path / "results.json", tmp_path / "README.md"
-    report.write(path, [report.KernelResult("one", "sm_80", "verified", cases=4, error_over_bound=0.5)], facts)
-    report.write(path, [report.KernelResult("two", "sm_80", "wrong", why="3 | mismatches")], facts)
-    assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == ["one", "two"]
+    one = report.KernelResult("sm80_linear_one", "sm_80", "verified", cases=4, error_over_bound=0.5, mutants=5)
+    one = replace(one, detected=4, undetected=["line 7: bar.sync 0"], without_undetected=4)
+    report.write(path, [one], facts)
+    report.write(path, [report.KernelResult("sm80_linear_two", "sm_80", "wrong", why="3 | mismatches")], facts)
+    assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == ["sm80_linear_one", "sm80_linear_two"]
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.update(document, report.load(path))
     text = document.read_text()
@@ -203,12 +210,42 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     assert "1 of 2 kernels verified **in the emulator, not on hardware**" in text
-    assert "wrong: 3 \\| mismatches" in text
+    assert "| sm_80 linear | 1 of 2 | 4 | 0 | 0.50 of the bound | 0 | 4/5 (1 kernels) |" in text
+    page = (tmp_path / report.PAGE).read_text()
+    assert "wrong: 3 \\| mismatches" in page
+    assert f"| `bar.sync 0` | 1 | 4 | {report.REASONS['bar.sync 0']} |" in page
     with pytest.raises(ValueError, match="expected one"):
         report.update(path, report.load(path))
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
-    root = Path(__file__).parents[2]
-    expected = report.table(report.load(root / "bench" / "results" / "cuda_verify.json"))
-    assert f"{report.BEGIN}\n{expected}\n{report.END}" in (root / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return report.load(ROOT / "bench" / "results" / "cuda_verify.json")
+
+
+def test_the_tables_are_those_of_the_committed_results(committed: dict[str, Any]) -> None:
+    assert f"{report.BEGIN}\n{report.summary(committed)}\n{report.END}" in (ROOT / "README.md").read_text()
+    assert (ROOT / report.PAGE).read_text() == report.page(committed)
+
+
+def test_every_kernel_of_the_catalogue_has_a_committed_result(committed: dict[str, Any]) -> None:
+    assert {row["name"] for row in committed["kernels"]} == {config.name for config in kernels()}
+    for row in committed["kernels"]:
+        assert (row["state"], row["hazards"]) == ("verified", 0), row["name"]
+        assert row["error_over_bound"] <= 1, row["name"]
+        assert row["registers"] <= 255, row["name"]
+
+
+def test_a_kernel_of_each_kind_has_mutants_and_most_are_noticed(committed: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in committed["kernels"]}
+    assert all(rows[config.name]["mutants"] for config in representatives())
+    surveyed = [row for row in rows.values() if row["mutants"]]
+    sm80 = [row for row in surveyed if row["arch"] == "sm_80"]
+    assert sum(row["detected"] for row in sm80) >= 0.8 * sum(row["mutants"] for row in sm80)
+    for row in surveyed:
+        assert len(row["undetected"]) == row["mutants"] - row["detected"]
+        assert all(report.reason(each) for each in row["undetected"]), row["name"]
+        assert not row["undetected"] or row["without_undetected"] >= len(cases_of(by_name(row["name"])))
