@@ -84,7 +84,11 @@ def parser() -> argparse.ArgumentParser:
         command(name, text).add_argument("--jobs", type=int, help="compilations at once (one a core)")
     verify = commands.choices["verify"]
     verify.add_argument("--results", type=Path, help="write the results there, as JSON")
-    verify.add_argument("--readme", type=Path, help="then bring the table of this document up to date")
+    verify.add_argument(
+        "--readme",
+        type=Path,
+        help="then update its summary, and docs/cuda_verify.md",
+    )
     verify.add_argument("--mutations", action="store_true", help="also drop each wait and barrier in turn (slow)")
     return top
 

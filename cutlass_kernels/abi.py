@@ -11,7 +11,7 @@ from pathlib import Path
 from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import BuildError, CallError
 
-ABI = 1
+ABI = 2
 NO_DEVICE = 100
 WORKSPACE_TOO_SMALL = 101
 
@@ -35,7 +35,7 @@ class GroupedGemmCall(ctypes.Structure):
     """``FlashmlaGroupedGemm``."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("groups", "n", "k")),
+        *((name, c_int64) for name in ("groups", "rows", "n", "k")),
         *((name, c_void_p) for name in ("a", "weight", "d")),
         ("a_stride", c_int64),
         ("weight_stride", c_int64 * 2),

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FLASHMLA_GEMM_ABI 1
+#define FLASHMLA_GEMM_ABI 2
 // Beside cutlass::Status: there is no CUDA device, so sizes that depend on one are unknown.
 #define FLASHMLA_GEMM_NO_DEVICE 100
 #define FLASHMLA_GEMM_WORKSPACE_TOO_SMALL 101
@@ -32,14 +32,15 @@ typedef struct FlashmlaGemm {
   size_t workspace_bytes;
 } FlashmlaGemm;
 
-// d[rows of g] = alpha * a[rows of g] weight[g]^T for each group g; its rows are offsets[g] to offsets[g + 1].
+// d[rows of g] = alpha * a[rows of g] weight[g]^T for each group g; its rows are offsets[g] to offsets[g + 1]. Offsets
+// are read on the device and trusted for nothing: of what they say, only rows that exist are read and written.
 typedef struct FlashmlaGroupedGemm {
-  int64_t groups, n, k;
+  int64_t groups, rows, n, k;
   const void* a;       // [rows, k]
   const void* weight;  // [groups, n, k]
   void* d;             // [rows, n]
   int64_t a_stride, weight_stride[2], d_stride;
-  const int32_t* offsets;  // [groups + 1], non-decreasing, on the device
+  const int32_t* offsets;  // [groups + 1], on the device: from 0 to rows, non-decreasing
   float alpha;
   int32_t sm_count;
   void* workspace;

@@ -22,6 +22,13 @@ inline int multiprocessors(int wanted) {
   return wanted > 0 && wanted < count ? wanted : count;
 }
 
+// CUTLASS counts in 32 bits, and a launch needs a block at least.
+inline bool countable(int64_t extent) { return 1 <= extent && extent <= INT32_MAX; }
+
+inline bool countable(const FlashmlaGemm& call) {
+  return countable(call.m) && countable(call.n) && countable(call.k) && countable(call.batch);
+}
+
 // Threads move 16 bytes at a time. CUTLASS checks extents only: pointers and strides are up to us.
 inline bool aligned(const void* pointer, const int64_t (&stride)[2], size_t bytes) {
   return (uintptr_t(pointer) | uintptr_t(stride[0] * int64_t(bytes)) | uintptr_t(stride[1] * int64_t(bytes))) % 16 == 0;

@@ -26,20 +26,26 @@ struct Problems {
   }
 };
 
-// One thread a group. A run that decreases is empty, so that bad offsets write nowhere.
+// One thread a group. Whatever the offsets are, a run lies within the rows: bad ones write nowhere else.
 __global__ void describe_groups(const FlashmlaGroupedGemm call) {
   const int64_t g = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (g >= call.groups) return;
   const Problems problems(call.workspace, call.groups);
-  const int64_t first = call.offsets[g], rows = call.offsets[g + 1] - first;
+  const auto within = [](int64_t x, int64_t least, int64_t most) { return x < least ? least : x > most ? most : x; };
+  const int64_t first = within(call.offsets[g], 0, call.rows);
+  const int64_t rows = within(call.offsets[g + 1], first, call.rows) - first;
   problems.a[g] = static_cast<Kernel::ElementA*>(const_cast<void*>(call.a)) + first * call.a_stride;
   problems.b[g] = static_cast<Kernel::ElementB*>(const_cast<void*>(call.weight)) + g * call.weight_stride[1];
   problems.d[g] = static_cast<Kernel::ElementC*>(call.d) + first * call.d_stride;
   problems.lda[g] = call.a_stride, problems.ldb[g] = call.weight_stride[0], problems.ldd[g] = call.d_stride;
-  problems.sizes[g] = cutlass::gemm::GemmCoord(rows > 0 ? int(rows) : 0, int(call.n), int(call.k));
+  problems.sizes[g] = cutlass::gemm::GemmCoord(int(rows), int(call.n), int(call.k));
 }
 
 static int legal(const FlashmlaGroupedGemm& call) {
+  using flashmla_glue::countable;
+  if (!countable(call.groups) || !countable(call.rows) || !countable(call.n) || !countable(call.k)) {
+    return int(cutlass::Status::kErrorInvalidProblem);
+  }
   const bool aligned = call.k % Kernel::kAlignmentA == 0 && call.n % Kernel::kAlignmentC == 0 &&
                        call.a_stride % Kernel::kAlignmentA == 0 && call.weight_stride[0] % Kernel::kAlignmentB == 0 &&
                        call.weight_stride[1] % Kernel::kAlignmentB == 0 && call.d_stride % Kernel::kAlignmentC == 0;

@@ -19,10 +19,11 @@ static Device::Arguments arguments_of(const FlashmlaGemm& call) {
 }
 
 static int legal(const FlashmlaGemm& call) {
-  if (call.batch < 1 || call.splits < 1 || (call.batch > 1 && (!kBatches || call.splits > 1)) ||
-      (call.splits > 1 && !kSplits)) {
+  if (!flashmla_glue::countable(call)) return int(cutlass::Status::kErrorInvalidProblem);
+  if (call.splits < 1 || (call.batch > 1 && (!kBatches || call.splits > 1)) || (call.splits > 1 && !kSplits)) {
     return int(cutlass::Status::kErrorNotSupported);
   }
   if (!flashmla_glue::aligned<Kernel, Output>(call)) return int(cutlass::Status::kErrorMisalignedOperand);
-  return int(Kernel::can_implement(arguments_of(call)));
+  // Of the device, not the kernel: it also knows whether the grid can be launched.
+  return int(Device::can_implement(arguments_of(call)));
 }

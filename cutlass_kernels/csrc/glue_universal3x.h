@@ -38,13 +38,16 @@ static Device::Arguments arguments_of(const FlashmlaGemm& call) {
 
 // Whether an operand repeats itself: a TMA descriptor is not known to take a stride of 0.
 static bool repeats(const FlashmlaGemm& call) {
-  const bool rows = call.m > 1 && (call.a_stride[0] == 0 || (call.c && call.c_stride[0] == 0));
-  const bool batches = call.batch > 1 && (call.a_stride[1] == 0 || call.weight_stride[1] == 0);
+  const bool rows =
+      (call.m > 1 && (call.a_stride[0] == 0 || (call.c && call.c_stride[0] == 0))) || call.weight_stride[0] == 0;
+  const bool batches =
+      call.batch > 1 && (call.a_stride[1] == 0 || call.weight_stride[1] == 0 || (call.c && call.c_stride[1] == 0));
   return rows || batches;
 }
 
 static int legal(const FlashmlaGemm& call) {
-  if (call.batch < 1 || (call.batch > 1 && !kBatches) || call.splits != 1 || repeats(call)) {
+  if (!flashmla_glue::countable(call)) return int(cutlass::Status::kErrorInvalidProblem);
+  if ((call.batch > 1 && !kBatches) || call.splits != 1 || repeats(call)) {
     return int(cutlass::Status::kErrorNotSupported);
   }
   if (!flashmla_glue::aligned<Kernel, Output>(call)) return int(cutlass::Status::kErrorMisalignedOperand);

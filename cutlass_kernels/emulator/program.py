@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cutlass_kernels.emulator import ops
+from cutlass_kernels.emulator.errors import UnsupportedInstruction
 from cutlass_kernels.emulator.layout import Layout
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.machine import Machine
@@ -48,13 +49,16 @@ class Program:
         for item in block.instructions:
             rule = rule_for(item)
             translator.at = item
-            translator.target = targets(item, labels) if item.opcode[0] == "bra" else -1
             compiled.kinds[rule.kind] += 1
             if item.line in self._drop and rule.waits:
                 if (left := ops.dropped(translator, item)) is not None:
                     compiled.steps.append((item, left))
                 continue
-            step = rule.build(translator, item)
+            try:
+                translator.target = targets(item, labels) if item.opcode[0] == "bra" else -1
+                step = rule.build(translator, item)
+            except (LookupError, TypeError, ValueError, AttributeError, AssertionError, StopIteration) as error:
+                raise UnsupportedInstruction(f"{rule.name} with these operands", item.line, item.text) from error
             if rule.waits:
                 step = self._noting(step, item)
             control = rule.control and (member_mask(item) is None or is_alone(item))

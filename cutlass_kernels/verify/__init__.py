@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import CallError
 from cutlass_kernels.toolchain import nvcc
 from cutlass_kernels.verify import report
-from cutlass_kernels.verify.cases import Case, cases_of
+from cutlass_kernels.verify.cases import Case, cases_of, mutation_cases
 from cutlass_kernels.verify.problem import Problem
 from cutlass_kernels.verify.problem import build as build_problem
 from cutlass_kernels.verify.report import KernelResult
-from cutlass_kernels.verify.run import Outcome, execute, in_a_thread, launch
+from cutlass_kernels.verify.run import Array, Outcome, execute, in_a_thread, launch
 
 
 def landings(config: GemmConfig) -> tuple[emulator.Landing, ...]:
@@ -76,35 +78,52 @@ def _summary(facts: dict[str, Any], outcomes: list[Outcome], exact: int, state: 
     )
 
 
-def mutation_case(config: GemmConfig) -> Case:
-    """A case that runs through the whole pipeline: more tiles of k than stages, so that every buffer is used again."""
-    m, n, k = config.tile
-    groups = (m,) if config.family == "grouped" else ()
-    return Case(m, n, (config.stages or 6) * k * 2, groups=groups)
-
-
 def _mutated(built: Built, result: KernelResult) -> KernelResult:
-    problem = build_problem(built.config, mutation_case(built.config))
-    survey = survey_of(built, problem)
-    found = sum(mutant.detected is not None for mutant in survey.mutants)
-    return KernelResult(
-        **{
-            **result.__dict__,
-            "mutants": len(survey.mutants),
-            "detected": found,
-            "undetected": [f"line {site.line}: {site.text.strip()}" for site in survey.undetected],
-        }
+    problems = [build_problem(built.config, case) for case in mutation_cases(built.config)]
+    mutants = list(survey_of(built, problems).mutants)
+    left, runs = _redundant(built, [mutant.site for mutant in mutants if mutant.detected is None])
+    return replace(
+        result,
+        mutants=len(mutants),
+        detected=len(mutants) - len(left),
+        undetected=[f"line {site.line}: {site.text.strip()}" for site in left],
+        without_undetected=runs,
     )
 
 
-def survey_of(built: Built, problem: Problem) -> emulator.Survey:
-    """Drop each wait, barrier, arrival and fence that the case executes, one at a time."""
-    return emulator.mutate(
-        built.library,
-        lambda device, library: in_a_thread(lambda: launch(device, abi.Kernel(built.config, library), problem)),
-        lambda result: problem.mismatches(result)[0] == 0,
-        arch=built.config.arch,
-    )
+def _redundant(built: Built, sites: Sequence[emulator.Site]) -> tuple[list[emulator.Site], int]:
+    """Those of ``sites`` that no case of the kernel misses, all left out at once; and how many runs say so."""
+    left, runs = list(sites), 0
+    for case in cases_of(built.config) if left else ():
+        problem = build_problem(built.config, case)
+        for landing in landings(built.config):
+            while left and not _passes(built, problem, landing, left):
+                # One that is missed beside those before it; if that took them too, they stand in for it.
+                left.remove(
+                    next(site for i, site in enumerate(left) if not _passes(built, problem, landing, left[: i + 1]))
+                )
+            runs += 1
+    return left, runs
+
+
+def _passes(built: Built, problem: Problem, landing: emulator.Landing, drop: Sequence[emulator.Site]) -> bool:
+    try:
+        return execute(built, problem, emulator.Options(landing=landing, drop=frozenset(drop))).good
+    except (emulator.EmulatorError, CallError):
+        return False
+
+
+def survey_of(built: Built, problems: Sequence[Problem]) -> emulator.Survey:
+    """Drop each wait, barrier, arrival and fence that the problems execute, one at a time."""
+
+    def call(device: emulator.Device, library: ctypes.CDLL) -> list[Array]:
+        kernel = abi.Kernel(built.config, library)
+        return in_a_thread(lambda: [launch(device, kernel, problem) for problem in problems])
+
+    def accept(results: list[Array]) -> bool:
+        return all(problem.mismatches(result)[0] == 0 for problem, result in zip(problems, results, strict=True))
+
+    return emulator.mutate(built.library, call, accept, arch=built.config.arch, landings=landings(built.config))
 
 
 def command(

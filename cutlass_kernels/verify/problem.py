@@ -1,12 +1,14 @@
 """One case made concrete: operands, the result in float64, and how far a correct kernel may be from it.
 
-The bound for a product with an epilogue f of slope at most 1.13 (silu, gelu):
+The bound, elementwise, where scales include alpha, and the slope is that of the activation (1.13 of silu and gelu):
 
-    |error| <= 1 ulp of the output + 1.13 * (2^-23 sqrt(k) (|A| |B|) + 2^-21 (|A| |B| + |bias|)) * |scales|
+    |error| <= 1 ulp of the output + slope * 2^-23 sqrt(k) (|A| |B|) * |scales|
 
-elementwise: one rounding of the result, float32 sums in any order, and a few float32 roundings of the epilogue. Serial
-split-K keeps its partial sums in the output's type: each of the splits may add half an ulp of |A| |B|. Small integers
+for one rounding of the result and float32 sums in any order. gelu's 1 + erf(x / sqrt(2)) cancels where x is negative:
+there, 2^-21 (|A| |B| * |scales| + |bias|) more. A gate multiplies the second term. Serial split-K keeps its partial
+sums in the output's type: each of the splits may add half an ulp of |A| |B|. Small integers
 have exact sums: with no activation or relu, and no split past what the output holds exactly, nothing may differ at all.
+Where float64 has a NaN or an infinity, the output must have it too.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ Float = NDArray[np.float64]
 
 #: Bits of the significand, the leading one included, and the exponent of the smallest normal number.
 FORMATS = {"bf16": (8, -126), "fp16": (11, -14), "f32": (24, -126), "e4m3": (4, -6)}
+_SLOPES = {"none": 1.0, "relu": 1.0, "silu": 1.13, "gelu": 1.13}
+#: What a "special" operand has among its normal elements: the last two are subnormal. e4m3 has no infinities.
+_SPECIAL = {
+    "bf16": (np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-133, -(2.0**-130)),
+    "fp16": (np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-24, -(2.0**-20)),
+    "f32": (np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-149, -(2.0**-130)),
+    "e4m3": (np.nan, 0.0, -0.0, 2.0**-9, -(2.0**-8)),
+}
 
 
 def encode(values: Float, element: str) -> Array:
@@ -79,8 +89,11 @@ class Problem:
     def mismatches(self, stored: Array) -> tuple[int, float]:
         """Elements outside the bound (all that differ at all, if exact), and the largest error over its bound."""
         actual = decode(stored, self.config.d)
-        error = np.abs(actual - self.expected)
-        error[~np.isfinite(actual)] = np.inf
+        same = (actual == self.expected) | (np.isnan(actual) & np.isnan(self.expected))
+        finite = np.isfinite(actual) & np.isfinite(self.expected)
+        error = np.full(actual.shape, np.inf)
+        np.subtract(actual, self.expected, out=error, where=finite)
+        error = np.where(same, 0.0, np.abs(error))
         ratio = float(np.max(error / self.bound, initial=0.0))
         if self.exact:
             rounded = decode(encode(self.expected, self.config.d), self.config.d)
@@ -100,7 +113,8 @@ def build(config: GemmConfig, case: Case) -> Problem:
         values[name] = decode(operands[name], element)
     alpha = 1.0 if case.fill == "integers" else 0.75
     beta = 0.0 if "c" not in operands else 1.0 if case.fill == "integers" else 0.5
-    expected, bound = _expect(config, case, values, alpha, beta)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected, bound = _expect(config, case, values, alpha, beta)
     exact = case.fill == "integers" and config.epilogue.activation in ("none", "relu") and not config.epilogue.gate
     return Problem(config, case, operands, alpha, beta, expected, bound, exact)
 
@@ -138,7 +152,12 @@ def _draw(random: np.random.Generator, case: Case, name: str, shape: tuple[int, 
         return (random.integers(-2, 3, shape) * some).astype(np.float64)
     if element == "s8":
         return random.integers(-127, 128, shape).astype(np.float64)
-    return random.standard_normal(shape)
+    drawn = random.standard_normal(shape)
+    if case.fill == "special":
+        # So that about a third of the sums, and of the elements of bias and c, stay finite.
+        some = random.random(shape) < (0.5 / case.k if name in ("a", "weight") else 0.5)
+        drawn = np.where(some, random.choice(_SPECIAL[element], shape), drawn)
+    return drawn
 
 
 def _expect(config: GemmConfig, case: Case, values: dict[str, Float], alpha: float, beta: float) -> tuple[Float, Float]:
@@ -150,16 +169,19 @@ def _expect(config: GemmConfig, case: Case, values: dict[str, Float], alpha: flo
         scale = scale * values["col_scale"][None, :]
     bias = values.get("bias", np.zeros(1))
     result = _activate(config.epilogue.activation, sums * scale + bias)
-    slope, size = 1.13 * np.abs(scale), sizes
-    error = slope * size * (2.0**-23 * np.sqrt(case.k) + 2.0**-21) + 1.13 * 2.0**-21 * np.abs(bias)
+    size = sizes * np.abs(scale)
+    error = _SLOPES[config.epilogue.activation] * 2.0**-23 * np.sqrt(case.k) * size
+    if config.epilogue.activation == "gelu":
+        error = error + 2.0**-21 * (size + np.abs(bias))
     if config.epilogue.gate:
         gate = _activate("silu", values["c"])
         result, error = result * gate, error * np.abs(gate)
     elif "c" in values:
         result = result + (beta if config.epilogue.plain else 1.0) * values["c"]
     if case.splits > 1:
-        error = error + case.splits * 0.5 * ulp(size * np.abs(alpha), config.d)
-    return result, error + ulp(result, config.d)
+        error = error + case.splits * 0.5 * ulp(size, config.d)
+    finite = np.isfinite(result)
+    return result, np.where(finite, error, 0.0) + ulp(np.where(finite, result, 1.0), config.d)
 
 
 def _products(config: GemmConfig, case: Case, a: Float, weight: Float) -> tuple[Float, Float]:
@@ -176,7 +198,7 @@ def _activate(name: str, x: Float) -> Float:
     if name == "relu":
         return np.maximum(x, 0.0)
     if name == "silu":
-        return np.asarray(x / (1.0 + np.exp(-np.clip(x, -700, 700))))
+        return np.asarray(x / (1.0 + np.exp(-x)))
     if name == "gelu":
         return np.asarray(0.5 * x * (1.0 + np.vectorize(erf)(x / np.sqrt(2.0))))
     return x

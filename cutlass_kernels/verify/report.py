@@ -1,4 +1,4 @@
-"""Results of a verification: as JSON, and as the table of the README, which is made from it."""
+"""Results of a verification: as JSON, and the tables that are made from it: README.md and docs/cuda_verify.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- cutlass:verify begin -->", "<!-- cutlass:verify end -->"
+#: Beside the README.
+PAGE = Path("docs") / "cuda_verify.md"
+#: Why a kernel does not miss a synchronising instruction: the first of these that its text begins with.
+REASONS = {
+    "bar.sync 0": "nothing has been shared before it, or another barrier follows before shared memory is touched again",
+    "bar.sync %": "another named barrier stands between the same accesses of the epilogue",
+    "cp.async.wait_all": "no copy is in flight: past the last tile of k all are predicated off",
+    "cp.async.bulk.wait_group": "an earlier wait has released the buffer that is written next",
+    "wgmma.fence": "no register of the next product has been written since the fence before",
+    "wgmma.wait_group": "fp8 sums are added to float32 ones every few steps, which has waited for all products",
+    "mbarrier.arrive": "nobody waits for it: it is for the warp that loads c, and there is no c",
+    "mbarrier.try_wait": "the buffer is not filled again (a producer's last waits keep a cluster's blocks alive), or"
+    " the wait only keeps two warp groups in turn, which have buffers of their own",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class KernelResult:
     mutants: int | None = None
     detected: int | None = None
     undetected: list[str] = field(default_factory=list)
+    without_undetected: int = 0  # runs of cases that passed with all of these left out at once
 
 
 def write(path: Path, results: Iterable[KernelResult], facts: Mapping[str, Any]) -> None:
@@ -46,27 +61,91 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """Markdown."""
+def reason(undetected: str) -> str | None:
+    """Why a kernel does not miss an instruction, "line N: TEXT"; None if no reason is known."""
+    text = undetected.partition(": ")[2]
+    return next((why for start, why in REASONS.items() if text.startswith(start)), None)
+
+
+def mutants(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Of how many left-out instructions verification noticed how many."""
+    surveyed = [row for row in rows if row["mutants"]]
+    found, all_of_them = (sum(row[name] for row in surveyed) for name in ("detected", "mutants"))
+    return f"{found}/{all_of_them} ({len(surveyed)} kernels)" if surveyed else "–"
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Markdown: a row an architecture, family and types."""
     rows = results["kernels"]
     verified = sum(row["state"] == "verified" for row in rows)
     lines = [
         f"{verified} of {len(rows)} kernels verified **in the emulator, not on hardware**: nvcc {results['nvcc']},"
-        f" CUTLASS {results['cutlass']}. Each case runs with copies landing as early and as late as they may."
-        ' "error" is the largest one over its bound: 1 ulp of the output + 2^-23 sqrt(k) (\\|A\\| \\|B\\|), see'
-        " [`problem.py`](cutlass_kernels/verify/problem.py). Made by `python -m cutlass_kernels verify`.",
+        f" CUTLASS {results['cutlass']}; each alone: [{PAGE}]({PAGE}). Made by `python -m cutlass_kernels verify`.",
         "",
-        "| kernel | state | cases | exact integers | error | hazards | registers | mutants found |",
+        "| kernels | verified | runs | exact integers | largest error | hazards | mutants found |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        family = "stream-K" if "_streamk_" in row["name"] else row["name"].split("_")[1]
+        kinds.setdefault(f"{row['arch']} {family}", []).append(row)
+    for kind, members in kinds.items():
+        good = sum(row["state"] == "verified" for row in members)
+        cases, exact, hazards = (sum(row[name] for row in members) for name in ("cases", "exact", "hazards"))
+        error = max(row["error_over_bound"] for row in members)
+        lines.append(
+            f"| {kind} | {good} of {len(members)} | {cases} | {exact} | {error:.2f} of the bound | {hazards} |"
+            f" {mutants(members)} |"
+        )
+    return "\n".join(lines)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/cuda_verify.md."""
+    rows = results["kernels"]
+    lines = [
+        "# CUDA kernels, verified in the emulator",
+        "",
+        "Nothing here has run on hardware. Each case of a kernel runs with copies landing as early and as late as they"
+        ' may; "exact integers" are runs whose result has not one wrong bit. "error" is the largest one over its bound,'
+        " 1 ulp of the output + 2^-23 sqrt(k) (\\|A\\| \\|B\\|) for a plain epilogue; what is more for the others, and"
+        " for split-K, is in [`problem.py`](../cutlass_kernels/verify/problem.py). Made by"
+        f" `python -m cutlass_kernels verify` with nvcc {results['nvcc']} and CUTLASS {results['cutlass']}.",
+        "",
+        "| kernel | state | runs | exact integers | error | hazards | registers | mutants found |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        mutants = "–" if row["mutants"] is None else f"{row['detected']}/{row['mutants']}"
+        found = "–" if row["mutants"] is None else f"{row['detected']}/{row['mutants']}"
         state = row["state"] + (f": {_one_line(row['why'])}" if row["why"] else "")
         lines.append(
             f"| `{row['name']}` | {state} | {row['cases']} | {row['exact']} | {row['error_over_bound']:.2f} |"
-            f" {row['hazards']} | {row['registers']} | {mutants} |"
+            f" {row['hazards']} | {row['registers']} | {found} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_undetected(rows)]) + "\n"
+
+
+def _undetected(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    by_arch: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_arch.setdefault(row["arch"], []).append(row)
+    found = ", ".join(f"{mutants(members)} on {arch}" for arch, members in by_arch.items())
+    lines = [
+        "## Mutants that nothing notices",
+        "",
+        f"Each wait, barrier, arrival and fence that a kernel executes was left out in turn. Noticed: {found}. The"
+        " others of a kernel were then left out all at once, in every one of its cases: results stay right, and the"
+        " vector clocks order every two accesses without them: they are redundant there. Why, by the instruction:",
+        "",
+        "| instruction | of how many kernels | runs that passed without all of them | reason |",
+        "|---|---:|---:|---|",
+    ]
+    for start, why in REASONS.items():
+        having = [row for row in rows if any(reason(each) == why for each in row["undetected"])]
+        if having:
+            runs = sum(row["without_undetected"] for row in having)
+            lines.append(f"| `{start.rstrip(' %')}` | {len(having)} | {runs} | {why} |")
+    return lines
 
 
 def _one_line(text: str) -> str:
@@ -74,9 +153,11 @@ def _one_line(text: str) -> str:
 
 
 def update(document: Path, results: Mapping[str, Any]) -> None:
-    """Put the table between the markers of a document. Raises `ValueError` without them."""
+    """Put the summary between the markers of a README, and write the page. Raises `ValueError` without markers."""
     text = document.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{document}: expected one {BEGIN} and one {END}")
     pattern = re.escape(BEGIN) + r".*?" + re.escape(END)
-    document.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n{table(results)}\n{END}", text, flags=re.DOTALL))
+    document.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n{summary(results)}\n{END}", text, flags=re.DOTALL))
+    (document.parent / PAGE).parent.mkdir(exist_ok=True)
+    (document.parent / PAGE).write_text(page(results))

@@ -113,7 +113,7 @@ def launch(device: emulator.Device, kernel: abi.Kernel, problem: Problem) -> Arr
     canary = np.full(shape, PADDING, np.uint8).repeat(problem.stored_bytes, axis=-1).view(problem.stored_type)
     d = Place(device, canary, step["d"] if case.strided else 0)
     if config.family == "grouped":
-        offsets = device.array(np.cumsum((0, *case.groups)).astype(np.int32))
+        offsets = device.array(np.array(case.offsets or np.cumsum((0, *case.groups)), np.int32))
         call: Call = _grouped_call(problem, places, d, offsets.pointer)
     else:
         call = _gemm_call(problem, places, d)
@@ -131,6 +131,7 @@ def launch(device: emulator.Device, kernel: abi.Kernel, problem: Problem) -> Arr
 def _gemm_call(problem: Problem, places: dict[str, Place], d: Place) -> GemmCall:
     case = problem.case
     call = GemmCall(case.m, case.n, case.k, case.batch, alpha=problem.alpha, beta=problem.beta, splits=case.splits)
+    call.sm_count = case.sm_count
     for name, place in (*places.items(), ("d", d)):
         setattr(call, name, place.pointer)
         if hasattr(call, f"{name}_stride"):
@@ -146,7 +147,8 @@ def _strides(config: GemmConfig, name: str, place: Place, m: int) -> tuple[int, 
 
 def _grouped_call(problem: Problem, places: dict[str, Place], d: Place, offsets: int) -> GroupedGemmCall:
     case = problem.case
-    call = GroupedGemmCall(len(case.groups), case.n, case.k, alpha=problem.alpha, offsets=offsets)
+    call = GroupedGemmCall(len(case.groups), case.m, case.n, case.k, alpha=problem.alpha, offsets=offsets)
+    call.sm_count = case.sm_count
     call.a, call.weight, call.d = places["a"].pointer, places["weight"].pointer, d.pointer
     call.a_stride, call.d_stride = places["a"].row, d.row
     call.weight_stride[:] = (places["weight"].row, places["weight"].strides[1])

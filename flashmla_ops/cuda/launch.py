@@ -92,6 +92,7 @@ def gemm_call(
 def grouped_gemm_call(a: Tensor, weight: Tensor, offsets: Tensor, out: Tensor) -> GroupedGemmCall:
     """a [rows, k], weight [groups, n, k], offsets [groups + 1] int32, out [rows, n]."""
     call = GroupedGemmCall(alpha=1.0)
+    call.rows = a.size(0)
     call.groups, call.n, call.k = weight.shape
     call.a, call.weight, call.d = a.data_ptr(), weight.data_ptr(), out.data_ptr()
     call.a_stride, call.d_stride, call.offsets = a.stride(0), out.stride(0), offsets.data_ptr()

@@ -88,8 +88,8 @@ class Interpreter:
         starts = view(call.offsets, (call.groups + 1,), (1,), "f32").view(torch.int32).tolist()
         stride = (call.weight_stride[1], call.weight_stride[0], 1)
         weight = view(call.weight, (call.groups, call.n, call.k), stride, self.config.weight).double()
-        a = view(call.a, (starts[-1], call.k), (call.a_stride, 1), self.config.a).double()
-        d = view(call.d, (starts[-1], call.n), (call.d_stride, 1), self.config.d)
+        a = view(call.a, (call.rows, call.k), (call.a_stride, 1), self.config.a).double()
+        d = view(call.d, (call.rows, call.n), (call.d_stride, 1), self.config.d)
         for group in range(call.groups):
             rows = slice(starts[group], starts[group + 1])
             d[rows] = (call.alpha * a[rows] @ weight[group].T).to(d.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlass_kernels import abi, build, emulator, toolchain, verify
+from cutlass_kernels import abi, build, emulator, verify
 from cutlass_kernels.build import Built
-from cutlass_kernels.catalogue import kernels, smoke
+from cutlass_kernels.catalogue import by_name, kernels, representatives, smoke
 from cutlass_kernels.config import GemmConfig
-from cutlass_kernels.errors import CallError, MissingToolError
+from cutlass_kernels.errors import CallError
 from cutlass_kernels.verify import report
 from cutlass_kernels.verify.cases import Case, cases_of
 from cutlass_kernels.verify.problem import FORMATS, Problem, decode, encode, ulp
@@ -36,10 +37,16 @@ def problems(draw: st.DrawFn) -> Problem:
 def test_the_rounded_result_passes_and_a_wrong_element_does_not(problem: Problem) -> None:
     stored = encode(problem.expected, problem.config.d)
     assert problem.mismatches(stored)[0] == 0
-    place = np.unravel_index(np.argmax(np.abs(problem.expected)), problem.expected.shape)
-    for wrong in (problem.expected[place] + 2.5 * problem.bound[place], np.nan):
+    finite = np.isfinite(problem.expected)
+    largest = np.argmax(np.where(finite, np.abs(problem.expected), -1.0))
+    places = [
+        (largest, wrong) for wrong in (problem.expected.flat[largest] + 2.5 * problem.bound.flat[largest], np.nan)
+    ]
+    places += [(place, 0.0) for place in np.flatnonzero(~finite)[:3]]
+    places += [(place, np.nan) for place in np.flatnonzero(np.isinf(problem.expected))[:1]]
+    for place, wrong in places:
         changed = problem.expected.copy()
-        changed[place] = wrong
+        changed.flat[place] = wrong
         count, ratio = problem.mismatches(encode(changed, problem.config.d))
         assert count == 1
         assert ratio > 1
@@ -56,13 +63,14 @@ def test_integers_are_exact_in_the_output(problem: Problem) -> None:
 def test_every_kernel_has_every_kind_of_case() -> None:
     for config in kernels():
         cases = cases_of(config)
-        assert {"integers", "normal"} == {case.fill for case in cases}
+        assert {case.fill for case in cases} == {"integers", "normal", "special"}
         assert any(case.k >= 1024 for case in cases)
         assert any(case.m == 1 for case in cases)
         assert any(case.m % config.tile[0] and case.n % config.tile[1] and case.k % config.tile[2] for case in cases)
         assert any(case.batch > 1 for case in cases) == config.batches
         assert any(case.splits > 1 for case in cases) == config.splits
         assert any(case.groups for case in cases) == (config.family == "grouped")
+        assert any(case.offsets for case in cases) == (config.family == "grouped")
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16", "f32", "e4m3"])
@@ -73,16 +81,6 @@ def test_an_ulp_is_the_distance_to_the_next_number(element: str) -> None:
     assert np.array_equal(decode(encode(away, element), element), away)
     half = values + np.sign(values) * step * 0.25
     assert np.array_equal(decode(encode(half, element), element), values)
-
-
-@pytest.fixture(scope="module")
-def built() -> dict[GemmConfig, Built]:
-    pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
-    try:
-        toolchain.nvcc()
-    except MissingToolError as error:
-        pytest.skip(str(error))
-    return dict(zip(smoke(), build.build(smoke(), quiet=True), strict=True))
 
 
 @pytest.mark.parametrize("config", smoke(), ids=lambda config: config.name)
@@ -107,10 +105,18 @@ def test_three_timings_give_one_result(built: dict[GemmConfig, Built]) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "k": {"k": 63},
     "n": {"n": 63},
-    "address": {"a": 8},
+    "no rows": {"m": 0},
+    "no columns": {"n": 0},
+    "no sums": {"k": 0},
+    "more than 32 bits": {"m": (1 << 32) + 64},
+    "address of a": {"a": 8},
+    "address of c": {"c": 8},
+    "address of d": {"d": 2},
+    "address of the bias": {"bias": 4},
     "row stride": {"weight_stride": (68, 0)},
     "batch": {"batch": 0},
     "splits": {"splits": 0},
+    "more batches than a grid has": {"batch": 70000},
 }
 
 
@@ -129,7 +135,7 @@ def test_what_a_kernel_cannot_do_is_refused_before_it_runs(
             if isinstance(value, tuple):
                 getattr(good, name)[:] = value
             else:
-                setattr(good, name, place + value if name == "a" else value)
+                setattr(good, name, place + value if name in ("a", "c", "d", "bias") else value)
         with pytest.raises(CallError, match=config.name):
             kernel.run(good, 0)
         return before, kernel.refuses(good)
@@ -172,9 +178,13 @@ def test_without_a_device_it_says_so(built: dict[GemmConfig, Built]) -> None:
 @pytest.mark.slow
 def test_most_dropped_synchronisation_is_noticed(built: dict[GemmConfig, Built]) -> None:
     config = smoke()[0]
-    survey = verify.survey_of(built[config], build_problem(config, verify.mutation_case(config)))
-    assert len(survey.mutants) >= 5
-    assert survey.detection >= 0.8, survey.undetected
+    result = verify.verify(built[config], cases_of(config), mutations=True)
+    assert result.mutants is not None
+    assert result.detected is not None
+    assert result.mutants >= 15
+    # Of those left, every case passes without all at once: see docs/cuda_verify.md.
+    assert result.detected >= 0.75 * result.mutants, result.undetected
+    assert all(report.reason(each) for each in result.undetected)
 
 
 @pytest.mark.slow
@@ -188,9 +198,11 @@ def test_the_whole_catalogue_is_verified(config: GemmConfig) -> None:
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     facts = {"nvcc": "V13.0.88", "cutlass": "4.2.0"}
     path, document = tmp_path / "results.json", tmp_path / "README.md"
-    report.write(path, [report.KernelResult("one", "sm_80", "verified", cases=4, error_over_bound=0.5)], facts)
-    report.write(path, [report.KernelResult("two", "sm_80", "wrong", why="3 | mismatches")], facts)
-    assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == ["one", "two"]
+    one = report.KernelResult("sm80_linear_one", "sm_80", "verified", cases=4, error_over_bound=0.5, mutants=5)
+    one = replace(one, detected=4, undetected=["line 7: bar.sync 0"], without_undetected=4)
+    report.write(path, [one], facts)
+    report.write(path, [report.KernelResult("sm80_linear_two", "sm_80", "wrong", why="3 | mismatches")], facts)
+    assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == ["sm80_linear_one", "sm80_linear_two"]
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.update(document, report.load(path))
     text = document.read_text()
@@ -198,12 +210,42 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     assert "1 of 2 kernels verified **in the emulator, not on hardware**" in text
-    assert "wrong: 3 \\| mismatches" in text
+    assert "| sm_80 linear | 1 of 2 | 4 | 0 | 0.50 of the bound | 0 | 4/5 (1 kernels) |" in text
+    page = (tmp_path / report.PAGE).read_text()
+    assert "wrong: 3 \\| mismatches" in page
+    assert f"| `bar.sync 0` | 1 | 4 | {report.REASONS['bar.sync 0']} |" in page
     with pytest.raises(ValueError, match="expected one"):
         report.update(path, report.load(path))
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
-    root = Path(__file__).parents[2]
-    expected = report.table(report.load(root / "bench" / "results" / "cuda_verify.json"))
-    assert f"{report.BEGIN}\n{expected}\n{report.END}" in (root / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return report.load(ROOT / "bench" / "results" / "cuda_verify.json")
+
+
+def test_the_tables_are_those_of_the_committed_results(committed: dict[str, Any]) -> None:
+    assert f"{report.BEGIN}\n{report.summary(committed)}\n{report.END}" in (ROOT / "README.md").read_text()
+    assert (ROOT / report.PAGE).read_text() == report.page(committed)
+
+
+def test_every_kernel_of_the_catalogue_has_a_committed_result(committed: dict[str, Any]) -> None:
+    assert {row["name"] for row in committed["kernels"]} == {config.name for config in kernels()}
+    for row in committed["kernels"]:
+        assert (row["state"], row["hazards"]) == ("verified", 0), row["name"]
+        assert row["error_over_bound"] <= 1, row["name"]
+        assert row["registers"] <= 255, row["name"]
+
+
+def test_a_kernel_of_each_kind_has_mutants_and_most_are_noticed(committed: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in committed["kernels"]}
+    assert all(rows[config.name]["mutants"] for config in representatives())
+    surveyed = [row for row in rows.values() if row["mutants"]]
+    sm80 = [row for row in surveyed if row["arch"] == "sm_80"]
+    assert sum(row["detected"] for row in sm80) >= 0.8 * sum(row["mutants"] for row in sm80)
+    for row in surveyed:
+        assert len(row["undetected"]) == row["mutants"] - row["detected"]
+        assert all(report.reason(each) for each in row["undetected"]), row["name"]
+        assert not row["undetected"] or row["without_undetected"] >= len(cases_of(by_name(row["name"])))

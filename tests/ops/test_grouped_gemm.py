@@ -122,17 +122,53 @@ def test_a_bad_out_is_named(shape: tuple[int, int], dtype: str, expected: str, d
     assert (error.argument, error.expected) == ("out", expected)
 
 
-@settings(max_examples=500)
-@given(gemm_cases())
-def test_the_fake_has_the_shape_dtype_and_strides_of_the_result(case: object) -> None:
+def check_fake(op: object, **inputs: object) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    inputs = build(case)
-    actual = torch.ops.flashmla.gemm(**inputs)
+    actual = op(**inputs)
     with FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        fake = torch.ops.flashmla.gemm(**fakes)
-    assert (fake.shape, fake.dtype, fake.stride()) == (actual.shape, actual.dtype, actual.stride()), case
+        fake = op(**{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+    assert (fake.shape, fake.dtype, fake.stride()) == (actual.shape, actual.dtype, actual.stride()), inputs
+
+
+@settings(max_examples=500)
+@given(gemm_cases())
+def test_the_fake_of_gemm_has_the_shape_dtype_and_strides_of_the_result(case: object) -> None:
+    check_fake(torch.ops.flashmla.gemm, **build(case))
+
+
+@settings(max_examples=500)
+@given(
+    batch=st.integers(0, 5),
+    m=st.integers(0, 9) | st.sampled_from([32, 33, 70]),
+    n=st.integers(0, 70),
+    k=st.integers(0, 70),
+    dtype=st.sampled_from(sorted(UNIT)),
+    along_k=st.booleans(),
+    turned=st.booleans(),
+)
+def test_the_fake_of_bmm_has_the_shape_dtype_and_strides_of_the_result(
+    batch: int, m: int, n: int, k: int, dtype: str, along_k: bool, turned: bool
+) -> None:
+    of = {"dtype": getattr(torch, dtype)}
+    a = torch.ones(m, batch, k, **of).transpose(0, 1) if turned else torch.ones(batch, m, k, **of)
+    weight = torch.ones(batch, n, k, **of).mT if along_k else torch.ones(batch, k, n, **of)
+    check_fake(torch.ops.flashmla.bmm, a=a, weight=weight)
+
+
+@settings(max_examples=500)
+@given(
+    sizes=st.lists(st.integers(0, 6) | st.just(40), max_size=5),
+    n=st.integers(0, 30),
+    k=st.integers(1, 30),
+    dtype=st.sampled_from(sorted(UNIT)),
+    strided=st.booleans(),
+)
+def test_the_fake_of_grouped_gemm_has_the_shape_dtype_and_strides_of_the_result(
+    sizes: list[int], n: int, k: int, dtype: str, strided: bool
+) -> None:
+    a, weight, offsets = operands(sizes, n, k, dtype, 0, strided)
+    check_fake(torch.ops.flashmla.grouped_gemm, a=a, weight=weight, offsets=offsets)
 
 
 def test_compiled() -> None:

@@ -21,6 +21,7 @@ from cutlass_kernels.emulator.machine.spaces import LOCAL, PARAMETER, SHARED, Sp
 from cutlass_kernels.emulator.machine.taint import Taint
 from cutlass_kernels.emulator.machine.tally import Tally
 from cutlass_kernels.emulator.machine.transfers import Transfers
+from cutlass_kernels.emulator.machine.visibility import Order, Visibility
 from cutlass_kernels.emulator.machine.warpgroups import Warpgroups
 from cutlass_kernels.emulator.options import Options, Site
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, bits
@@ -59,6 +60,9 @@ class Machine:
         self._memories(parameters)
         words = self.shared.size // 4
         self.order = Races(words, self.clocks, self.hazards) if options.races else None
+        self.visible: Visibility | None = None
+        if options.races and self.clocks.far:
+            self.visible = Visibility(heap.memory.size // 4, self.clocks, self.hazards)
         self.scheduler = Scheduler(
             self.n, program.run_block(self), self._idle, self._overdue, program.gathers, program.first, geometry.groups
         )
@@ -219,22 +223,24 @@ class Machine:
             )
 
     def load(
-        self, space: Space, address: Array, lanes: Ints, width: int, count: int
+        self, space: Space, address: Array, lanes: Ints, width: int, count: int, order: Order = "weak"
     ) -> tuple[Array, NDArray[np.bool_] | None]:
         """[lanes, count] elements of ``width`` bytes, and which lanes read what nobody wrote (None: none)."""
         size = width * count
         space, memory, offsets = self.locate(space, address, lanes, size)
         missing = memory.without(WRITTEN, offsets, size)
-        self._observe(space, offsets, lanes, size, write=False)
+        self._observe(space, offsets, lanes, size, order, write=False)
         return memory.read(offsets, width, count), missing
 
-    def store(self, space: Space, address: Array, lanes: Ints, width: int, values: Array) -> None:
+    def store(
+        self, space: Space, address: Array, lanes: Ints, width: int, values: Array, order: Order = "weak"
+    ) -> None:
         """Store [lanes, count] elements of ``width`` bytes."""
         size = width * values.shape[1]
         space, memory, offsets = self.locate(space, address, lanes, size)
         if space is Space.PARAMETER:
             raise self.fault(MemoryFault, "a store to kernel parameters")
-        self._observe(space, offsets, lanes, size, write=True)
+        self._observe(space, offsets, lanes, size, order, write=True)
         memory.write(offsets, width, values)
 
     def forget(self, space: Space, address: Array, lanes: Ints, size: int, unknown: NDArray[np.bool_]) -> None:
@@ -245,7 +251,7 @@ class Machine:
         else:
             memory.forget(offsets[unknown], size)
 
-    def _observe(self, space: Space, offsets: Ints, lanes: Ints, size: int, *, write: bool) -> None:
+    def _observe(self, space: Space, offsets: Ints, lanes: Ints, size: int, order: Order, *, write: bool) -> None:
         if self.tally is not None and offsets.size:
             if space is Space.SHARED:
                 self.tally.shared_access(offsets, lanes, size)
@@ -257,6 +263,15 @@ class Machine:
                 self.order.write(words, domain, warp, narrow=size < 4)
             else:
                 self.order.read(words, domain, warp)
+        if space is Space.GLOBAL:
+            self.publish(offsets, lanes, size, order, reads=not write, writes=write)
+
+    def publish(self, offsets: Ints, lanes: Ints, size: int, order: Order, *, reads: bool, writes: bool) -> None:
+        """Accesses to global memory, for those who look for races there."""
+        if self.visible is not None and offsets.size:
+            words = self.words(offsets, size)
+            domain, warp = self.domain[lanes], self.warp[lanes]
+            self.visible.access(words, domain, warp, order, reads=reads, writes=writes, narrow=size < 4)
 
     @staticmethod
     def words(offsets: Ints, size: int) -> NDArray[np.int64]:

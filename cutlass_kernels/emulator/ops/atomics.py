@@ -17,12 +17,14 @@ from cutlass_kernels.emulator.registry import Step, instruction
 if TYPE_CHECKING:
     from cutlass_kernels.emulator.machine.machine import Machine
     from cutlass_kernels.emulator.machine.scheduler import Lanes
+    from cutlass_kernels.emulator.machine.visibility import Order
     from cutlass_kernels.emulator.translate import Translator
 
 Update = Callable[..., Any]
 _ORDERS = (
     "relaxed acquire release acq_rel cta cluster gpu sys global shared shared::cta shared::cluster noftz L2::cache_hint"
 )
+_STRONGER: tuple[Order, ...] = ("acquire", "release", "acq_rel")
 _UPDATES: dict[str, Update] = {
     "add": lambda old, x: old + x,
     "min": lambda old, x: np.minimum(old, x),
@@ -46,6 +48,7 @@ def _atomic(t: Translator, item: Instruction) -> Step:
     update, returns = _UPDATES[operation], opcode[0] == "atom"
     operands = item.operands[1:] if returns else item.operands
     space, address = t.space(opcode), t.address(operands[0])
+    order: Order = next((part for part in _STRONGER if part in opcode), "relaxed")
     half = kind in ("f16", "f16x2", "bf16", "bf16x2")
     number = dtype(f"u{bits(kind)}") if half else dtype(kind)
     count = 2 if operation == "cas" else 1
@@ -57,7 +60,7 @@ def _atomic(t: Translator, item: Instruction) -> Step:
     def step(machine: Machine, lanes: Lanes) -> None:
         where = machine.lanes(lanes)
         values = [np.broadcast_to(read(machine, lanes), where.shape) for read in readers]
-        found = _run(machine, space, address(machine, lanes), where, number, values, update)
+        found = _run(machine, space, address(machine, lanes), where, number, values, update, order)
         write(machine, lanes, found)
 
     return step
@@ -79,6 +82,7 @@ def _run(
     number: np.dtype[Any],
     values: list[Array],
     update: Update,
+    order: Order,
 ) -> Array:
     """Lanes that share an address follow one another: round k serves the k-th lane of each address."""
     size = number.itemsize
@@ -89,13 +93,15 @@ def _run(
     if machine.order is not None and space is Space.SHARED:
         words = machine.words(offsets, size)
         machine.order.write(words, machine.domain[lanes][:, None], machine.warp[lanes][:, None], atomic=True)
+    if space is Space.GLOBAL:
+        machine.publish(offsets, lanes, size, order, reads=True, writes=True)
     old = np.empty(lanes.size, number)
-    order = np.argsort(offsets, kind="stable")
-    ranked = offsets[order]
+    ranks = np.argsort(offsets, kind="stable")
+    ranked = offsets[ranks]
     first = np.concatenate([[True], ranked[1:] != ranked[:-1]])
     position = np.arange(lanes.size) - np.flatnonzero(first)[np.cumsum(first) - 1]
     for turn in range(int(position.max()) + 1 if lanes.size else 0):
-        now = order[position == turn]
+        now = ranks[position == turn]
         before = memory.read(offsets[now], size, 1)[:, 0].view(number)
         old[now] = before
         after = np.asarray(update(before, *(value[now] for value in values)), number)

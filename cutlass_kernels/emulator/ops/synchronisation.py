@@ -279,14 +279,27 @@ def _proxy_fence(t: Translator, item: Instruction) -> Step:
     return step
 
 
+@instruction("fence.sc", "fence.acq_rel", "membar", kind="barrier", waits=True, accepts=f"gl {_SCOPES}")
+def _fence(t: Translator, item: Instruction) -> Step:
+    """What is ordered between CTAs by flags in global memory; values themselves are seen at once here."""
+    if not {"gpu", "gl", "sys"} & set(item.opcode):
+        return lambda machine, lanes: None
+
+    def step(machine: Machine, lanes: Lanes) -> None:
+        if machine.visible is not None:
+            first = first_of_warps(machine.lanes(lanes))
+            machine.visible.fence(machine.domain[first], machine.warp[first])
+
+    return step
+
+
 @instruction(
     "fence",
-    "membar",
     kind="barrier",
-    accepts=f"sc acq_rel gl {_SCOPES} mbarrier_init sync_restrict::shared::cta sync_restrict::shared::cluster",
+    accepts=f"{_SCOPES} mbarrier_init sync_restrict::shared::cta sync_restrict::shared::cluster",
 )
-def _fence(t: Translator, item: Instruction) -> Step:
-    """Memory is sequentially consistent here, so that these fences do nothing."""
+def _other_fence(t: Translator, item: Instruction) -> Step:
+    """Shared memory is sequentially consistent here, so that these fences do nothing."""
     return lambda machine, lanes: None
 
 

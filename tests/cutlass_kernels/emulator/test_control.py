@@ -13,7 +13,9 @@ from cutlass_kernels.emulator import (
     Options,
     PtxSyntaxError,
     UnsupportedInstruction,
+    opcodes,
 )
+from cutlass_kernels.emulator.program import Program
 from cutlass_kernels.emulator.ptx.parser import parse
 from tests.cutlass_kernels.emulator.harness import kernel, launch
 
@@ -216,3 +218,16 @@ comment */ .extern .shared .align 128 .b8 dynamic[];
     assert (first.max_threads, first.cluster, first.parameter_bytes) == ((384, 1, 1), (2, 1, 1), 200)
     assert module.variables["pair"].initial[:8] == (0x1122334455667788).to_bytes(8, "little")
     assert (module.variables["dynamic"].size, module.variables["fixed"].size) == (0, 48)
+
+
+@pytest.mark.parametrize("operands", ["", " 5", " %r0, %r1, %r2, %r3, %r4, %r5, %r6"])
+def test_operands_that_an_instruction_does_not_have(operands: str) -> None:
+    """It is taken or refused in the emulator's words: no other error."""
+    refused = 0
+    for name in opcodes():
+        try:
+            module = parse(kernel(f"{name}.b32{operands};", 0))
+            Program(module.kernels["k"], module)
+        except (PtxSyntaxError, UnsupportedInstruction) as error:
+            refused += error.line == 8
+    assert refused > 50

@@ -71,7 +71,8 @@ CASES = [
      "st.shared.u32 [%r3], %r0; fence.proxy.async; bar.sync 0;"
      "@%p1 cp.async.bulk.global.shared::cta.bulk_group [%d0], [%r1], 256; cp.async.bulk.commit_group; {}"),
     ("a value that nobody wrote", "uninitialised", "st.shared.u32 [%r3], %r0;", "",
-     "{} bar.sync 0; ld.shared.u32 %r5, [%r4]; add.u32 %r5, %r5, 1; st.global.u32 [%d0], %r5;"),
+     "{} bar.sync 0; ld.shared.u32 %r5, [%r4]; add.u32 %r5, %r5, 1; mad.wide.u32 %d3, %r0, 4, %d0;"
+     "st.global.u32 [%d3], %r5;"),
     ("an atomic on a word that nobody wrote", "uninitialised", "@%p1 st.shared.u32 [%r1], %r0;", "",
      "{} bar.sync 0; atom.shared.add.u32 %r5, [%r1], 1;"),
     ("a shuffle from a lane outside of the mask", "race", "shfl.sync.idx.b32 %r5, %r0, 1, 31, 0xAAAAAAAA;",

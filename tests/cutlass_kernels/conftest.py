@@ -1,0 +1,26 @@
+"""What tests of compiled kernels share: the smoke list, built once."""
+
+from __future__ import annotations
+
+import pytest
+
+from cutlass_kernels import build, toolchain
+from cutlass_kernels.build import Built
+from cutlass_kernels.catalogue import smoke
+from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.errors import MissingToolError
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Skips where nothing can be built."""
+    pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
+    try:
+        toolchain.nvcc()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def built(compiler: None) -> dict[GemmConfig, Built]:
+    return dict(zip(smoke(), build.build(smoke(), quiet=True), strict=True))
