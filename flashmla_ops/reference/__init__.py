@@ -1,6 +1,6 @@
 """The float64 definitions of the operators: the specification that kernels are compared with."""
 
-from flashmla_ops.reference.attention import decode, merge_states, prefill
+from flashmla_ops.reference.attention import decode, decode_up, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.schedule import decode_schedule
@@ -10,6 +10,7 @@ __all__ = [
     "bmm",
     "decode",
     "decode_schedule",
+    "decode_up",
     "gather_rows",
     "gemm",
     "grouped_gemm",
