@@ -67,7 +67,10 @@ KERNEL_UNITS = (
         else ()
     ),
 )
-CORE_UNITS = tuple(Unit(f"{name}.cpp") for name in ("dispatch", "decode", "decode_up", "prefill", "append", "gemm"))
+CORE_UNITS = (
+    *(Unit(f"{name}.cpp") for name in ("dispatch", "decode", "decode_up", "prefill", "append", "gemm")),
+    Unit("append_quantized.cpp", ("-O3",)),
+)
 #: What registers the kernels with torch; a build without them is reached through ctypes.
 BINDING_UNITS = tuple(
     Unit(f"{name}.cpp") for name in ("torch_attention", "torch_decode_up", "torch_gemm", "requires_grad")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
+from flashmla_ops.layouts import NATIVE
 from flashmla_ops.ops import append, decode, decode_up, merge, schedule
 from flashmla_ops.ops._library import LIBRARY
 
@@ -88,9 +89,12 @@ class Binding:
         self._call(self._library.flashmla_decode_schedule, lengths, *sizes, c_void_p(plan.data_ptr()))
         return plan
 
-    def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
-        append.append_fake(kv_cache, rows, slot_mapping)
-        self._append([(kv_cache, rows)], slot_mapping)
+    def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
+        append.append_fake(kv_cache, rows, slot_mapping, row_format)
+        if row_format == NATIVE.name:
+            self._append([(kv_cache, rows)], slot_mapping)
+        else:
+            append.append_reference(kv_cache, rows, slot_mapping, row_format)
 
     def append_two(self, kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
         append.append_two_fake(kv_cache, k_cache, rows, k_rows, slot_mapping)

@@ -4,11 +4,14 @@
 #include <cmath>
 #include <tuple>
 
+#include "flashmla/append_quantized.h"
 #include "flashmla/torch_decode.h"
 
 namespace {
 
 using namespace flashmla;
+
+constexpr int64_t kFp8V32Bytes = 656, kFp8V32Elements = 576;
 
 void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
   FlashmlaDecode call = decode_call(a);
@@ -174,7 +177,53 @@ void run_append(const FlashmlaAppend (&tensors)[N], const Tensor& slots) {
            message);
 }
 
-void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping) {
+// As check_append, of a cache of bytes and rows of floating-point numbers.
+void check_append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping) {
+  const Check check{"append_"};
+  check.gradient("rows", rows);
+  check.dims("kv_cache", cache, 4, "[n_pages, page_size, h_kv, d]");
+  if (cache.scalar_type() != ScalarType::Byte && cache.scalar_type() != ScalarType::Float8_e4m3fn) {
+    check.fail("kv_cache", "uint8 or float8_e4m3fn", name_of(cache.scalar_type()));
+  }
+  check.contiguous_rows("kv_cache", cache);
+  if (cache.size(1) < 1) check.fail("kv_cache", "page_size of at least 1", text(cache.size(1)));
+  if (cache.size(3) != kFp8V32Bytes)
+    check.fail("kv_cache", text("rows of ", kFp8V32Bytes, " bytes"), text(cache.size(3)));
+  check.dims("rows", rows, 3, "[n, h_kv, d]");
+  check.floating("rows", rows);
+  check.on_cpu("rows", rows);
+  if (rows.size(1) != cache.size(2)) {
+    check.fail("rows", text(cache.size(2), " KV heads, as kv_cache"), text(rows.size(1)));
+  }
+  if (rows.size(2) != kFp8V32Elements) {
+    check.fail("rows", text("rows of ", kFp8V32Elements, " elements"), text(rows.size(2)));
+  }
+  check.dims("slot_mapping", slot_mapping, 1, "[n]");
+  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
+  check.on_cpu("slot_mapping", slot_mapping);
+  if (rows.size(0) != slot_mapping.size(0)) check.fail("rows", "one row for each slot", text(rows.size(0)));
+}
+
+void append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slots) {
+  check_append_fp8_v32(cache, rows, slots);
+  const int64_t size = rows.scalar_type() == ScalarType::Float ? 4 : 2;
+  FlashmlaAppend to{};
+  to.cache = static_cast<char*>(cache.mutable_data_ptr());
+  to.rows = static_cast<const char*>(rows.const_data_ptr());
+  to.page_bytes = cache.stride(0), to.token_bytes = cache.stride(1), to.head_bytes = cache.stride(2);
+  to.row_bytes = rows.stride(0) * size, to.row_head_bytes = rows.stride(1) * size,
+  to.element_bytes = rows.stride(2) * size;
+  to.n_pages = cache.size(0), to.page_size = cache.size(1), to.h_kv = cache.size(2);
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_append_fp8_v32(&to, dtype_of(rows), slots.const_data_ptr<int64_t>(), slots.stride(0), slots.size(0),
+                                   &threads, message),
+           message);
+}
+
+void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping, std::string row_format) {
+  if (row_format == "fp8_v32") return append_fp8_v32(kv_cache, rows, slot_mapping);
+  if (row_format != "native") Check{"append_"}.fail("row_format", "one of native, fp8_v32", row_format);
   check_append(kv_cache, rows, slot_mapping, "kv_cache", "rows");
   run_append({append_of(kv_cache, rows)}, slot_mapping);
 }
