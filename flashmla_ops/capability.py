@@ -12,7 +12,17 @@ from flashmla_ops import cpu, cuda
 from flashmla_ops.footprint import decode_footprint, prefill_footprint
 
 LEVELS = (1, 2, 3)
-OPERATORS = ("decode", "decode_schedule", "append_", "merge_states", "prefill", "gemm", "bmm", "grouped_gemm")
+OPERATORS = (
+    "decode",
+    "decode_up",
+    "decode_schedule",
+    "append_",
+    "merge_states",
+    "prefill",
+    "gemm",
+    "bmm",
+    "grouped_gemm",
+)
 
 _ISA_NOTES = {
     "avx512_bf16": "16 lanes; bf16 products by vdpbf16ps (slower than fp32 on Intel), fp32 and fp16 in fp32",

@@ -57,14 +57,18 @@ def install() -> None:
 def _in_sessions(target: torch._ops.OpOverload, lower: Callable[..., None]) -> Callable[..., Any]:
     opaque = fallback_handler(target, add_to_fallback_set=False)
 
-    def lowering(*args: TensorBox) -> Any:
+    def lowering(*args: TensorBox, row_format: str = "native") -> Any:
+        # The format of append_, the fourth argument where it is given; append_.two has none.
+        if args and isinstance(args[-1], str):
+            *args, row_format = args  # type: ignore[assignment]
+        called = (*args, row_format) if row_format != "native" else args
         current = session()
         if current is None or not current.settings.fuse_append:
-            return opaque(*args)
-        reason = why_not(args[0])
+            return opaque(*called)
+        reason = why_not(args[0]) if row_format == "native" else f"rows of format {row_format!r} are not generated yet"
         if reason:
             current.lowered.refused(PATTERN, V.graph.current_node, reason)
-            return opaque(*args)
+            return opaque(*called)
         lower(*args)
         current.lowered.rewrote(PATTERN, V.graph.current_node)
         return None

@@ -1,12 +1,13 @@
 """The suites, in the order in which ``python -m bench all`` runs them."""
 
 from bench.suite import Peer, Suite
-from bench.suites import append, decode, gqa_decode, merge, op_overhead, prefill, small_gemm
+from bench.suites import append, decode, decode_up, gqa_decode, merge, op_overhead, prefill, small_gemm
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
         decode.SUITE,
+        decode_up.SUITE,
         gqa_decode.SUITE,
         prefill.SUITE,
         small_gemm.SUITE,

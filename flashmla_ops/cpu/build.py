@@ -67,9 +67,14 @@ KERNEL_UNITS = (
         else ()
     ),
 )
-CORE_UNITS = tuple(Unit(f"{name}.cpp") for name in ("dispatch", "decode", "prefill", "append", "gemm"))
+CORE_UNITS = (
+    *(Unit(f"{name}.cpp") for name in ("dispatch", "decode", "decode_up", "prefill", "append", "gemm")),
+    Unit("append_quantized.cpp", ("-O3",)),
+)
 #: What registers the kernels with torch; a build without them is reached through ctypes.
-BINDING_UNITS = (Unit("torch_attention.cpp"), Unit("torch_gemm.cpp"), Unit("requires_grad.cpp"))
+BINDING_UNITS = tuple(
+    Unit(f"{name}.cpp") for name in ("torch_attention", "torch_decode_up", "torch_gemm", "requires_grad")
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
-from flashmla_ops.ops import append, decode, merge, schedule
+from flashmla_ops.layouts import NATIVE
+from flashmla_ops.ops import append, decode, decode_up, merge, schedule
 from flashmla_ops.ops._library import LIBRARY
 
 _BODY = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
@@ -56,60 +57,30 @@ class Binding:
         decode.decode_out_fake(*args, out=out, lse=lse, **kwargs)
         self._decode(*args, out=out, lse=lse, **kwargs)
 
-    def _decode(
+    def _decode(self, *args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
+        call, plan = _decode_call(*args, lse=lse, **kwargs)
+        call.out, call.out_stride = out.data_ptr(), out.stride()[:3]
+        self._call(self._library.flashmla_decode, byref(call), *_schedule(plan), byref(self._runtime()))
+
+    def decode_up(
         self,
         q: Tensor,
         kv_cache: Tensor,
         k_cache: Tensor | None,
         block_table: Tensor,
         cache_seqlens: Tensor,
-        d_v: int,
-        qk_start: int = 0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        schedule: Tensor | None = None,
-        row_format: str = "native",
-        attn_sink: Tensor | None = None,
-        levels: int = 3,
-        *,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        b, s_q, h_q, d_qk = q.shape
-        call = structs.Decode(
-            dtype=structs.DTYPES[q.dtype],
-            causal=causal,
-            b=b,
-            s_q=s_q,
-            h_q=h_q,
-            h_kv=kv_cache.size(2),
-            d_qk=d_qk,
-            d_v=d_v,
-            qk_start=qk_start,
-            softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
-            levels=levels,
-            q=q.data_ptr(),
-            q_stride=q.stride(),
-            kv=_cache(kv_cache),
-            k=structs.Cache() if k_cache is None else _cache(k_cache),
-            n_pages=kv_cache.size(0),
-            page_size=kv_cache.size(1),
-            block_table=block_table.data_ptr(),
-            block_table_stride=block_table.stride(),
-            max_pages=block_table.size(1),
-            cache_seqlens=cache_seqlens.data_ptr(),
-            cache_seqlens_stride=cache_seqlens.stride(0),
-            attn_sink=None if attn_sink is None else attn_sink.data_ptr(),
-            attn_sink_stride=0 if attn_sink is None else attn_sink.stride(0),
-            out=out.data_ptr(),
-            out_stride=out.stride()[:3],
-            lse=lse.data_ptr(),
-            lse_stride=lse.stride(),
-        )
-        plan = None if schedule is None else schedule.contiguous()
-        pointer, numel = (None, 0) if plan is None else (plan.data_ptr(), plan.numel())
-        function = self._library.flashmla_decode
-        self._call(function, byref(call), c_void_p(pointer), c_int64(numel), byref(self._runtime()))
+        weight: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        cache = (q, kv_cache, k_cache, block_table, cache_seqlens)
+        out, lse = decode_up.fake(*cache, weight, *args, **kwargs)
+        call, plan = _decode_call(*cache, *args, lse=lse, **kwargs)
+        along_k = weight.stride(2) != 1 and weight.size(2) != 1
+        up = structs.Up(weight.data_ptr(), weight.stride(), along_k, weight.size(2), out.data_ptr())
+        function = self._library.flashmla_decode_up
+        self._call(function, byref(call), byref(up), *_schedule(plan), byref(self._runtime()))
+        return out, lse
 
     def decode_schedule(self, cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_parts: int) -> Tensor:
         plan = schedule.fake(cache_seqlens, s_q, h_q, h_kv, num_parts)
@@ -118,9 +89,12 @@ class Binding:
         self._call(self._library.flashmla_decode_schedule, lengths, *sizes, c_void_p(plan.data_ptr()))
         return plan
 
-    def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
-        append.append_fake(kv_cache, rows, slot_mapping)
-        self._append([(kv_cache, rows)], slot_mapping)
+    def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
+        append.append_fake(kv_cache, rows, slot_mapping, row_format)
+        if row_format == NATIVE.name:
+            self._append([(kv_cache, rows)], slot_mapping)
+        else:
+            append.append_reference(kv_cache, rows, slot_mapping, row_format)
 
     def append_two(self, kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
         append.append_two_fake(kv_cache, k_cache, rows, k_rows, slot_mapping)
@@ -162,6 +136,60 @@ class Binding:
         return out, lse
 
 
+def _decode_call(
+    q: Tensor,
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    schedule: Tensor | None = None,
+    row_format: str = "native",
+    attn_sink: Tensor | None = None,
+    levels: int = 3,
+    *,
+    lse: Tensor,
+) -> tuple[structs.Decode, Tensor | None]:
+    """The call, but for its out, and the schedule in one piece: it must live as long as the call."""
+    b, s_q, h_q, d_qk = q.shape
+    call = structs.Decode(
+        dtype=structs.DTYPES[q.dtype],
+        causal=causal,
+        b=b,
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=kv_cache.size(2),
+        d_qk=d_qk,
+        d_v=d_v,
+        qk_start=qk_start,
+        softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
+        levels=levels,
+        q=q.data_ptr(),
+        q_stride=q.stride(),
+        kv=_cache(kv_cache),
+        k=structs.Cache() if k_cache is None else _cache(k_cache),
+        n_pages=kv_cache.size(0),
+        page_size=kv_cache.size(1),
+        block_table=block_table.data_ptr(),
+        block_table_stride=block_table.stride(),
+        max_pages=block_table.size(1),
+        cache_seqlens=cache_seqlens.data_ptr(),
+        cache_seqlens_stride=cache_seqlens.stride(0),
+        attn_sink=None if attn_sink is None else attn_sink.data_ptr(),
+        attn_sink_stride=0 if attn_sink is None else attn_sink.stride(0),
+        lse=lse.data_ptr(),
+        lse_stride=lse.stride(),
+    )
+    return call, None if schedule is None else schedule.contiguous()
+
+
+def _schedule(plan: Tensor | None) -> tuple[c_void_p, c_int64]:
+    return (c_void_p(None), c_int64(0)) if plan is None else (c_void_p(plan.data_ptr()), c_int64(plan.numel()))
+
+
 def _cache(tensor: Tensor) -> structs.Cache:
     return structs.Cache(tensor.data_ptr(), *tensor.stride()[:3], tensor.size(3))
 
@@ -171,6 +199,7 @@ def register(library: ctypes.CDLL) -> None:
     binding = Binding(library)
     LIBRARY.impl("decode", binding.decode, "CPU")
     LIBRARY.impl("decode.out", binding.decode_out, "CPU")
+    LIBRARY.impl("decode_up", binding.decode_up, "CPU")
     LIBRARY.impl("decode_schedule", binding.decode_schedule, "CPU")
     LIBRARY.impl("append_", binding.append, "CPU")
     LIBRARY.impl("append_.two", binding.append_two, "CPU")

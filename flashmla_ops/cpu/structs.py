@@ -47,6 +47,16 @@ class Decode(ctypes.Structure):
     )
 
 
+class Up(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("weight_stride", c_int64 * 3),
+        ("weight_along_k", c_int32),
+        ("d_up", c_int64),
+        ("out", c_void_p),
+    )
+
+
 class Prefill(ctypes.Structure):
     _fields_ = (
         ("dtype", c_int32),

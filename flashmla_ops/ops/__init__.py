@@ -1,5 +1,5 @@
 """``torch.ops.flashmla.*``: one file for each family of operators, holding its schemas, checks, fakes and bindings."""
 
-from flashmla_ops.ops import append, decode, gemm, grouped_gemm, merge, prefill, schedule
+from flashmla_ops.ops import append, decode, decode_up, gemm, grouped_gemm, merge, prefill, quantize, schedule
 
-__all__ = ["append", "decode", "gemm", "grouped_gemm", "merge", "prefill", "schedule"]
+__all__ = ["append", "decode", "decode_up", "gemm", "grouped_gemm", "merge", "prefill", "quantize", "schedule"]

@@ -1,4 +1,7 @@
-"""``flashmla::append_``: write new rows into a paged cache, in place. The only operator that mutates anything."""
+"""``flashmla::append_``: write new rows into a paged cache, in place. The only operator that mutates anything.
+
+With a ``row_format`` other than "native" the cache holds bytes, and rows are quantised as they are written.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.layouts import NATIVE, QUANTIZED_FORMATS
 from flashmla_ops.ops._library import (
     define,
+    dtype_name,
     refuse_gradient,
     require,
     require_contiguous_rows,
@@ -17,6 +22,7 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops.quantize import BYTE_NAMES, BYTES
 
 OP = "append_"
 
@@ -39,6 +45,29 @@ def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str,
     require(OP, rows_name, rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
 
 
+def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> None:
+    """As `check`, of a cache of bytes and rows of floating-point numbers."""
+    known = ", ".join((NATIVE.name, *QUANTIZED_FORMATS))
+    require(OP, "row_format", row_format in QUANTIZED_FORMATS, f"one of {known}", row_format)
+    row = QUANTIZED_FORMATS[row_format]
+    refuse_gradient(OP, rows=rows)
+    require_dims(OP, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
+    require(OP, "kv_cache", kv_cache.dtype in BYTES, BYTE_NAMES, dtype_name(kv_cache.dtype))
+    require_contiguous_rows(OP, "kv_cache", kv_cache)
+    _, page_size, h_kv, d = kv_cache.shape
+    require(OP, "kv_cache", page_size >= 1, "page_size of at least 1", page_size)
+    require(OP, "kv_cache", d == row.bytes, f"rows of {row.bytes} bytes", d)
+    require_dims(OP, "rows", rows, "[n, h_kv, d]")
+    require_float(OP, "rows", rows)
+    require_device(OP, "rows", rows, kv_cache.device)
+    require(OP, "rows", rows.size(1) == h_kv, f"{h_kv} KV heads, as kv_cache", rows.size(1))
+    require(OP, "rows", rows.size(2) == row.elements, f"rows of {row.elements} elements", rows.size(2))
+    require_dims(OP, "slot_mapping", slot_mapping, "[n]")
+    require_dtype(OP, "slot_mapping", slot_mapping, torch.int64)
+    require_device(OP, "slot_mapping", slot_mapping, kv_cache.device)
+    require(OP, "rows", rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
+
+
 def check_slots(cache: Tensor, slot_mapping: Tensor) -> None:
     """Raise if a slot lies past the end of the cache. Runs before anything is written."""
     slots = cache.size(0) * cache.size(1)
@@ -47,13 +76,18 @@ def check_slots(cache: Tensor, slot_mapping: Tensor) -> None:
             raise ArgumentError(OP, "slot_mapping", f"slots below {slots}", f"{slot} at [{i}]")
 
 
-def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
-    check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
+def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
+    if row_format != NATIVE.name:
+        check_quantized(kv_cache, rows, slot_mapping, row_format)
+    else:
+        check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
 
 
-def append_reference(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
-    append_fake(kv_cache, rows, slot_mapping)
+def append_reference(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
+    append_fake(kv_cache, rows, slot_mapping, row_format)
     check_slots(kv_cache, slot_mapping)
+    if row_format != NATIVE.name:
+        kv_cache, rows = kv_cache.view(torch.uint8), reference.quantize_rows(rows, QUANTIZED_FORMATS[row_format])
     reference.append(kv_cache, rows, slot_mapping)
 
 
@@ -73,7 +107,7 @@ def append_two_reference(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows
 
 
 define(
-    f"{OP}(Tensor(a!) kv_cache, Tensor rows, Tensor slot_mapping) -> ()",
+    f'{OP}(Tensor(a!) kv_cache, Tensor rows, Tensor slot_mapping, str row_format="native") -> ()',
     fake=append_fake,
     reference=append_reference,
 )

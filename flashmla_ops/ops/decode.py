@@ -13,7 +13,7 @@ each keeps in memory.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +35,16 @@ from flashmla_ops.ops._library import (
 from flashmla_ops.ops.schedule import check_schedule
 from flashmla_ops.reference.schedule import schedule_numel
 
-ARGUMENTS = (
-    "Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor block_table, Tensor cache_seqlens, SymInt d_v,"
-    " SymInt qk_start=0, float? softmax_scale=None, bool causal=False, Tensor? schedule=None,"
+TENSORS = "Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor block_table, Tensor cache_seqlens"
+OPTIONS = (
+    "SymInt d_v, SymInt qk_start=0, float? softmax_scale=None, bool causal=False, Tensor? schedule=None,"
     ' str row_format="native", Tensor? attn_sink=None, int levels=3'
 )
+ARGUMENTS = f"{TENSORS}, {OPTIONS}"
 
 
 def check(
+    op: str,
     q: Tensor,
     kv_cache: Tensor,
     k_cache: Tensor | None,
@@ -55,8 +57,10 @@ def check(
     attn_sink: Tensor | None,
     levels: int,
 ) -> None:
-    """The preconditions that shapes, strides and dtypes decide. The C++ kernel checks the same, with the same words."""
-    op = "decode"
+    """The preconditions that shapes, strides and dtypes decide. The C++ kernel checks the same, with the same words.
+
+    ``op``: the operator that names itself in an error: `decode`, or one that has its arguments and more.
+    """
     refuse_gradient(op, q=q, kv_cache=kv_cache, k_cache=k_cache, attn_sink=attn_sink)
     require(op, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
     uncut = levels == 3 or schedule is None
@@ -126,9 +130,34 @@ def decode_fake(
     attn_sink: Tensor | None = None,
     levels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink, levels)
+    check(
+        "decode",
+        q,
+        kv_cache,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        d_v,
+        qk_start,
+        schedule,
+        row_format,
+        attn_sink,
+        levels,
+    )
     b, s_q, h_q, _ = q.shape
     return q.new_empty((b, s_q, h_q, d_v)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
+
+
+def check_values(
+    op: str, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, schedule: Tensor | None
+) -> None:
+    """The preconditions that lengths and the schedule decide; those of pages are the reference's."""
+    capacity = block_table.size(1) * kv_cache.size(1)
+    for i, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ArgumentError(op, "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
+    if schedule is not None:
+        check_schedule(op, schedule, cache_seqlens, q.size(1), q.size(2), kv_cache.size(2))
 
 
 def decode_reference(
@@ -146,13 +175,21 @@ def decode_reference(
     attn_sink: Tensor | None = None,
     levels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    check(q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink, levels)
-    capacity = block_table.size(1) * kv_cache.size(1)
-    for i, length in enumerate(cache_seqlens.tolist()):
-        if not 0 <= length <= capacity:
-            raise ArgumentError("decode", "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
-    if schedule is not None:
-        check_schedule(schedule, cache_seqlens, q.size(1), q.size(2), kv_cache.size(2))
+    check(
+        "decode",
+        q,
+        kv_cache,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        d_v,
+        qk_start,
+        schedule,
+        row_format,
+        attn_sink,
+        levels,
+    )
+    check_values("decode", q, kv_cache, block_table, cache_seqlens, schedule)
     out, lse = reference.decode(
         q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink
     )
@@ -203,6 +240,47 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return mapped.flatten(0, 1)
 
 
+class Folded(NamedTuple):
+    """The tensors of a mapped call, its mapped dimension having joined the sequences."""
+
+    q: Tensor
+    kv_cache: Tensor
+    k_cache: Tensor | None
+    block_table: Tensor
+    cache_seqlens: Tensor
+
+
+def fold(
+    op: str,
+    size: int,
+    in_dims: tuple[int | None, ...],
+    q: Tensor,
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+) -> Folded:
+    """Caches that are mapped too join their pages. ``in_dims``: of these five tensors."""
+    q_dim, kv_dim, k_dim, table_dim, lengths_dim = in_dims
+    require(op, "k_cache", k_cache is None or (k_dim is None) == (kv_dim is None), "mapped as kv_cache", "not")
+    tables = _fold(block_table, table_dim, size)
+    if kv_dim is not None:
+        n_pages = kv_cache.movedim(kv_dim, 0).size(1)
+        first = torch.arange(size, dtype=torch.int32, device=tables.device).repeat_interleave(tables.size(0) // size)
+        # A page that is not in its own cache must not become a page of the next one.
+        tables = torch.where((tables >= 0) & (tables < n_pages), tables + n_pages * first[:, None], -1)
+        kv_cache = _fold(kv_cache, kv_dim, size)
+        k_cache = None if k_cache is None else _fold(k_cache, k_dim, size)
+    return Folded(_fold(q, q_dim, size), kv_cache, k_cache, tables, _fold(cache_seqlens, lengths_dim, size))
+
+
+def require_same_for_all(op: str, in_dims: tuple[int | None, ...], **positions: int) -> None:
+    """Raise if an argument, given by its position, is mapped."""
+    for argument, position in positions.items():
+        dim = in_dims[position] if len(in_dims) > position else None
+        require(op, argument, dim is None, "the same heads for all under vmap", "a mapped dimension")
+
+
 def vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -220,27 +298,12 @@ def vmap(
     attn_sink: Tensor | None = None,
     levels: int = 3,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """The mapped dimension joins the sequences; caches that are mapped too join their pages."""
+    """The mapped dimension joins the sequences."""
     op, size = "decode", info.batch_size
     require(op, "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
-    sink_dim = in_dims[11] if len(in_dims) > 11 else None
-    require(op, "attn_sink", sink_dim is None, "the same heads for all under vmap", "a mapped dimension")
-    q_dim, kv_dim, k_dim, table_dim, lengths_dim = in_dims[:5]
-    require(op, "k_cache", k_cache is None or (k_dim is None) == (kv_dim is None), "mapped as kv_cache", "not")
-    tables = _fold(block_table, table_dim, size)
-    if kv_dim is not None:
-        n_pages = kv_cache.movedim(kv_dim, 0).size(1)
-        first = torch.arange(size, dtype=torch.int32, device=tables.device).repeat_interleave(tables.size(0) // size)
-        # A page that is not in its own cache must not become a page of the next one.
-        tables = torch.where((tables >= 0) & (tables < n_pages), tables + n_pages * first[:, None], -1)
-        kv_cache = _fold(kv_cache, kv_dim, size)
-        k_cache = None if k_cache is None else _fold(k_cache, k_dim, size)
+    require_same_for_all(op, in_dims, attn_sink=11)
     out, lse = torch.ops.flashmla.decode(
-        _fold(q, q_dim, size),
-        kv_cache,
-        k_cache,
-        tables,
-        _fold(cache_seqlens, lengths_dim, size),
+        *fold(op, size, in_dims[:5], q, kv_cache, k_cache, block_table, cache_seqlens),
         d_v,
         qk_start,
         softmax_scale,

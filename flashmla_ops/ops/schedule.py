@@ -40,23 +40,23 @@ def by_reference(cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_parts
     return reference.decode_schedule(cache_seqlens, s_q, h_q, h_kv, num_parts)
 
 
-def check_schedule(schedule: Tensor, cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> None:
+def check_schedule(op: str, schedule: Tensor, cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int) -> None:
     """Raise unless ``schedule`` is the one that `decode_schedule` makes for these lengths and heads."""
     b = cache_seqlens.size(0)
     made_for, parts = schedule[:4].tolist(), int(schedule[4])
     wanted = [b, s_q, h_q, h_kv]
     expected = f"a schedule made for [b, s_q, h_q, h_kv] {wanted}"
-    require("decode", "schedule", made_for == wanted, expected, f"one made for {made_for}")
+    require(op, "schedule", made_for == wanted, expected, f"one made for {made_for}")
     sized = 1 <= parts <= MAX_PARTS and schedule.numel() == schedule_numel(b, parts)
     sized = sized and int(schedule[5]) == row_block(b, s_q, h_q, h_kv, parts)
-    require("decode", "schedule", sized, "the tensor that decode_schedule returned", f"{schedule.numel()} elements")
+    require(op, "schedule", sized, "the tensor that decode_schedule returned", f"{schedule.numel()} elements")
     lengths = schedule[HEADER : HEADER + b]
     for i in (lengths != cache_seqlens).nonzero().flatten().tolist():
         expected = f"a schedule made for length {int(cache_seqlens[i])} at [{i}]"
-        raise ArgumentError("decode", "schedule", expected, f"one made for length {int(lengths[i])}")
+        raise ArgumentError(op, "schedule", expected, f"one made for length {int(lengths[i])}")
     fresh = reference.decode_schedule(cache_seqlens, s_q, h_q, h_kv, parts)
     same = torch.equal(fresh, schedule)
-    require("decode", "schedule", same, "the tensor that decode_schedule returned", "other cuts")
+    require(op, "schedule", same, "the tensor that decode_schedule returned", "other cuts")
 
 
 define(

@@ -1,8 +1,9 @@
 """The float64 definitions of the operators: the specification that kernels are compared with."""
 
-from flashmla_ops.reference.attention import decode, merge_states, prefill
+from flashmla_ops.reference.attention import decode, decode_up, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
+from flashmla_ops.reference.quantize import dequantize_rows, quantize_rows
 from flashmla_ops.reference.schedule import decode_schedule
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "bmm",
     "decode",
     "decode_schedule",
+    "decode_up",
+    "dequantize_rows",
     "gather_rows",
     "gemm",
     "grouped_gemm",
     "merge_states",
     "prefill",
+    "quantize_rows",
 ]

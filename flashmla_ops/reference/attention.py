@@ -22,11 +22,14 @@ def decode(
     softmax_scale: float | None = None,
     causal: bool = False,
     attn_sink: Tensor | None = None,  # [h_q] float32
+    *,
+    op: str = "decode",
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q], float64
     """softmax(scale * q k^T) v over each sequence's rows; the value and the key are slices of the same row.
 
     With ``causal``, query s of a sequence sees the keys before ``length - s_q + s + 1`` (bottom-right alignment).
     A query that sees no key has out 0 and lse +inf. ``attn_sink`` scales out by exp(lse) / (exp(lse) + exp(sink)).
+    ``op`` names itself in the error for a page that the cache does not have.
     """
     b, s_q, h_q, d_qk = q.shape
     scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
@@ -35,10 +38,10 @@ def decode(
     for i, length in enumerate(cache_seqlens.tolist()):
         if length == 0:
             continue
-        rows = gather_rows(kv_cache, block_table[i], length, sequence=i)  # [t, h_kv, d]
+        rows = gather_rows(kv_cache, block_table[i], length, op=op, sequence=i)  # [t, h_kv, d]
         value, key = rows[..., :d_v], rows[..., qk_start:]
         if k_cache is not None:
-            key = torch.cat([key, gather_rows(k_cache, block_table[i], length, sequence=i)], dim=-1)
+            key = torch.cat([key, gather_rows(k_cache, block_table[i], length, op=op, sequence=i)], dim=-1)
         heads = (rows.size(1), h_q // rows.size(1))  # h: KV head, g: query head of its group
         groups = q[i].double().reshape(s_q, *heads, d_qk)
         scores = torch.einsum("shgd,thd->hgst", groups, key.double()).reshape(h_q, s_q, length) * scale
@@ -57,6 +60,25 @@ def decode(
         share = share.where(lse != math.inf, 0.0)  # nothing was seen: out stays 0, whatever the sink
         out *= share.transpose(1, 2)[..., None]
     return out, lse
+
+
+def decode_up(
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor,
+    k_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    weight: Tensor,  # [h_q, d_v, d_up]
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    attn_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_up], lse [b, h_q, s_q], float64
+    """`decode`, then the product of each head's result with the head's weight (MLA: W_UV)."""
+    arguments = (q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink)
+    out, lse = decode(*arguments, op="decode_up")
+    return torch.einsum("bshv,hvu->bshu", out, weight.double()), lse
 
 
 def prefill(

@@ -16,10 +16,11 @@ import torch
 from lowering.passes.absorb import absorb_latents
 from lowering.passes.attend import rewrite_attention
 from lowering.passes.record import Decision, Record
+from lowering.passes.up import form_decode_up
 
 GraphPass = Callable[[torch.fx.Graph, Record], None]
 
 #: In the order in which they run.
-PASSES: list[GraphPass] = [absorb_latents, rewrite_attention]
+PASSES: list[GraphPass] = [absorb_latents, rewrite_attention, form_decode_up]
 
 __all__ = ["PASSES", "Decision", "GraphPass", "Record"]

@@ -235,6 +235,13 @@ def regroup(digits: list[Digit], sizes: list[Size]) -> Index | None:
                 continue
             if not (_divides(product, size) and digit.axis and digit.whole and _divides(size // product, digit.size)):
                 return None
+            # With symbolic sizes, that a dimension is full may show in the quotient alone.
+            full = known(size // product == 1)
+            if full or known(size // product == digit.size):
+                digits = [digit, *digits] if full else digits
+                entry += [] if full else [digit]
+                product = size
+                continue
             digits = [Digit(part, 0, part.size) for part in digit.axis.cut(size // product)] + digits
         index.append(tuple(entry))
     return None if digits else tuple(index)

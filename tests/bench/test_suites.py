@@ -12,7 +12,7 @@ from bench import __main__ as command
 from bench import dense, paged, runner
 from bench.paged import PagedCase
 from bench.suite import Peer, clone_as_it_lies, copies_of, make_problem, rotating
-from bench.suites import SUITES, append, decode, gqa_decode, merge, op_overhead, prefill, select, small_gemm
+from bench.suites import SUITES, append, decode, decode_up, gqa_decode, merge, op_overhead, prefill, select, small_gemm
 from flashmla_ops import reference
 
 TINY = PagedCase(b=2, h_q=3, s_kv=11, dtype="fp32", page_size=4, d_qk=24, d_v=16)
@@ -20,6 +20,8 @@ TINY_CASES = [
     ("decode", TINY),
     ("decode", PagedCase(2, 3, 11, "fp32", page_size=4, d_qk=24, d_v=16, cache="two tensors")),
     ("decode", PagedCase(5, 3, 11, "fp32", s_q=3, page_size=4, d_qk=24, d_v=16, varying=True)),
+    ("decode_up", decode_up.UpCase(2, 3, 11, "fp32", d_up=8)),
+    ("decode_up", decode_up.UpCase(2, 3, 11, "fp32", s_q=2)),
     ("gqa_decode", PagedCase(2, 6, 11, "fp32", page_size=4, d_qk=16, d_v=8, h_kv=3, cache="[V, K] rows")),
     ("gqa_decode", PagedCase(2, 6, 11, "fp32", page_size=4, d_qk=16, d_v=8, h_kv=3, cache="V and K")),
     ("prefill", dense.PrefillCase((9,), 24, 16, True, "fp32", h_q=4, h_kv=2)),

@@ -26,7 +26,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def count_decodes(model: PreTrainedModel) -> int:
     """How often a short query runs the operator."""
-    with mock.patch.object(torch.ops.flashmla, "decode", wraps=torch.ops.flashmla.decode) as decode:
+    with mock.patch.object(torch.ops.flashmla, "decode_up", wraps=torch.ops.flashmla.decode_up) as decode:
         logits(model)
     return int(decode.call_count)
 
@@ -52,7 +52,7 @@ def test_the_operator_reads_the_cache_in_place(static: bool, padded: bool) -> No
     inputs = left_padded([20, 11 if padded else 20])
     model(**inputs, past_key_values=cache)
     padding = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-    with mock.patch.object(torch.ops.flashmla, "decode", wraps=torch.ops.flashmla.decode) as decode:
+    with mock.patch.object(torch.ops.flashmla, "decode_up", wraps=torch.ops.flashmla.decode_up) as decode:
         model(tokens(2, 1), past_key_values=cache, attention_mask=padding)
     for call, layer in zip(decode.call_args_list, cache.layers, strict=True):
         for read, own in zip(call.args[1:3], (layer.keys, layer.values), strict=True):

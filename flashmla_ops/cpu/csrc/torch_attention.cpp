@@ -4,125 +4,24 @@
 #include <cmath>
 #include <tuple>
 
-#include "flashmla/torch_checks.h"
+#include "flashmla/append_quantized.h"
+#include "flashmla/torch_decode.h"
 
 namespace {
 
 using namespace flashmla;
 
-FlashmlaCache cache_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.size(3)};
-}
-
-struct DecodeArguments {
-  const Tensor &q, &kv_cache;
-  const std::optional<Tensor>& k_cache;
-  const Tensor &block_table, &cache_seqlens;
-  int64_t d_v, qk_start;
-  const std::optional<double>& softmax_scale;
-  bool causal;
-  const std::optional<Tensor>& schedule;
-  const std::string& row_format;
-  const std::optional<Tensor>& attn_sink;
-  int64_t levels;
-};
-
-void check_levels(const Check& check, int64_t levels) {
-  if (levels < 1 || levels > 3) check.fail("levels", "1, 2 or 3", text(levels));
-}
-
-void check_decode(const DecodeArguments& a) {
-  const Check check{"decode"};
-  check.gradient("q", a.q);
-  check.gradient("kv_cache", a.kv_cache);
-  if (a.k_cache) check.gradient("k_cache", *a.k_cache);
-  if (a.attn_sink) check.gradient("attn_sink", *a.attn_sink);
-  check_levels(check, a.levels);
-  if (a.levels < 3 && a.schedule) check.fail("schedule", "None below level 3, where no sequence is cut", "a tensor");
-  if (a.row_format != "native") check.fail("row_format", "one of native", a.row_format);
-  check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
-  check.floating("q", a.q);
-  const int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
-  if (s_q < 1) check.fail("q", "at least 1 query token (s_q)", text(s_q));
-  check.dims("kv_cache", a.kv_cache, 4, "[n_pages, page_size, h_kv, d]");
-  check.dtype("kv_cache", a.kv_cache, a.q.scalar_type());
-  check.on_cpu("kv_cache", a.kv_cache);
-  check.contiguous_rows("kv_cache", a.kv_cache);
-  const int64_t page_size = a.kv_cache.size(1), h_kv = a.kv_cache.size(2), d = a.kv_cache.size(3);
-  if (page_size < 1) check.fail("kv_cache", "page_size of at least 1", text(page_size));
-  if (h_kv < 1) check.fail("kv_cache", "at least 1 KV head (h_kv)", text(h_kv));
-  if (h_q % h_kv != 0) check.fail("q", text("query heads in multiples of the ", h_kv, " KV heads"), text(h_q));
-  if (a.d_v < 1 || a.d_v > d) check.fail("d_v", text("a value in [1, ", d, "]"), text(a.d_v));
-  if (a.qk_start < 0 || a.qk_start > d) check.fail("qk_start", text("a value in [0, ", d, "]"), text(a.qk_start));
-  int64_t d_k = 0;
-  if (a.k_cache) {
-    check.dims("k_cache", *a.k_cache, 4, "[n_pages, page_size, h_kv, d_k]");
-    check.dtype("k_cache", *a.k_cache, a.q.scalar_type());
-    check.on_cpu("k_cache", *a.k_cache);
-    check.contiguous_rows("k_cache", *a.k_cache);
-    check.same_pages(a.kv_cache, *a.k_cache, 3);
-    d_k = a.k_cache->size(3);
-  }
-  const int64_t d_key = d - a.qk_start + d_k;
-  if (d_qk != d_key || d_qk < 1) check.fail("q", text("d_qk ", d_key, ", the length of a key"), text(d_qk));
-  check.dims("block_table", a.block_table, 2, "[b, max_pages]");
-  check.dtype("block_table", a.block_table, ScalarType::Int);
-  check.on_cpu("block_table", a.block_table);
-  check.size("block_table", a.block_table, 0, b, " sequences, as q");
-  check.dims("cache_seqlens", a.cache_seqlens, 1, "[b]");
-  check.dtype("cache_seqlens", a.cache_seqlens, ScalarType::Int);
-  check.on_cpu("cache_seqlens", a.cache_seqlens);
-  check.size("cache_seqlens", a.cache_seqlens, 0, b, " sequences, as q");
-  if (a.attn_sink) {
-    check.dims("attn_sink", *a.attn_sink, 1, "[h_q]");
-    check.dtype("attn_sink", *a.attn_sink, ScalarType::Float);
-    check.on_cpu("attn_sink", *a.attn_sink);
-    check.size("attn_sink", *a.attn_sink, 0, h_q, " heads, as q");
-  }
-  if (a.schedule) {
-    check.dims("schedule", *a.schedule, 1, "[n]");
-    check.dtype("schedule", *a.schedule, ScalarType::Int);
-    check.on_cpu("schedule", *a.schedule);
-    const int64_t smallest = flashmla_schedule_numel(b, 1);
-    if (a.schedule->size(0) < smallest) {
-      check.fail("schedule", text("at least ", smallest, " elements"), text(a.schedule->size(0)));
-    }
-  }
-}
+constexpr int64_t kFp8V32Bytes = 656, kFp8V32Elements = 576;
 
 void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
-  FlashmlaDecode call{};
-  call.dtype = dtype_of(a.q);
-  call.causal = a.causal, call.levels = int32_t(a.levels);
-  call.b = a.q.size(0), call.s_q = a.q.size(1), call.h_q = a.q.size(2), call.d_qk = a.q.size(3);
-  call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
-  call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
-  call.q = a.q.const_data_ptr();
-  for (int i = 0; i < 4; i++) call.q_stride[i] = a.q.stride(i);
-  call.kv = cache_of(a.kv_cache);
-  if (a.k_cache) call.k = cache_of(*a.k_cache);
-  call.n_pages = a.kv_cache.size(0), call.page_size = a.kv_cache.size(1);
-  call.block_table = a.block_table.const_data_ptr<int32_t>();
-  call.block_table_stride[0] = a.block_table.stride(0), call.block_table_stride[1] = a.block_table.stride(1);
-  call.max_pages = a.block_table.size(1);
-  call.cache_seqlens = a.cache_seqlens.const_data_ptr<int32_t>();
-  call.cache_seqlens_stride = a.cache_seqlens.stride(0);
-  if (a.attn_sink) {
-    call.attn_sink = a.attn_sink->const_data_ptr<float>();
-    call.attn_sink_stride = a.attn_sink->stride(0);
-  }
+  FlashmlaDecode call = decode_call(a);
   call.out = out.mutable_data_ptr();
-  call.lse = lse.mutable_data_ptr<float>();
-  for (int i = 0; i < 3; i++) call.out_stride[i] = out.stride(i), call.lse_stride[i] = lse.stride(i);
-
-  // A strided schedule is not worth a path of its own.
-  std::optional<Tensor> schedule = a.schedule;
-  if (schedule && schedule->stride(0) != 1) schedule = torch::stable::contiguous(*schedule);
+  for (int i = 0; i < 3; i++) call.out_stride[i] = out.stride(i);
+  set_lse(call, lse);
+  const ScheduleArgument schedule(a.schedule);
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
-  raise_if(flashmla_decode(&call, schedule ? schedule->const_data_ptr<int32_t>() : nullptr,
-                           schedule ? schedule->size(0) : 0, &threads, message),
-           message);
+  raise_if(flashmla_decode(&call, schedule.data(), schedule.numel(), &threads, message), message);
 }
 
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache,
@@ -131,7 +30,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache, std::
                                   std::string row_format, std::optional<Tensor> attn_sink, int64_t levels) {
   const DecodeArguments a{q,      kv_cache, k_cache,    block_table, cache_seqlens, d_v, qk_start, softmax_scale,
                           causal, schedule, row_format, attn_sink,   levels};
-  check_decode(a);
+  check_decode("decode", a);
   const Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), d_v}, q.scalar_type());
   const Tensor lse = new_tensor({q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   run_decode(a, out, lse);
@@ -144,7 +43,7 @@ void decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k
                 int64_t levels, Tensor out, Tensor lse) {
   const DecodeArguments a{q,      kv_cache, k_cache,    block_table, cache_seqlens, d_v, qk_start, softmax_scale,
                           causal, schedule, row_format, attn_sink,   levels};
-  check_decode(a);
+  check_decode("decode", a);
   const Check check{"decode"};
   check.dtype("out", out, q.scalar_type());
   check.on_cpu("out", out);
@@ -278,7 +177,53 @@ void run_append(const FlashmlaAppend (&tensors)[N], const Tensor& slots) {
            message);
 }
 
-void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping) {
+// As check_append, of a cache of bytes and rows of floating-point numbers.
+void check_append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping) {
+  const Check check{"append_"};
+  check.gradient("rows", rows);
+  check.dims("kv_cache", cache, 4, "[n_pages, page_size, h_kv, d]");
+  if (cache.scalar_type() != ScalarType::Byte && cache.scalar_type() != ScalarType::Float8_e4m3fn) {
+    check.fail("kv_cache", "uint8 or float8_e4m3fn", name_of(cache.scalar_type()));
+  }
+  check.contiguous_rows("kv_cache", cache);
+  if (cache.size(1) < 1) check.fail("kv_cache", "page_size of at least 1", text(cache.size(1)));
+  if (cache.size(3) != kFp8V32Bytes)
+    check.fail("kv_cache", text("rows of ", kFp8V32Bytes, " bytes"), text(cache.size(3)));
+  check.dims("rows", rows, 3, "[n, h_kv, d]");
+  check.floating("rows", rows);
+  check.on_cpu("rows", rows);
+  if (rows.size(1) != cache.size(2)) {
+    check.fail("rows", text(cache.size(2), " KV heads, as kv_cache"), text(rows.size(1)));
+  }
+  if (rows.size(2) != kFp8V32Elements) {
+    check.fail("rows", text("rows of ", kFp8V32Elements, " elements"), text(rows.size(2)));
+  }
+  check.dims("slot_mapping", slot_mapping, 1, "[n]");
+  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
+  check.on_cpu("slot_mapping", slot_mapping);
+  if (rows.size(0) != slot_mapping.size(0)) check.fail("rows", "one row for each slot", text(rows.size(0)));
+}
+
+void append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slots) {
+  check_append_fp8_v32(cache, rows, slots);
+  const int64_t size = rows.scalar_type() == ScalarType::Float ? 4 : 2;
+  FlashmlaAppend to{};
+  to.cache = static_cast<char*>(cache.mutable_data_ptr());
+  to.rows = static_cast<const char*>(rows.const_data_ptr());
+  to.page_bytes = cache.stride(0), to.token_bytes = cache.stride(1), to.head_bytes = cache.stride(2);
+  to.row_bytes = rows.stride(0) * size, to.row_head_bytes = rows.stride(1) * size,
+  to.element_bytes = rows.stride(2) * size;
+  to.n_pages = cache.size(0), to.page_size = cache.size(1), to.h_kv = cache.size(2);
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_append_fp8_v32(&to, dtype_of(rows), slots.const_data_ptr<int64_t>(), slots.stride(0), slots.size(0),
+                                   &threads, message),
+           message);
+}
+
+void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping, std::string row_format) {
+  if (row_format == "fp8_v32") return append_fp8_v32(kv_cache, rows, slot_mapping);
+  if (row_format != "native") Check{"append_"}.fail("row_format", "one of native, fp8_v32", row_format);
   check_append(kv_cache, rows, slot_mapping, "kv_cache", "rows");
   run_append({append_of(kv_cache, rows)}, slot_mapping);
 }

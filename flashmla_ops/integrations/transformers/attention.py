@@ -129,17 +129,24 @@ def _absorbed(
     if mask is not None and mask.dtype == torch.bool:
         b, _, s_q, _ = query.shape
         mask = tokens_mask(mask.expand(b, 1, s_q, rows.s_kv))
+    up = w_uv.transpose(1, 2)
     if mask is not None and not is_prefix(mask):
-        out = _attend_tokens(q, rows, mask, d_c, scaling)
-    else:
-        seqlens = rows.cache_seqlens if mask is None else mask[:, 0, -1, 0].contiguous()
-        out, _ = torch.ops.flashmla.decode(
-            q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, d_c, softmax_scale=scaling, causal=True
-        )
-    return project_values(out, w_uv)
+        return _attend_tokens(q, rows, mask, up, scaling)
+    seqlens = rows.cache_seqlens if mask is None else mask[:, 0, -1, 0].contiguous()
+    out: Tensor
+    out, _ = torch.ops.flashmla.decode_up(
+        q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, up, d_c, softmax_scale=scaling, causal=True
+    )
+    return out
 
 
-def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling: float | None) -> Tensor:
+def _attend_tokens(
+    q: Tensor,  # [b, s_q, h_q, d_c + d_r]
+    rows: LatentRows,
+    mask: Tensor,
+    up: Tensor,  # [h_q, d_c, d_v]
+    scaling: float | None,
+) -> Tensor:  # [b, s_q, h_q, d_v]
     """Attention to listed tokens: each query is a sequence of its own whose pages are single tokens of the cache."""
     b, s_q, h_q, d_qk = q.shape
     page_size = rows.kv_cache.shape[1]
@@ -148,16 +155,17 @@ def _attend_tokens(q: Tensor, rows: LatentRows, mask: Tensor, d_c: int, scaling:
     slots = (pages * page_size + positions % page_size).view(b * s_q, rows.s_kv)
     kv_cache, k_cache = (None if x is None else x.flatten(0, 1)[:, None] for x in (rows.kv_cache, rows.k_cache))
     out: Tensor
-    out, _ = torch.ops.flashmla.decode(
+    out, _ = torch.ops.flashmla.decode_up(
         q.reshape(b * s_q, 1, h_q, d_qk),
         kv_cache,
         k_cache,
         slots,
         mask[:, 0, :, 0].flatten(),
-        d_c,
+        up,
+        up.shape[1],
         softmax_scale=scaling,
     )
-    return out.view(b, s_q, h_q, d_c)
+    return out.view(b, s_q, h_q, -1)
 
 
 def is_plain_projection(projection: nn.Module) -> bool:
@@ -186,14 +194,6 @@ def absorb_query(query: Tensor, w_uk: Tensor) -> Tensor:
     nope, rope = by_head.split([d_nope, d_qk - d_nope], dim=-1)
     q = torch.cat([torch.ops.flashmla.bmm(nope, w_uk), rope], dim=-1)
     return q.view(h_q, b, s_q, -1).permute(1, 2, 0, 3)
-
-
-def project_values(out: Tensor, w_uv: Tensor) -> Tensor:
-    """``[b, s_q, h_q, d_c]`` to ``[b, s_q, h_q, d_v]``: each head's attended latent through its W_UV."""
-    b, s_q, h_q, d_c = out.shape
-    by_head = out.view(b * s_q, h_q, d_c).transpose(0, 1)
-    values: Tensor = torch.ops.flashmla.bmm(by_head, w_uv.transpose(1, 2))
-    return values.transpose(0, 1).reshape(b, s_q, h_q, -1)
 
 
 def _expanded(

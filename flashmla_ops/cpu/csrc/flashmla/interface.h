@@ -120,6 +120,15 @@ struct FlashmlaBmm {
   int64_t out_stride[2];
 };
 
+// What a decode call's results are multiplied with: out[.., head, :] = attended[.., head, :] weight[head].
+struct FlashmlaUp {
+  const void* weight;  // [h_q, d_v, d_up], of the query's type
+  int64_t weight_stride[3];
+  int32_t weight_along_k;  // contiguous along d_v; else along d_up
+  int64_t d_up;
+  void* out;  // [b, s_q, h_q, d_up], contiguous
+};
+
 // Runs body(begin, end, context) over [0, n) on the caller's threads.
 typedef void (*FlashmlaBody)(int64_t begin, int64_t end, void* context);
 typedef void (*FlashmlaParallel)(int64_t n, FlashmlaBody body, void* context);
@@ -141,6 +150,9 @@ FLASHMLA_EXPORT int flashmla_decode_schedule(const int32_t* cache_seqlens, int64
                                              char* message);
 FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,
                                     const FlashmlaRuntime* runtime, char* message);
+// The attention's own out is not used: what is attended to stays in memory of the thread that calls.
+FLASHMLA_EXPORT int flashmla_decode_up(const FlashmlaDecode* attention, const FlashmlaUp* up, const int32_t* schedule,
+                                       int64_t schedule_numel, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);

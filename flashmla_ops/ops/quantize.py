@@ -1,0 +1,94 @@
+"""``flashmla::quantize_rows`` and ``flashmla::dequantize_rows``: rows of elements to quantised rows, and back.
+
+`flashmla_ops.layouts` has the formats. `append_` quantises on the way into the cache, without this in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import reference
+from flashmla_ops.layouts import QUANTIZED_FORMATS, Fp8V32Row
+from flashmla_ops.ops._library import (
+    FLOAT_NAMES,
+    FLOATS,
+    LIBRARY,
+    define,
+    dtype_name,
+    refuse_gradient,
+    require,
+    require_float,
+)
+
+#: Of the bytes of quantised rows: the official package's caches have the second.
+BYTES = (torch.uint8, torch.float8_e4m3fn)
+BYTE_NAMES = "uint8 or float8_e4m3fn"
+
+
+def format_of(op: str, row_format: str) -> Fp8V32Row:
+    require(op, "row_format", row_format in QUANTIZED_FORMATS, f"one of {', '.join(QUANTIZED_FORMATS)}", row_format)
+    return QUANTIZED_FORMATS[row_format]
+
+
+def quantize_fake(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
+    op = "quantize_rows"
+    refuse_gradient(op, rows=rows)
+    row = format_of(op, row_format)
+    require(op, "rows", rows.dim() >= 1, "shape [..., d]", f"{rows.dim()} dimensions")
+    require_float(op, "rows", rows)
+    require(op, "rows", rows.size(-1) == row.elements, f"rows of {row.elements} elements", rows.size(-1))
+    return rows.new_empty((*rows.shape[:-1], row.bytes), dtype=torch.uint8)
+
+
+def quantize_reference(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
+    quantize_fake(rows, row_format)
+    return reference.quantize_rows(rows, QUANTIZED_FORMATS[row_format])
+
+
+def dequantize_fake(rows: Tensor, row_format: str = "fp8_v32", dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    op = "dequantize_rows"
+    row = format_of(op, row_format)
+    require(op, "rows", rows.dim() >= 1, "shape [..., d]", f"{rows.dim()} dimensions")
+    require(op, "rows", rows.dtype in BYTES, BYTE_NAMES, dtype_name(rows.dtype))
+    require(op, "rows", rows.size(-1) == row.bytes, f"rows of {row.bytes} bytes", rows.size(-1))
+    require(op, "dtype", dtype in FLOATS, FLOAT_NAMES, dtype_name(dtype))
+    return rows.new_empty((*rows.shape[:-1], row.elements), dtype=dtype)
+
+
+def dequantize_reference(rows: Tensor, row_format: str = "fp8_v32", dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    dequantize_fake(rows, row_format, dtype)
+    return reference.dequantize_rows(rows, QUANTIZED_FORMATS[row_format]).to(dtype)
+
+
+define(
+    'quantize_rows(Tensor rows, str row_format="fp8_v32") -> Tensor', fake=quantize_fake, reference=quantize_reference
+)
+define(
+    'dequantize_rows(Tensor rows, str row_format="fp8_v32", ScalarType dtype=bfloat16) -> Tensor',
+    fake=dequantize_fake,
+    reference=dequantize_reference,
+)
+
+
+def quantize_vmap(
+    info: Any, in_dims: tuple[int | None, ...], rows: Tensor, row_format: str = "fp8_v32"
+) -> tuple[Tensor, int]:
+    """The mapped dimension is one more of those that rows lie in."""
+    return torch.ops.flashmla.quantize_rows(rows.movedim(in_dims[0] or 0, 0), row_format), 0
+
+
+def dequantize_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    rows: Tensor,
+    row_format: str = "fp8_v32",
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, int]:
+    return torch.ops.flashmla.dequantize_rows(rows.movedim(in_dims[0] or 0, 0), row_format, dtype), 0
+
+
+torch.library.register_vmap("flashmla::quantize_rows", quantize_vmap, lib=LIBRARY)
+torch.library.register_vmap("flashmla::dequantize_rows", dequantize_vmap, lib=LIBRARY)
