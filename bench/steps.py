@@ -120,7 +120,7 @@ def forget(cache: Any, length: int) -> None:
 def step_bytes(inputs: StepInputs) -> int:
     """What a step must read: every weight but the embedding table, one row of that, and every layer's cache."""
     table = inputs.model.get_input_embeddings().weight
-    weights = sum(parameter.nbytes for parameter in inputs.model.parameters()) - table.nbytes + table[0].nbytes
+    weights: int = sum(parameter.nbytes for parameter in inputs.model.parameters()) - table.nbytes + table[0].nbytes
     return weights + sum(latent.nbytes + rope.nbytes for latent, rope in inputs.rows)
 
 
@@ -128,9 +128,10 @@ def step_flops(inputs: StepInputs) -> float:
     """Two for each weight of a product, and absorbed attention."""
     config, case = inputs.model.config, inputs.case
     table = inputs.model.get_input_embeddings().weight
-    weights = sum(parameter.numel() for parameter in inputs.model.parameters() if parameter.dim() == 2) - table.numel()
-    widths = 2 * config.kv_lora_rank + config.qk_rope_head_dim
-    pairs = config.num_hidden_layers * config.num_attention_heads * (case.s_kv + 1)
+    matrices = [parameter for parameter in inputs.model.parameters() if parameter.dim() == 2]
+    weights: int = sum(matrix.numel() for matrix in matrices) - table.numel()
+    widths: int = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    pairs: int = config.num_hidden_layers * config.num_attention_heads * (case.s_kv + 1)
     return 2.0 * case.b * (weights + pairs * widths)
 
 

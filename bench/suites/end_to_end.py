@@ -20,6 +20,4 @@ def cases(quick: bool) -> list[StepCase]:
     return [StepCase(s_kv, dtype, mode) for dtype, mode, s_kv in shapes]
 
 
-SUITE = Suite(
-    NAME, "a decode step of a whole model", cases, partial(steps.problem, NAME), transformers_mla.PEERS
-)
+SUITE = Suite(NAME, "a decode step of a whole model", cases, partial(steps.problem, NAME), transformers_mla.PEERS)
