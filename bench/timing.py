@@ -19,8 +19,9 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-#: Idle OpenMP threads sleep: spinning ones would be counted as CPU time and would take cores from the next turn.
-QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+#: Idle OpenMP threads wait for the next operator for a quarter of a millisecond (libgomp's own choice is milliseconds),
+#: as between the operators of a model, then sleep: spinning on, they would take cores from the next turn.
+QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
 #: Fewer clean blocks than this, and CPU time is reported instead of wall time.
 ENOUGH_CLEAN = 4
 

@@ -1,7 +1,7 @@
 """The suites, in the order in which ``python -m bench all`` runs them."""
 
 from bench.suite import Peer, Suite
-from bench.suites import append, decode, end_to_end, gqa_decode, merge, op_overhead, prefill, small_gemm
+from bench.suites import append, decode, end_to_end, gqa_decode, merge, op_overhead, prefill, scaling, small_gemm
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -13,6 +13,7 @@ SUITES: dict[str, Suite] = {
         append.SUITE,
         merge.SUITE,
         op_overhead.SUITE,
+        scaling.SUITE,
         end_to_end.SUITE,
     )
 }
