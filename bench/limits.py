@@ -139,7 +139,7 @@ class LimitMeter:
             raise LimitsError(f"{SOURCE.name} does not compile:\n{done.stderr}")
         return program
 
-    def measure(self, seconds: float = 0.2) -> None:
+    def measure(self, seconds: float = 0.12) -> None:
         """Take samples of every limit, ``seconds`` for each."""
         buffer = min(max(SMALLEST_DRAM_BUFFER, DRAM_BUFFER_OF_L3 * self.cpu.l3_bytes), LARGEST_DRAM_BUFFER)
         shared = max(SMALLEST_L3_BUFFER, self.cpu.l3_bytes // (L3_SHARE * self.threads))

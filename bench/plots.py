@@ -36,6 +36,7 @@ matplotlib.rcParams |= {
 OUR_COLOUR = "#c1272d"
 PEER_COLOURS = ("#4472a8", "#5aa469", "#8d6cab", "#d08c3f", "#5b9ea6", "#8c8c8c", "#b0a160")
 BAR_INCHES = 0.1
+LEGEND_INCHES = 1.35  # of one entry
 #: How far apart the points of two implementations of one case stand, as a factor.
 DODGE = 1.06
 
@@ -73,13 +74,6 @@ def roofline(results: Mapping[str, Any]) -> Any:
         peak, peak_name = panel[0]["peak_flops"], panel[0]["peak"]
         ridge = min(max(peak / dram, left), right)
         axes.plot([left, ridge, right], [left * dram / 1e9, min(peak, ridge * dram) / 1e9, peak / 1e9], "k-", lw=1.2)
-        axes.annotate(
-            f"{peak_name}\n{peak / 1e9:.0f} GFLOP/s, DRAM {dram / 1e9:.0f} GB/s",
-            (left, peak / 1e9),
-            ha="left",
-            va="top",
-            fontsize=7.5,
-        )
         for i, (name, colour) in enumerate(names.items()):
             shift = DODGE ** (i - (len(names) - 1) / 2)
             points = [
@@ -90,7 +84,8 @@ def roofline(results: Mapping[str, Any]) -> Any:
             if points:
                 size_of = 26 if name == OURS else 15
                 axes.scatter(*zip(*points, strict=True), s=size_of, color=colour, label=name, alpha=0.75, linewidths=0)
-        axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be read", title=dtype)
+        axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be read")
+        axes.set_title(f"{dtype}: {peak_name}\n{peak / 1e9:.0f} GFLOP/s, DRAM {dram / 1e9:.0f} GB/s", fontsize=8)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(which="major")
@@ -100,12 +95,15 @@ def roofline(results: Mapping[str, Any]) -> Any:
 
 
 def add_legend(figure: Any, all_axes: Sequence[Any], heading: str) -> None:
-    """One legend of all panels, below the heading."""
+    """One legend of all panels, below the heading, as wide as the figure allows."""
+    columns = max(1, int(figure.get_size_inches()[0] / LEGEND_INCHES))
     entries: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), frameon=False, loc="outside upper center", ncols=7, title=heading)
+    figure.legend(
+        entries.values(), entries.keys(), frameon=False, loc="outside upper center", ncols=columns, title=heading
+    )
 
 
 def lines(results: Mapping[str, Any]) -> Any:
@@ -154,14 +152,24 @@ def speed(row: Row, name: str) -> float | None:
     return seconds and (limit_of(row) or row["timings"][OURS]["median"]) / seconds
 
 
+def telling(keys: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The keys without those whose value follows from that of a key before them."""
+    kept: list[str] = []
+    for key in keys:
+        pairs = [{(str(row["case"].get(each)), str(row["case"].get(key))) for row in rows} for each in kept]
+        if not any(len(found) == len({first for first, _ in found}) for found in pairs):
+            kept.append(key)
+    return kept
+
+
 def bars(rows: Sequence[Row], heading: str) -> Any:
     """How near the cases of a group come to their limits, from 0, a panel for each dtype: longer is faster."""
     names, panels = colours(rows), panels_of(rows)
     step = len(names) + 1  # bars of a case and a gap
     height = 1.2 + BAR_INCHES * step * max(len(panel) for panel in panels.values())
-    size = (max(6.0, 4.8 * len(panels)), height)
+    size = (max(7.5, 5.0 * len(panels)), height)
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, sharex=True)
-    keys = [key for key in split_keys(rows)[0] if key != "dtype"]
+    keys = telling([key for key in split_keys(rows)[0] if key != "dtype"], rows)
     limited = any(limit_of(row) for row in rows)
     for axes, (dtype, panel) in zip(all_axes[0], panels.items(), strict=True):
         for i, (name, colour) in enumerate(names.items()):

@@ -26,7 +26,9 @@ class Line:
 
     @property
     def name(self) -> str:
-        return ", ".join(filter(None, (self.suite, self.group if self.group != "grid" else "", self.dtype)))
+        return ", ".join(
+            filter(None, (self.suite, self.group if self.group not in ("grid", self.dtype) else "", self.dtype))
+        )
 
 
 def limit_of(row: Row) -> float:

@@ -72,3 +72,9 @@ def test_scaling_is_drawn_as_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         for path in plots.draw(results | {"suite": "scaling", "results": rows}, tmp_path)
     }
     assert drawn == {"lines", "bars-lengths", "bars-threads"}
+
+
+def test_labels_leave_out_what_follows() -> None:
+    values = [(1, 64, 128, 8), (4, 64, 128, 8), (1, 9, 64, 3), (4, 9, 64, 3)]
+    rows = [{"case": dict(zip(("b", "h_q", "d", "h_kv"), each, strict=True))} for each in values]
+    assert plots.telling(["b", "h_q", "d", "h_kv"], rows) == ["b", "h_q"]
