@@ -94,9 +94,9 @@ def roofline(results: Mapping[str, Any]) -> Any:
     return figure
 
 
-def add_legend(figure: Any, all_axes: Sequence[Any], heading: str) -> None:
+def add_legend(figure: Any, all_axes: Sequence[Any], heading: str, inches: float = LEGEND_INCHES) -> None:
     """One legend of all panels, below the heading, as wide as the figure allows."""
-    columns = max(1, int(figure.get_size_inches()[0] / LEGEND_INCHES))
+    columns = max(1, int(figure.get_size_inches()[0] / inches))
     entries: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -142,7 +142,7 @@ def lines(results: Mapping[str, Any]) -> Any:
         xlabel="threads", ylabel="speed, one thread = 1", title="threads, 4096 tokens", xticks=range(1, most + 1)
     )
     threads.grid()
-    add_legend(figure, (lengths, threads), title(results))
+    add_legend(figure, (lengths, threads), title(results), inches=2 * LEGEND_INCHES)
     return figure
 
 
