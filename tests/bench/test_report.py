@@ -74,7 +74,7 @@ def test_tables_replace_what_stands_between_the_markers(monkeypatch: pytest.Monk
     assert text.count("In all cases") == 0
     assert document.read_text().count("In all cases: b 1") == 2
     assert "**shapes**" in document.read_text()
-    if cpu.STATE.path is not None:
+    if cpu.STATE.path:
         assert document.read_text().count("less than level 1") == 1
 
     readme.write_text("no markers")
@@ -119,7 +119,7 @@ def test_machines_are_told_apart_the_one_with_most_suites_first(monkeypatch: pyt
     assert [len(runs) for runs in summary.by_machine([other, run, run]).values()] == [2, 1]
 
 
-@pytest.mark.skipif(cpu.STATE.path is None, reason="no C++ kernels run here")
+@pytest.mark.skipif(not cpu.STATE.path, reason="no C++ kernels run here")
 def test_levels_save_what_the_article_saves() -> None:
     rows = footprints.of_suite("prefill")
     whole, blocks, parts = (footprints.total(row) for row in rows[:3])  # of 2048 tokens

@@ -62,7 +62,7 @@ def count_all() -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or shutil.which("gcc") is None, reason="needs glibc and gcc")
-@pytest.mark.skipif(cpu.STATE.path is None, reason="no C++ kernels run here")
+@pytest.mark.skipif(not cpu.STATE.path, reason="no C++ kernels run here")
 def test_nothing_but_outputs(tmp_path: Path) -> None:
     library = tmp_path / "allocations.so"
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-fno-builtin", SOURCE, "-o", library], check=True)
