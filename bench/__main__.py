@@ -60,6 +60,7 @@ def matching(cases: Sequence[Any], conditions: Sequence[tuple[str, set[str]]]) -
 
 def run_suite(suite: Suite, cases: Sequence[Any], options: argparse.Namespace) -> bool:
     """Run and write the results; False if one of ours is wrong."""
+    torch.set_num_threads(options.threads)  # the suite before may have chosen another
     budget = timing.QUICK if options.quick else timing.Budget()
     with LimitMeter(options.threads) as meter:
         cold_bytes = DRAM_BUFFER_OF_L3 // 2 * meter.cpu.l3_bytes
@@ -77,11 +78,11 @@ def run_suite(suite: Suite, cases: Sequence[Any], options: argparse.Namespace) -
 
 def run_suites(options: argparse.Namespace) -> int:
     suites = SUITES.values() if options.action == "all" else [SUITES[options.action]]
+    torch.set_num_threads(options.threads)
     chosen = [(suite, matching(suite.cases(options.quick), options.only)) for suite in suites]
     if not any(cases for _, cases in chosen):
         print("no case matches --only", file=sys.stderr)
         return 1
-    torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     correct = [run_suite(suite, cases, options) for suite, cases in chosen if cases]
     return 0 if all(correct) else 1

@@ -1,4 +1,4 @@
-"""What this machine can do, measured: peak FLOP/s by dtype and the read bandwidth of DRAM and of the L2 caches.
+"""What this machine can do, measured: peak FLOP/s by dtype and the read bandwidth of DRAM and of the caches.
 
 The measuring program (`csrc/limits.cpp`) is compiled on the spot for the instruction sets in /proc/cpuinfo. It is run
 again and again during a bench, so that limits and timings see the same machine; a limit is the median of all samples.
@@ -34,6 +34,8 @@ SLACK = 1.1  # clocks move between two measurements
 SMALLEST_DRAM_BUFFER = 256 << 20
 DRAM_BUFFER_OF_L3 = 8  # a host may have more L3 than it shows
 LARGEST_DRAM_BUFFER = 2 << 30
+L3_SHARE = 2  # all threads together read 1 / L3_SHARE of the last-level cache
+SMALLEST_L3_BUFFER = 4 << 20
 
 
 class LimitsError(RuntimeError):
@@ -50,6 +52,7 @@ class Limits:
     fp32_flops: float
     bf16_flops: float | None  # vdpbf16ps, where the CPU has it
     l2_read: float
+    l3_read: float
     dram_read: float
 
     def peak(self, dtype: torch.dtype) -> float:
@@ -136,13 +139,14 @@ class LimitMeter:
             raise LimitsError(f"{SOURCE.name} does not compile:\n{done.stderr}")
         return program
 
-    def measure(self, seconds: float = 0.2) -> None:
+    def measure(self, seconds: float = 0.12) -> None:
         """Take samples of every limit, ``seconds`` for each."""
         buffer = min(max(SMALLEST_DRAM_BUFFER, DRAM_BUFFER_OF_L3 * self.cpu.l3_bytes), LARGEST_DRAM_BUFFER)
+        shared = max(SMALLEST_L3_BUFFER, self.cpu.l3_bytes // (L3_SHARE * self.threads))
         # Not our environment's OpenMP settings: here threads should wait for each other without sleeping.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
         done = subprocess.run(
-            [self._program, str(self.threads), str(buffer), str(seconds)],
+            [self._program, str(self.threads), str(buffer), str(shared), str(seconds)],
             capture_output=True,
             text=True,
             env=environment | {"OMP_WAIT_POLICY": "active", "OMP_DYNAMIC": "false"},
@@ -165,7 +169,7 @@ def parse_output(text: str, threads: int) -> dict[str, list[float]]:
     fp32 = cycles * MULTIPLY_ADDS_PER_CYCLE * 2 * output["vector_bytes"] / 4
     bounds = {"hz": HIGHEST_HZ, "fp32_flops": fp32, "bf16_flops": 2 * fp32, "l2_read": cycles * L2_BYTES_PER_CYCLE}
     kept = {name: possible(name, samples[name], bound) for name, bound in bounds.items() if name in samples}
-    for name in ("dram_read", "dram_read_prefetched"):
+    for name in ("l3_read", "dram_read", "dram_read_prefetched"):
         kept[name] = possible(name, samples[name], max(kept["l2_read"]))
     return kept
 
@@ -188,5 +192,6 @@ def limits_of(samples: Mapping[str, Sequence[float]], instruction_set: str, thre
         fp32_flops=median["fp32_flops"],
         bf16_flops=median.get("bf16_flops"),
         l2_read=median["l2_read"],
+        l3_read=median["l3_read"],
         dram_read=max(median["dram_read"], median["dram_read_prefetched"]),
     )

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import footprints, summary
 from bench.runner import OURS, ROOT, file_name
+from bench.summary import best_peer, limit_of
 
 README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "bench.md"
 PICTURES = ROOT / "docs" / "bench"
 RESULTS = ROOT / "bench" / "results"
 NO_RESULTS = "No results yet: `make bench` writes them."
-#: What the README shows: the suite, and the group of its cases. All else is in `DOCUMENT`.
-SHOWN = ("decode", "grid")
+#: The README's pictures of the machine with the most suites. All else is in `DOCUMENT`.
+SHOWN = (("decode", "roofline"), ("scaling", "lines"), ("end_to_end", "bars"))
 INTRODUCTION = """# The bench
 
 Written by `make bench` from [`bench/results`](../bench/results); nothing here is typed. Every timed result was checked
@@ -49,17 +51,6 @@ def groups(results: Mapping[str, Any]) -> dict[str, list[Row]]:
 def peers_of(rows: Iterable[Row]) -> list[str]:
     """The peers that ran in any of these rows."""
     return [name for name in dict.fromkeys(name for row in rows for name in row["timings"]) if name != OURS]
-
-
-def best_peer(row: Row) -> Mapping[str, Any] | None:
-    """The fastest peer with a correct result."""
-    correct = (timing for name, timing in row["timings"].items() if name != OURS and timing["correct"])
-    return min(correct, key=lambda timing: timing["median"], default=None)
-
-
-def limit_of(row: Row) -> float:
-    """Seconds that the machine needs at least."""
-    return float(max(row["compute_limit"], row["memory_limit"]))
 
 
 def limited_by(row: Row) -> str:
@@ -139,16 +130,24 @@ def reasons(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((name, reason) for row in rows for name, reason in row["skipped"].items()))
 
 
-def heading(results: Mapping[str, Any]) -> str:
-    host, limits, versions = results["host"], results["limits"], results["versions"]
-    peaks = f"fp32 multiply-add {limits['fp32_flops'] / 1e9:.0f} GFLOP/s ({limits['instruction_set']})"
+def peaks(limits: Mapping[str, Any]) -> str:
+    """The measured limits in words."""
+    words = f"fp32 multiply-add {limits['fp32_flops'] / 1e9:.0f} GFLOP/s ({limits['instruction_set']})"
     if limits["bf16_flops"] is not None:
-        peaks += f", vdpbf16ps {limits['bf16_flops'] / 1e9:.0f} GFLOP/s"
+        words += f", vdpbf16ps {limits['bf16_flops'] / 1e9:.0f} GFLOP/s"
+    for name, key in (("L2", "l2_read"), ("L3", "l3_read"), ("DRAM", "dram_read")):
+        if limits.get(key) is not None:
+            words += f", {name} read {limits[key] / 1e9:.0f} GB/s"
+    return words
+
+
+def heading(results: Mapping[str, Any]) -> str:
+    host, versions = results["host"], results["versions"]
     return (
         f"`{results['suite']}`: time of a call, median ± half the interquartile range (`~`: CPU time of the busiest"
         f" thread, where other load disturbed the wall time). {host['cpu']}, {host['threads']} threads,"
         f" torch {versions['torch']}, commit {results['commit'][:12]}, {results['date'][:10]}."
-        f" Limits measured in the same run: {peaks}, DRAM read {limits['dram_read'] / 1e9:.0f} GB/s."
+        f" Limits measured in the same run: {peaks(results['limits'])}."
         ' "limit" is the larger of FLOPs over peak and bytes over DRAM bandwidth, where bytes are what must be read'
         ' once; "of peak" is of peak FLOP/s, "of DRAM" of its bandwidth.'
         f" Made by `{results['command']}`."
@@ -172,28 +171,40 @@ def link(path: Path, beside: Path) -> list[str]:
 
 def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES) -> str:
     """One run: where it ran, its limits, and a table for each group, with the pictures that there are."""
-    parts = [heading(results), *link(picture(results, "roofline", pictures), beside)]
+    parts = [heading(results)]
+    for kind in ("roofline", "lines"):
+        parts += link(picture(results, kind, pictures), beside)
     for name, rows in groups(results).items():
         parts += [f"**{name}**"] if name else []
         parts.append(table(rows, results["limits"]["dram_read"]))
         parts += link(picture(results, bars_of(name), pictures), beside)
+    if results.get("footprints"):
+        parts.append(footprints.table(results["footprints"]))
     return "\n\n".join(parts)
 
 
-def excerpt(results: Mapping[str, Any], beside: Path, group: str, pictures: Path = PICTURES) -> str:
-    """One run in short: where it ran, its limits, its roofline and the table of one group."""
-    rows = [row for row in results["results"] if group_of(row) in (group, "")]
-    roofline = link(picture(results, "roofline", pictures), beside)
-    return "\n\n".join([heading(results), *roofline, table(rows, results["limits"]["dram_read"])])
+def overview(runs: Sequence[Mapping[str, Any]], beside: Path, pictures: Path = PICTURES) -> str:
+    """All runs in short: a table for each machine, and pictures of the one with the most suites."""
+    parts = []
+    for i, (machine, of_machine) in enumerate(summary.by_machine(runs).items()):
+        commits = sorted({run["commit"][:12] for run in of_machine})
+        dates = sorted({run["date"][:10] for run in of_machine})
+        limits = of_machine[-1]["limits"]
+        about = f"torch {of_machine[-1]['versions']['torch']}, {' and '.join(dates)}, commit {' and '.join(commits)}"
+        parts.append(f"**{machine}** ({about}; {peaks(limits)}).")
+        parts.append(summary.table(of_machine))
+        for suite, kind in SHOWN if i == 0 else ():
+            for run in of_machine:
+                parts += link(picture(run, kind, pictures), beside) if run["suite"] == suite else []
+    return "\n\n".join(parts)
 
 
-def markers(suite: str) -> tuple[str, str]:
-    return f"<!-- bench:{suite} begin -->", f"<!-- bench:{suite} end -->"
+MARKERS = ("<!-- bench begin -->", "<!-- bench end -->")
 
 
-def between_markers(text: str, suite: str, content: str) -> str:
-    """``text`` with ``content`` between the suite's markers; raises ValueError if the markers are not there."""
-    begin, end = markers(suite)
+def between_markers(text: str, content: str) -> str:
+    """``text`` with ``content`` between the markers; raises ValueError if they are not there."""
+    begin, end = MARKERS
     head, found_begin, rest = text.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end:
@@ -202,9 +213,9 @@ def between_markers(text: str, suite: str, content: str) -> str:
 
 
 def write_tables(readme: Path = README, document: Path = DOCUMENT, folder: Path = RESULTS) -> None:
-    """Bring the README's table and the whole of ``document`` up to date with the results."""
-    runs, (suite, group) = load(folder), SHOWN
-    shown = [excerpt(run, readme.parent, group) for run in runs if run["suite"] == suite]
-    readme.write_text(between_markers(readme.read_text(), suite, "\n\n".join(shown) or NO_RESULTS))
+    """Bring the README's tables and the whole of ``document`` up to date with the results."""
+    runs = load(folder)
+    shown = overview(runs, readme.parent) or NO_RESULTS
+    readme.write_text(between_markers(readme.read_text(), shown))
     chapters = [f"## {run['suite']}\n\n{chapter(run, document.parent)}" for run in runs]
     document.write_text("\n\n".join([INTRODUCTION, *(chapters or [NO_RESULTS])]) + "\n")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers
+from bench import footprints, peers
 from bench.limits import LimitMeter, Limits
 from bench.timing import Budget, Timing, interleave, stolen
 from flashmla_ops import capability
@@ -122,6 +122,7 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
         "limits": asdict(limits),
         "seconds": round(elapsed, 1),
         "stolen_share": round((stolen() - stolen_before) / (elapsed * (os.cpu_count() or 1)), 4),
+        "footprints": footprints.of_suite(suite),
         "results": [as_dict(each, limits) for each in solved],
     }
 

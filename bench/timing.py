@@ -19,22 +19,30 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-#: Idle OpenMP threads sleep: spinning ones would be counted as CPU time and would take cores from the next turn.
-QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+#: Idle OpenMP threads wait for the next operator for a quarter of a millisecond (libgomp's own choice is milliseconds),
+#: as between the operators of a model, then sleep: spinning on, they would take cores from the next turn.
+QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "0"}
 #: Fewer clean blocks than this, and CPU time is reported instead of wall time.
 ENOUGH_CLEAN = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure. ``seconds`` is the wall time that one implementation may use within one case."""
+    """How long to measure. ``seconds`` is the wall time that one implementation may use within one case.
+
+    It is less than `min_blocks` take of a slow one, which gets ``most_seconds``, and two blocks at least.
+    """
 
     block_seconds: float = 0.02
-    clean_blocks: int = 24
-    seconds: float = 4.0
+    clean_blocks: int = 16
+    seconds: float = 2.5
     min_blocks: int = ENOUGH_CLEAN
+    most_seconds: float = 6.0
     max_delay: float = 0.03  # share of a block's wall time that our threads may have waited for a core
 
+
+#: Calls that take longer run without one before to warm up: what the turn before left in the caches is nothing to them.
+LONG_CALL = 0.1
 
 QUICK = Budget(clean_blocks=5, seconds=0.5, min_blocks=3)
 
@@ -158,12 +166,15 @@ def interleave(
         taken = blocks[name]
         if sum(block.delay <= budget.max_delay for block in taken) >= budget.clean_blocks:
             return True
-        return spent[name] >= budget.seconds and len(taken) >= budget.min_blocks
+        if len(taken) < budget.min_blocks:
+            return spent[name] >= budget.most_seconds and len(taken) >= 2
+        return spent[name] >= budget.seconds
 
     while active := [name for name in calls if not done(name)]:
         for name in active:
             start = time.perf_counter()
-            calls[name]()  # the turn before left the caches to another implementation
+            if not blocks[name] or blocks[name][-1].wall < LONG_CALL:
+                calls[name]()  # the turn before left the caches to another implementation
             block, result = run_block(calls[name], budget.block_seconds)
             blocks[name].append(block)
             spent[name] += time.perf_counter() - start

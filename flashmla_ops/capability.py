@@ -71,7 +71,7 @@ def processor() -> str:
 
 def memory() -> list[str]:
     """Peak intermediate bytes by level (see `flashmla_ops.footprint`), one line a case; none without C++ kernels."""
-    if cpu.STATE.path is None:
+    if not cpu.STATE.path:
         return []
     cases = {
         "decode, 1 x 4096 tokens, 128 heads of 576 / 512, bf16": [

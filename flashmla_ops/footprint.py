@@ -116,7 +116,7 @@ def _levels(op: str, levels: int) -> int:
 
 
 def _ask(function: str, call: Any, threads: int | None) -> Footprint:
-    if cpu.STATE.path is None:
+    if not cpu.STATE.path:
         raise FlashMLAError(f"footprints are those of the C++ kernels, which do not run here: {cpu.STATE.reason}")
     answer = structs.Footprint()
     library = ctypes.CDLL(str(cpu.STATE.path))

@@ -1,7 +1,8 @@
 // What this machine can do: peak FLOP/s and read bandwidth, all threads at once. Prints one JSON object on stdout.
 //
-//   limits THREADS DRAM_BYTES SECONDS      (DRAM_BYTES: the buffer for DRAM reads, several times the last-level cache;
-//                                           SECONDS: the time for each measurement)
+//   limits THREADS DRAM_BYTES L3_BYTES SECONDS   (DRAM_BYTES: the buffer for DRAM reads, several times the last-level
+//                                                 cache; L3_BYTES: what a thread reads from it, more than its L2 holds;
+//                                                 SECONDS: the time for each measurement)
 //
 // Every measurement is repeated until its time is up, and every repetition is printed: the caller takes medians and
 // rejects what cannot be. A repetition's time is that of the slowest thread, each timing its own work.
@@ -166,11 +167,11 @@ struct Free {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: limits THREADS DRAM_BYTES SECONDS\n");
+  if (argc != 5) {
+    std::fprintf(stderr, "usage: limits THREADS DRAM_BYTES L3_BYTES SECONDS\n");
     return 2;
   }
-  Machine machine{std::atoi(argv[1]), std::atof(argv[3])};
+  Machine machine{std::atoi(argv[1]), std::atof(argv[4])};
   const int threads = machine.threads;
   constexpr size_t kSmall = 128 << 10;  // in a core's L2, not in its L1
   constexpr size_t kChunk = 4 << 20;
@@ -215,6 +216,18 @@ int main(int argc, char** argv) {
     }
     word_sink = sum;
   });
+  // Each thread reads bytes of its own in turns: what its L2 cannot hold comes from the L3 that all share.
+  const size_t shared = std::strtoull(argv[3], nullptr, 10) / kChunk * kChunk;
+  if (shared * threads <= bytes) {
+    machine.measure("l3_read", 4.0 * shared * threads, [&](int thread, int) {
+      uint64_t sum = 0;
+      for (int round = 0; round < 4; ++round) {
+        sum ^= read<0>(data + thread * shared, shared);
+        __asm__ volatile("" ::: "memory");
+      }
+      word_sink = sum;
+    });
+  }
   // Each repetition reads chunks that no thread has read for `bytes` bytes.
   const auto chunk_of = [&](int thread, int repetition) {
     return data + ((repetition % chunks) * threads + thread) * kChunk;

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.paged import PagedInputs
@@ -69,6 +70,18 @@ def bind_compiled(inputs: PagedInputs) -> Bound:
     return compiled
 
 
+def bind_flex(inputs: PagedInputs) -> Bound:
+    """Over a dense copy: its paged form asks for pages of whole mask blocks, and for a mask that maps every token."""
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    def flex(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        out: Tensor = compiled(q, keys, values, scale=scale)
+        return out
+
+    return rows_of_groups(flex)(inputs)
+
+
 def bind_enable_gqa(inputs: PagedInputs) -> Bound:
     q, table = inputs.q.transpose(1, 2), head_table(inputs)  # q: [b, h_q, 1, d_qk]
 
@@ -83,6 +96,13 @@ def bind_enable_gqa(inputs: PagedInputs) -> Bound:
 def unmasked(inputs: PagedInputs) -> str | None:
     """Peers without a mask run what needs none."""
     return "written for equal lengths" if inputs.case.varying else one_token(inputs)
+
+
+def not_compiled_for(inputs: PagedInputs) -> str | None:
+    """FlexAttention takes ten seconds to compile for a case, more than all of its timing."""
+    case = inputs.case
+    chosen = case.b == 4 and case.dtype == "bf16" and case.group == "grid"
+    return unmasked(inputs) or (None if chosen else "slow to compile: timed on the grid at b 4 in bf16")
 
 
 def one_token(inputs: PagedInputs) -> str | None:
@@ -110,5 +130,13 @@ ENABLE_GQA = Peer(
     unfair=unmasked,
 )
 
-PEERS = (EAGER, COMPILED, SDPA)
-GQA_PEERS = (EAGER, COMPILED, SDPA, ENABLE_GQA)
+FLEX = Peer(
+    "FlexAttention",
+    "gather the pages, then flex_attention compiled by Inductor, with query heads as rows",
+    bind_flex,
+    no_compiler,
+    not_compiled_for,
+)
+
+PEERS = (EAGER, COMPILED, SDPA, FLEX)
+GQA_PEERS = (EAGER, COMPILED, SDPA, ENABLE_GQA, FLEX)

@@ -1,7 +1,18 @@
 """The suites, in the order in which ``python -m bench all`` runs them."""
 
 from bench.suite import Peer, Suite
-from bench.suites import append, decode, decode_up, gqa_decode, merge, op_overhead, prefill, small_gemm
+from bench.suites import (
+    append,
+    decode,
+    decode_up,
+    end_to_end,
+    gqa_decode,
+    merge,
+    op_overhead,
+    prefill,
+    scaling,
+    small_gemm,
+)
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -14,6 +25,8 @@ SUITES: dict[str, Suite] = {
         append.SUITE,
         merge.SUITE,
         op_overhead.SUITE,
+        scaling.SUITE,
+        end_to_end.SUITE,
     )
 }
 

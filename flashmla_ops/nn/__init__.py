@@ -1,6 +1,15 @@
-"""torch.nn modules over the operators."""
+"""torch.nn modules, and functions that models call, over the operators."""
 
 from flashmla_ops.nn.fast_linear import FastLinear, fast_linear, restore_linear
 from flashmla_ops.nn.flashmla import FlashMLA, Step
+from flashmla_ops.nn.prefix import latents_to_heads, prefill_with_prefix
 
-__all__ = ["FastLinear", "FlashMLA", "Step", "fast_linear", "restore_linear"]
+__all__ = [
+    "FastLinear",
+    "FlashMLA",
+    "Step",
+    "fast_linear",
+    "latents_to_heads",
+    "prefill_with_prefix",
+    "restore_linear",
+]

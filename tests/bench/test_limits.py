@@ -53,7 +53,7 @@ def test_impossible_samples_are_dropped() -> None:
     assert kept["dram_read"] == [40e9, 41e9]  # no DRAM is faster than the L2 caches
 
 
-@pytest.mark.parametrize("name", ["hz", "fp32_flops", "l2_read", "dram_read"])
+@pytest.mark.parametrize("name", ["hz", "fp32_flops", "l2_read", "l3_read", "dram_read"])
 @pytest.mark.parametrize("values", [[1e15, 1e15, 1e9], [0.0], []])
 def test_mostly_impossible_samples_are_an_error(name: str, values: list[float]) -> None:
     with pytest.raises(limits.LimitsError, match=name):

@@ -53,3 +53,28 @@ def test_bars_are_shares_of_the_limit_or_speeds_relative_to_ours(monkeypatch: py
     assert [plots.speed(row, name) for name in ("flashmla", "peer", "broken")] == [0.5, 0.25, None]
     row["compute_limit"], row["memory_limit"] = 0.0, 0.0
     assert [plots.speed(row, name) for name in ("flashmla", "peer")] == [1.0, 0.5]
+
+
+def test_scaling_is_drawn_as_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = small_run(monkeypatch)
+    (row,) = results["results"]
+    rows = [
+        row | {"case": {"operator": "x", "s_kv": s_kv, "threads": threads, "dtype": "bf16", "group": group}}
+        for group, s_kv, threads in (
+            ("lengths", 4096, 2),
+            ("lengths", 8192, 2),
+            ("threads", 4096, 1),
+            ("threads", 4096, 2),
+        )
+    ]
+    drawn = {
+        path.stem.rsplit("-threads-", 1)[1]
+        for path in plots.draw(results | {"suite": "scaling", "results": rows}, tmp_path)
+    }
+    assert drawn == {"lines", "bars-lengths", "bars-threads"}
+
+
+def test_labels_leave_out_what_follows() -> None:
+    values = [(1, 64, 128, 8), (4, 64, 128, 8), (1, 9, 64, 3), (4, 9, 64, 3)]
+    rows = [{"case": dict(zip(("b", "h_q", "d", "h_kv"), each, strict=True))} for each in values]
+    assert plots.telling(["b", "h_q", "d", "h_kv"], rows) == ["b", "h_q"]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import report, runner
+from bench import footprints, report, runner, summary
+from flashmla_ops import cpu
 from tests.support.bench_runs import small_run
 
 
@@ -56,7 +57,7 @@ def test_durations_have_no_exponent_for_being_large() -> None:
 def test_tables_replace_what_stands_between_the_markers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readme, document, folder = tmp_path / "README.md", tmp_path / "bench.md", tmp_path / "results"
     folder.mkdir()
-    begin, end = report.markers("decode")
+    begin, end = report.MARKERS
     readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     report.write_tables(readme, document, folder)
     assert readme.read_text() == f"before\n{begin}\n{report.NO_RESULTS}\n{end}\nafter\n"
@@ -69,12 +70,15 @@ def test_tables_replace_what_stands_between_the_markers(monkeypatch: pytest.Monk
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert text.count("In all cases: b 1") == 1  # the README shows one group, and no quick results
+    assert text.count("| decode, shapes, fp32 | 1 |") == 1  # the README sums groups up, and shows no quick results
+    assert text.count("In all cases") == 0
     assert document.read_text().count("In all cases: b 1") == 2
     assert "**shapes**" in document.read_text()
+    if cpu.STATE.path:
+        assert document.read_text().count("less than level 1") == 1
 
     readme.write_text("no markers")
-    with pytest.raises(ValueError, match="bench:decode"):
+    with pytest.raises(ValueError, match="bench begin"):
         report.write_tables(readme, document, folder)
 
 
@@ -84,5 +88,42 @@ def with_groups(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_readme_has_the_markers() -> None:
-    for marker in report.markers("decode"):
+    for marker in report.MARKERS:
         assert marker in report.README.read_text()
+
+
+def test_a_summary_is_the_median_and_the_range_of_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = small_run(monkeypatch)
+    (row,) = results["results"]
+    row |= {"compute_limit": 1.0, "memory_limit": 0.5}
+    rows = []
+    for ours, peer in ((2.0, 4.0), (1.25, 5.0), (4.0, 4.4)):
+        timings = {runner.OURS: ours, "peer": peer}
+        rows.append(
+            row | {"timings": {n: row["timings"][n] | {"median": t, "correct": True} for n, t in timings.items()}}
+        )
+    (line,) = summary.lines_of(results | {"results": rows})
+    assert (line.shares, line.peers, line.gains) == ([0.5, 0.8, 0.25], [0.25, 0.2, 1 / 4.4], [2.0, 4.0, 1.1])
+    assert "| decode, fp32 | 3 | 50% (25% to 80%) | 23% (20% to 25%) | 2.0x (1.1x to 4.0x) |" in summary.table(
+        [results | {"results": rows}]
+    )
+
+
+def test_a_wrong_result_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert summary.lines_of(small_run(monkeypatch, wrong=True)) == []
+
+
+def test_machines_are_told_apart_the_one_with_most_suites_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(monkeypatch)
+    other = run | {"host": run["host"] | {"cpu": "another"}}
+    assert [len(runs) for runs in summary.by_machine([other, run, run]).values()] == [2, 1]
+
+
+@pytest.mark.skipif(not cpu.STATE.path, reason="no C++ kernels run here")
+def test_levels_save_what_the_article_saves() -> None:
+    rows = footprints.of_suite("prefill")
+    whole, blocks, parts = (footprints.total(row) for row in rows[:3])  # of 2048 tokens
+    assert blocks <= 0.4 * whole
+    assert parts <= 0.4 * whole
+    assert "| 2048 tokens, 16 heads, causal | 2: blocks |" in footprints.table(rows)
+    assert footprints.of_suite("merge") == []

@@ -12,7 +12,19 @@ from bench import __main__ as command
 from bench import dense, paged, runner
 from bench.paged import PagedCase
 from bench.suite import Peer, clone_as_it_lies, copies_of, make_problem, rotating
-from bench.suites import SUITES, append, decode, decode_up, gqa_decode, merge, op_overhead, prefill, select, small_gemm
+from bench.suites import (
+    SUITES,
+    append,
+    decode,
+    decode_up,
+    gqa_decode,
+    merge,
+    op_overhead,
+    prefill,
+    scaling,
+    select,
+    small_gemm,
+)
 from flashmla_ops import reference
 
 TINY = PagedCase(b=2, h_q=3, s_kv=11, dtype="fp32", page_size=4, d_qk=24, d_v=16)
@@ -168,3 +180,22 @@ def test_conditions_that_no_case_meets_are_an_error(capsys: pytest.CaptureFixtur
     for action in ("decode", "all"):
         assert command.run_suites(command.parse([action, "--only", "b=77"])) == 1
         assert "no case matches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operator", scaling.OPERATORS)
+def test_scaling_runs_on_its_threads(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    problem = scaling.problem(scaling.ScalingCase(operator, 70, 1, scaling.THREADS), (), cold_bytes=0)
+    result = problem.calls[runner.OURS]()
+    assert chosen == [1]
+    assert runner.row_error(result, problem.expected) <= problem.work.tolerance
+
+
+def test_scaling_has_every_thread_count_and_both_ends_of_the_lengths() -> None:
+    cases = scaling.cases(False)
+    lengths = {case.s_kv for case in cases if case.group == scaling.LENGTHS}
+    assert (min(lengths), max(lengths)) == (4096, 131072)
+    assert {case.threads for case in cases if case.group == scaling.THREADS} == set(
+        range(1, torch.get_num_threads() + 1)
+    )

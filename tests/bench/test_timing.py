@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +55,20 @@ def test_turns_are_interleaved_and_every_block_is_checked() -> None:
     assert [name for name, _ in checked] == ["a", "b"] * 3
     assert [value for _, value in checked] == [1, 3, 5, 7, 9, 11]  # what the timed call returned, not the warm one
     assert result["a"].blocks == 3
+
+
+def test_slow_implementations_get_two_blocks_and_one_warm_call() -> None:
+    counts = dict.fromkeys(("slow", "fast"), 0)
+
+    def call(name: str) -> None:
+        counts[name] += 1
+        if name == "slow":
+            time.sleep(1.1 * timing.LONG_CALL)
+
+    budget = timing.Budget(block_seconds=0.0, clean_blocks=9, seconds=0.0, most_seconds=0.1, max_delay=float("inf"))
+    result = timing.interleave({name: partial(call, name) for name in counts}, budget, lambda name, value: None)
+    assert (result["slow"].blocks, counts["slow"]) == (2, 3)
+    assert (result["fast"].blocks, counts["fast"]) == (timing.ENOUGH_CLEAN, 2 * timing.ENOUGH_CLEAN)
 
 
 def test_a_block_counts_the_cpu_time_of_this_thread() -> None:

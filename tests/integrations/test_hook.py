@@ -120,10 +120,11 @@ def test_another_attention_chosen_after_enable_works_and_stays() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_gradients_take_the_expanded_path() -> None:
+@pytest.mark.parametrize("length", [7, MAX_ABSORBED_QUERIES + 1])
+def test_gradients_take_the_expanded_path(length: int) -> None:
     model, eager = tiny_model(), tiny_model()
     enable(model)
-    ids = tokens(2, 7)
+    ids = tokens(2, length)
     with torch.enable_grad():
         for each in (model, eager):
             each.train()
@@ -133,14 +134,15 @@ def test_gradients_take_the_expanded_path() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_gradient_of_kv_b_proj_alone() -> None:
+@pytest.mark.parametrize("length", [5, MAX_ABSORBED_QUERIES + 1])
+def test_gradient_of_kv_b_proj_alone(length: int) -> None:
     model, eager = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
     enable(model)
     for each in (model, eager):
         each.requires_grad_(False)
         each.model.layers[0].self_attn.kv_b_proj.weight.requires_grad_(True)
         with torch.enable_grad():
-            each(tokens(1, 5)).logits.square().sum().backward()
+            each(tokens(1, length)).logits.square().mean().backward()
     ours, theirs = (each.model.layers[0].self_attn.kv_b_proj.weight.grad for each in (model, eager))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 

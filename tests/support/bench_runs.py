@@ -17,6 +17,7 @@ def output(**samples: list[float]) -> str:
         "hz": [3e9],
         "fp32_flops": [190e9],
         "l2_read": [200e9],
+        "l3_read": [100e9],
         "dram_read": [40e9],
         "dram_read_prefetched": [38e9],
     }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdio>
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "flashmla/arena.h"
@@ -15,15 +16,20 @@ namespace flashmla {
 namespace {
 
 thread_local Arena arena;
+// Lists that the calling thread keeps, so that a call in steady state allocates nothing.
+thread_local std::vector<FlashmlaDecode> kept_sequences;
+thread_local std::vector<Item> kept_items;
 
 class Prefill {
 public:
   explicit Prefill(const FlashmlaPrefill& call) : call_(call), kernels_(kernels()) {
     stride_ = kernels_.accumulator_stride(call.d_v);
-    sequences_.reserve(size_t(call.b));
+    sequences_.clear(), items_.clear();
     for (int64_t i = 0; i < call.b; i++) add_sequence(i);
-    std::stable_sort(items_.begin(), items_.end(),
-                     [this](const Item& a, const Item& b) { return tokens(a) > tokens(b); });
+    std::sort(items_.begin(), items_.end(), [this](const Item& a, const Item& b) {
+      return std::tuple(-tokens(a), a.sequence, a.kv_head, a.row) <
+             std::tuple(-tokens(b), b.sequence, b.kv_head, b.row);
+    });
   }
 
   bool run(const FlashmlaRuntime& runtime) {
@@ -115,8 +121,8 @@ private:
   const Kernels& kernels_;
   const int32_t first_page_ = 0;
   int64_t stride_;
-  std::vector<FlashmlaDecode> sequences_;
-  std::vector<Item> items_;
+  std::vector<FlashmlaDecode>& sequences_ = kept_sequences;
+  std::vector<Item>& items_ = kept_items;
   std::atomic<size_t> next_{0};
   std::atomic<bool> out_of_memory_{false};
 };

@@ -1,9 +1,10 @@
-"""Absorbed attention for transformers' MLA layers: short queries attend to the latent cache where it lies.
+"""Attention for transformers' MLA layers: short queries attend to the latent cache where it lies, absorbed.
 
 An MLA key is ``[W_UK c, k_pe]`` and its value ``W_UV c``, where c is the cached latent and W_UK, W_UV are the two
 halves of ``kv_b_proj``. Therefore ``q_nope . (W_UK c) = (W_UK^T q_nope) . c`` and ``sum_t p_t (W_UV c_t) = W_UV (sum_t
 p_t c_t)``: one multiplication of the query and one of the result replace the expansion of the whole cache, and every
-head reads the same row ``[c, k_pe]`` (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+head reads the same row ``[c, k_pe]`` (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Long queries are cheaper on
+expanded heads: the new tokens' own, and the cached prefix's, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
 from flashmla_ops.integrations.transformers.masks import (
@@ -22,6 +24,7 @@ from flashmla_ops.integrations.transformers.masks import (
     tokens_mask,
 )
 from flashmla_ops.nn.fast_linear import FastLinear
+from flashmla_ops.nn.prefix import Span, gather, prefill_with_prefix
 from flashmla_ops.ops._library import FLOATS
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
@@ -66,9 +69,10 @@ def absorbed_attention(
     """Attention of one MLA layer, called by its forward through transformers' ``AttentionInterface``.
 
     ``attention_mask`` is a boolean mask ``[b or 1, 1, s_q or 1, s_kv]``, an int32 mask of `masks`, None (attend to all;
-    causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones,
-    and those that need what the operator lacks (a gradient, dropout, an additive mask, a mask for each head, float64, a
-    ``kv_b_proj`` that was adapted or hooked), run transformers' own SDPA on the expanded cache. Returns
+    causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones
+    with a prefix mask run `flashmla::prefill` on heads expanded chunk by chunk. What needs more than the operators have
+    (a gradient, dropout, an additive mask, a mask for each head, float64, for short queries a ``kv_b_proj`` that was
+    adapted or hooked, for long ones padding) runs transformers' own SDPA on the expanded cache. Returns
     ``out [b, s_q, h_q, d_v]`` and None.
 
     Raises `UnsupportedModelError` unless `enable` was called, and `ArgumentError` for a mask whose length is not the
@@ -83,6 +87,8 @@ def absorbed_attention(
         _check_mask(attention_mask, rows.s_kv)
     if _can_absorb(module, query, rows, attention_mask, dropout):
         return _absorbed(module, query, rows, attention_mask, scaling), None
+    if attention_mask is not None and _can_prefill(module, query, rows, attention_mask, dropout):
+        return _prefilled(module, query, rows, attention_mask, scaling), None
     return _expanded(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -109,15 +115,26 @@ def _can_absorb(module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor
     s_q = query.shape[2]
     if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0 or not is_plain_projection(module.kv_b_proj):
         return False
-    read = (query, rows.kv_cache, rows.k_cache, module.kv_b_proj.weight)
-    tensors = [tensor for tensor in read if tensor is not None]
-    if query.dtype not in FLOATS or any(tensor.dtype != query.dtype for tensor in tensors):
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not _operators_take(query, rows, module.kv_b_proj) or module.kv_b_proj.weight.dtype != query.dtype:
         return False
     if mask is None:
         return s_q == 1  # for longer queries SDPA defines what no mask means
     return mask.dtype in (torch.bool, torch.int32) and mask.shape[1] == 1
+
+
+def _can_prefill(module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor, dropout: float) -> bool:
+    """Whether a long query is plainly causal behind a prefix, and eager: the prefix is cut into chunks on the host."""
+    if query.shape[2] <= MAX_ABSORBED_QUERIES or dropout > 0.0 or is_tracing(query):
+        return False
+    return mask.dtype == torch.int32 and is_prefix(mask) and _operators_take(query, rows, module.kv_b_proj)
+
+
+def _operators_take(query: Tensor, rows: LatentRows, kv_b_proj: nn.Module) -> bool:
+    """Whether dtypes are those of the operators, and no gradient is required, of which they have none."""
+    tensors = [tensor for tensor in (query, rows.kv_cache, rows.k_cache) if tensor is not None]
+    if query.dtype not in FLOATS or any(tensor.dtype != query.dtype for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *kv_b_proj.parameters())))
 
 
 def _absorbed(
@@ -138,6 +155,37 @@ def _absorbed(
         q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, up, d_c, softmax_scale=scaling, causal=True
     )
     return out
+
+
+def _prefilled(
+    module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor, scaling: float | None
+) -> Tensor:  # [b, s_q, h_q, d_v]
+    """The new tokens are in the cache already, behind the prefix of each sequence."""
+    b, h_q, s_q, d_qk = query.shape
+    prefix_lens = mask[:, 0, 0, 0] - 1
+
+    def expand(latents: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+        if rope is None:
+            latents, rope = latents.split([module.kv_lora_rank, latents.shape[-1] - module.kv_lora_rank], dim=-1)
+        keys, values = type(module).expand_kv(module, latents.transpose(0, 1)[None], rope.transpose(0, 1)[None])
+        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    new = [Span(i, prefix, prefix + s_q) for i, prefix in enumerate(prefix_lens.tolist())]
+    caches = (rows.kv_cache, rows.k_cache)
+    keys, values = expand(*gather(*caches, rows.block_table, new))
+    cu_seqlens = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=query.device)
+    out, _ = prefill_with_prefix(
+        query.transpose(1, 2).reshape(b * s_q, h_q, d_qk),
+        keys,
+        values,
+        cu_seqlens,
+        *caches,
+        rows.block_table,
+        prefix_lens,
+        softmax_scale=scaling,
+        expand=expand,
+    )
+    return out.view(b, s_q, h_q, -1)
 
 
 def _attend_tokens(
@@ -203,7 +251,8 @@ def _expanded(
     if isinstance(value, Pages):
         key, value = gather_pages(key, value, module.kv_lora_rank)
     if mask is not None and mask.dtype == torch.int32:
-        mask = boolean_mask(mask, key.shape[2])
+        whole = is_prefix(mask) and key.shape[2] == query.shape[2]  # without a prefix, SDPA's own causal mask will do
+        mask = None if whole and query.shape[2] > 1 else boolean_mask(mask, key.shape[2])
     keys, values = type(module).expand_kv(module, key, value)
     out, _ = sdpa_attention_forward(module, query, keys, values, mask, **kwargs)
     return out, None

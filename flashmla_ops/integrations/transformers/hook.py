@@ -42,8 +42,9 @@ def enable(model: nn.Module) -> int:
     """Let ``model`` attend through `torch.ops.flashmla.decode` where queries are short, in place, on its own cache.
 
     Weights and ``state_dict`` stay as they are; ``kv_b_proj`` is read at each step, so training or loading weights
-    later needs no second call. Prefill, and any forward that needs a gradient, runs transformers' SDPA on the expanded
-    cache: call the model under ``torch.no_grad()``, as ``generate`` does. Calling it again changes nothing.
+    later needs no second call. Prefill expands the cache chunk by chunk for `flashmla::prefill`; padded and compiled
+    prefill, and any forward that needs a gradient, runs transformers' SDPA on the expanded cache: call the model under
+    ``torch.no_grad()``, as ``generate`` does. Calling it again changes nothing.
 
     Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if
     it has no MLA attention or one that is not known to be exact.

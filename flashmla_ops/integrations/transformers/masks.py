@@ -1,8 +1,8 @@
-"""The attention mask of a short query, in the form that `flashmla::decode` reads.
+"""The attention mask in the forms that `flashmla::decode` reads.
 
 transformers asks a registered mask function once for each forward, before any layer runs, and hands what it returns to
-every layer. For short queries the function here returns an int32 tensor in place of the boolean mask, in one of two
-forms. Both are 4-D, because transformers passes a 4-D mask on untouched:
+every layer. The function here returns an int32 tensor in place of the boolean mask, in one of two forms (long queries:
+the first, or the boolean mask). Both are 4-D, because transformers passes a 4-D mask on untouched:
 
 - **prefix** ``[b, 1, s_q, 1]``: query i sees the first ``mask[b, 0, i, 0]`` tokens of the cache, one more than query
   i - 1. This is causal attention without padding, and needs no list of tokens.
@@ -45,7 +45,8 @@ def absorbed_mask(
     """The mask function of `absorbed_attention`, called by transformers' ``create_causal_mask`` and its relatives.
 
     Arguments are those of ``transformers.masking_utils.sdpa_mask``; ``attention_mask`` is the 2-D padding mask
-    ``[b, tokens so far]``, bool. Returns a prefix or tokens mask for short queries, else what ``sdpa_mask`` returns.
+    ``[b, tokens so far]``, bool. Returns a prefix mask where it can, a tokens mask for other short queries, else what
+    ``sdpa_mask`` returns.
     """
     common: dict[str, Any] = {
         "q_offset": q_offset,
@@ -55,11 +56,13 @@ def absorbed_mask(
         "use_vmap": use_vmap,
         "device": device,
     }
-    if q_length > MAX_ABSORBED_QUERIES:
-        return _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
+    long = q_length > MAX_ABSORBED_QUERIES
     plain = mask_function is causal_mask_function and kv_offset == 0
-    if plain and _is_unpadded(attention_mask, q_length, kv_length, q_offset):
+    # A long query of a traced graph expands the whole cache: cutting it into chunks takes lengths on the host.
+    if plain and not (long and is_tracing()) and _is_unpadded(attention_mask, q_length, kv_length, q_offset):
         return prefix_mask(batch_size, q_length, q_offset, device)
+    if long:
+        return _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask = _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
     return None if mask is None else tokens_mask(mask)

@@ -1,0 +1,23 @@
+"""Suite ``end_to_end``: a decode step of a whole model at DeepSeek-V2-Lite's geometry, which its weights bound."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+from bench import steps
+from bench.peers import transformers_mla
+from bench.steps import StepCase
+from bench.suite import Suite
+
+NAME = "end_to_end"
+
+
+def cases(quick: bool) -> list[StepCase]:
+    if quick:
+        return [StepCase(1024, "bf16", "eager")]
+    shapes = itertools.product(("bf16", "fp32"), ("eager", "compiled"), (1024, 4096, 16384))
+    return [StepCase(s_kv, dtype, mode) for dtype, mode, s_kv in shapes]
+
+
+SUITE = Suite(NAME, "a decode step of a whole model", cases, partial(steps.problem, NAME), transformers_mla.PEERS)

@@ -1,0 +1,76 @@
+"""Suite ``scaling``: time per token as sequences grow, and what a second thread is worth where arithmetic limits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import dense, paged
+from bench.dense import PrefillCase
+from bench.paged import PagedCase
+from bench.runner import OURS, Problem
+from bench.suite import Peer, Suite, describe
+
+NAME = "scaling"
+#: Groups of cases.
+LENGTHS, THREADS = "lengths", "threads"
+#: What is timed, by name: a case of the other suites, but for its length.
+OPERATORS: dict[str, PagedCase | PrefillCase] = {
+    "MLA decode, h_q 16": PagedCase(1, 16, 0, "bf16"),
+    "MLA decode, h_q 128": PagedCase(1, 128, 0, "bf16"),
+    "GQA decode, 64/8 heads": PagedCase(1, 64, 0, "bf16", h_kv=8, d_qk=128, d_v=128, cache="[V, K] rows"),
+    "prefill, 16 heads": PrefillCase((), 192, 128, True, "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class ScalingCase:
+    operator: str
+    s_kv: int  # tokens of the only sequence
+    threads: int
+    group: str
+
+    @property
+    def concrete(self) -> PagedCase | PrefillCase:
+        """The case of another suite that is timed here."""
+        case = OPERATORS[self.operator]
+        if isinstance(case, PagedCase):
+            return replace(case, s_kv=self.s_kv)
+        return replace(case, s=(self.s_kv,))
+
+
+def problem(case: ScalingCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> Problem:
+    """The problem of the other suite, on the case's threads."""
+    concrete = case.concrete
+    if isinstance(concrete, PagedCase):
+        made = paged.problem(NAME, concrete, (), cold_bytes)
+    else:
+        made = dense.problem(NAME, concrete, (), cold_bytes)
+    call = made.calls[OURS]
+
+    def on_threads() -> Tensor:
+        torch.set_num_threads(case.threads)
+        return call()
+
+    work = replace(made.work, title=describe(case, NAME), case=asdict(case) | {"dtype": concrete.dtype})
+    return replace(made, work=work, calls={OURS: on_threads})
+
+
+def cases(quick: bool) -> list[ScalingCase]:
+    threads = torch.get_num_threads()
+    decodes = [name for name, case in OPERATORS.items() if isinstance(case, PagedCase)]
+    lengths = (4096, 8192) if quick else (4096, 8192, 16384, 32768, 65536, 131072)
+    counts = range(1, threads + 1)
+    bound = ("MLA decode, h_q 16", "MLA decode, h_q 128", "prefill, 16 heads")
+    return [
+        *(ScalingCase(name, s_kv, threads, LENGTHS) for name, s_kv in itertools.product(decodes, lengths)),
+        *(ScalingCase(name, lengths[0], n, THREADS) for name, n in itertools.product(bound, counts)),
+    ]
+
+
+SUITE = Suite(NAME, "time per token over lengths, and threads", cases, problem, ())
