@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flashmla_ops.errors import ArgumentError
 
 DECODE_CHOICES = ("extern", "template", "autotune")
+GEMM_CHOICES = ("auto", True, False)
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,17 @@ class Settings:
 
     ``decode``: "extern" calls the compiled library, and work after it is a kernel of its own; "template" generates one
     kernel that holds attention and the pointwise work after it; "autotune" times both for every shape, when compiling.
+    ``gemm``: True serves linear layers and products by head by the library's, "auto" those with few rows, where it is
+    faster, and False none.
     ``fuse_append``: generate `append_` into the kernel that computes the rows.
     """
 
     decode: str = "extern"
     fuse_append: bool = True
+    gemm: str | bool = "auto"
 
     def __post_init__(self) -> None:
         if self.decode not in DECODE_CHOICES:
             raise ArgumentError("compile", "decode", f"one of {', '.join(DECODE_CHOICES)}", self.decode)
+        if self.gemm not in GEMM_CHOICES:
+            raise ArgumentError("compile", "gemm", "'auto', True or False", repr(self.gemm))

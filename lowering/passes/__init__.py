@@ -15,11 +15,13 @@ import torch
 
 from lowering.passes.absorb import absorb_latents
 from lowering.passes.attend import rewrite_attention
+from lowering.passes.products import serve_products
+from lowering.passes.queries import join_queries
 from lowering.passes.record import Decision, Record
 
 GraphPass = Callable[[torch.fx.Graph, Record], None]
 
 #: In the order in which they run.
-PASSES: list[GraphPass] = [absorb_latents, rewrite_attention]
+PASSES: list[GraphPass] = [absorb_latents, rewrite_attention, serve_products, join_queries]
 
 __all__ = ["PASSES", "Decision", "GraphPass", "Record"]
