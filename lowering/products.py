@@ -18,7 +18,7 @@ from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
-from lowering.passes.elements import Access, Axis, access, resolve, shape
+from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
 from lowering.registration import session
 
 flashmla, aten = torch.ops.flashmla, torch.ops.aten
@@ -27,7 +27,7 @@ PATTERN = "product written in place"
 
 
 class ProductOut(ir.ExternKernelOut):
-    """A call of an ``.out`` overload. ``names`` are those of the inputs from the third on, ``rest`` further arguments."""
+    """A call of an ``.out`` overload. ``names``: of the inputs from the third on; ``rest``: further arguments."""
 
     names: tuple[str, ...] = ()
     rest: tuple[str, ...] = ()
@@ -69,10 +69,8 @@ def lower_gemm(
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     rest = [f"activation={activation!r}"] if activation != "none" else []
     rest += [f"out_dtype={out_dtype}"] if out_dtype is not None else []
-    out = _call("gemm", [a, weight, *given.values()], sizes, out_dtype or a.get_dtype())
-    product = out.data.data
-    product.names, product.rest = tuple(given), tuple(rest)
-    return out
+    dtype = out_dtype or a.get_dtype()
+    return _call("gemm", [a, weight, *given.values()], sizes, dtype, tuple(given), tuple(rest))
 
 
 def _is_served(a: TensorBox) -> bool:
@@ -81,11 +79,21 @@ def _is_served(a: TensorBox) -> bool:
     return session() is not None and not V.graph.cpp_wrapper and device.type == "cpu"
 
 
-def _call(name: str, tensors: list[TensorBox], sizes: list[Any], dtype: torch.dtype) -> TensorBox:
+def _call(
+    op: str,
+    tensors: list[TensorBox],
+    sizes: list[Any],
+    dtype: torch.dtype,
+    names: tuple[str, ...] = (),
+    rest: tuple[str, ...] = (),
+) -> TensorBox:
     # Inductor has seen to their strides: the operators are tagged needs_exact_strides.
     inputs = [ir.ExternKernel.realize_input(tensor) for tensor in tensors]
     layout = ir.FlexibleLayout(tensors[0].get_device_or_error(), dtype, sizes)
-    return TensorBox.create(ProductOut(layout, inputs, python_kernel_name=f"torch.ops.flashmla.{name}.out"))
+    product = ProductOut(layout, inputs, python_kernel_name=f"torch.ops.flashmla.{op}.out")
+    product.names, product.rest = names, rest
+    box: TensorBox = TensorBox.create(product)
+    return box
 
 
 class Place(NamedTuple):
@@ -99,18 +107,22 @@ class Place(NamedTuple):
         """The product's layout where the node has the ``wanted`` one; None if axes merged in it lie apart there."""
         strides = dict(zip(self.axes, wanted.stride, strict=True))
         for entry in self.element.index:
-            for outer, inner in pairwise(digit.axis for digit in entry):
+            for outer, inner in pairwise(axes_of(entry)):
                 size = wanted.size[self.axes.index(inner)]
                 if not V.graph.sizevars.statically_known_equals(strides[outer], strides[inner] * size):
                     return None
-        stride = [strides[entry[-1].axis] if entry else sympy.Integer(1) for entry in self.element.index]
+        stride = [strides[axes_of(entry)[-1]] if entry else sympy.Integer(1) for entry in self.element.index]
         return ir.FixedLayout(wanted.device, wanted.dtype, self.product.get_size(), stride, wanted.offset)
+
+
+def axes_of(entry: Entry) -> list[Axis]:
+    return [digit.axis for digit in entry if digit.axis is not None]
 
 
 def lower_cat(tensors: list[TensorBox], dim: int = 0) -> TensorBox | None:
     """A `cat` whose products are written where they belong; None: there are none, and Inductor's own follows."""
     current, node = session(), V.graph.current_node
-    pieces = node.args[0]
+    (pieces, *_) = inputs(node)
     if current is None or len({tensor.get_dtype() for tensor in tensors}) != 1 or len(pieces) != len(tensors):
         return None
     found = [_place(tensor, piece) for tensor, piece in zip(tensors, pieces, strict=True)]
@@ -139,7 +151,7 @@ def lower_clone(tensor: TensorBox, *, memory_format: torch.memory_format | None 
     current, node = session(), V.graph.current_node
     if current is None or memory_format is not torch.contiguous_format:
         return None
-    place = _place(tensor, node.args[0])
+    place = _place(tensor, inputs(node)[0])
     if place is None:
         return None
     wanted = ir.FixedLayout(tensor.get_device_or_error(), tensor.get_dtype(), tensor.get_size())
@@ -152,7 +164,7 @@ def lower_clone(tensor: TensorBox, *, memory_format: torch.memory_format | None 
 
 
 def _place(tensor: TensorBox, node: Node) -> Place | None:
-    """How a product is laid out for ``node``, which is made of it; None if it is not, or if the product has other uses."""
+    """How a product is laid out for ``node``; None if that is not made of one, or the product has other uses."""
     box = tensor.data.unwrap_view() if isinstance(tensor.data, ir.BaseView) else tensor.data
     product = box.data if isinstance(box, ir.StorageBox) else box
     if not isinstance(product, ProductOut) or isinstance(product.layout, ir.NonOwningLayout):

@@ -46,7 +46,7 @@ def _alike(one: Node, other: Node) -> bool:
 
 
 def gate_of(product: Node) -> Node | None:
-    """``silu(p[:, :n]) * p[:, n:]`` of a product ``p [m, 2 n]`` that has no other use; None if there is no such node."""
+    """``silu(p[:, :n]) * p[:, n:]`` of a product ``p [m, 2 n]`` that has no other use; None if nothing is."""
     seen, frontier = {product}, [product]
     found: Node | None = None
     while frontier:
@@ -96,7 +96,7 @@ def _silu_input(element: Access) -> Access | None:
     x, denominator = inputs(node)
     exponential = _operand(denominator, aten.add.Tensor, other=1)
     negative = _operand(exponential, aten.exp.default)
-    if _operand(negative, aten.neg.default) is not x:
+    if not isinstance(x, Node) or _operand(negative, aten.neg.default) is not x:
         return None
     return Access(_widened(x), resolve(element).index)
 

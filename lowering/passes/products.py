@@ -34,7 +34,7 @@ LINEAR, BY_HEAD, SHARED = "linear", "product by head", "products of one input"
 
 @dataclass(frozen=True)
 class Product:
-    """``node`` is ``a [m, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``; by head, a batch of them."""
+    """``node`` is ``a [m, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``; by head, a batch of it."""
 
     node: Node
     a: Node

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from lowering.passes.absorb import split
 from lowering.passes.attend import flashmla
-from lowering.passes.elements import Access, Axis, access, aten, inputs, resolve, shape
+from lowering.passes.elements import Access, Axis, access, arguments, aten, inputs, resolve, shape
 from lowering.passes.masks import Refusal
 from lowering.passes.record import Record
 from lowering.passes.writer import Writer, is_copied
@@ -57,9 +57,8 @@ def _read_from_source(writer: Writer, product: Node) -> None:
 
 
 def _flatten(writer: Writer, node: Node, record: Record) -> None:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     element, axes = _element(node)
-    dim %= len(axes)
+    dim = arguments(node)["dim"] % len(axes)
     parts = split(element, axes[dim], nested=True)
     if len(parts) <= len(inputs(node)[0]):
         return
