@@ -50,7 +50,7 @@ def serve_products(graph: torch.fx.Graph, record: Record) -> None:
     writer = Writer(graph)
     linear = list(_recorded(graph, record, writer, LINEAR, (aten.mm.default, aten.addmm.default), _linear))
     for product in _joined(linear, graph, record, writer):
-        _write_linear(writer, record, product)
+        _write_linear(Writer(graph), record, product)  # not in the order of the graph, so that they share no sizes
     for by_head in _recorded(graph, record, writer, BY_HEAD, (aten.bmm.default,), _by_head):
         writer.before = by_head.node
         writer.replace(by_head.node, writer.call(flashmla.bmm.default, by_head.a, by_head.weight))
