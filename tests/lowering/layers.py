@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-B, CAPACITY, HIDDEN, H, D_C, D_R, D_NOPE, D_V = 2, 64, 128, 4, 64, 16, 32, 32
+B, CAPACITY, HIDDEN, H, D_C, D_R, D_NOPE, D_V = 2, 512, 128, 4, 64, 16, 32, 32
 H_KV, D = 2, 32
 Weights = tuple[Tensor, ...]
 
@@ -96,6 +96,6 @@ def gqa_layer(
     q, k, v = (F.linear(h, w).view(B, 1, -1, D).transpose(1, 2) for w in (w_q, w_k, w_v))
     keys.index_copy_(2, position, rotated(k, cos, sin))
     values.index_copy_(2, position, v)
-    seen = torch.arange(CAPACITY) <= position
+    seen = torch.arange(CAPACITY)[None] <= position
     out = F.scaled_dot_product_attention(rotated(q, cos, sin), keys, values, attn_mask=seen, enable_gqa=True)
     return x + F.linear(out.transpose(1, 2).flatten(2), w_o)
