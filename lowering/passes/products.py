@@ -163,7 +163,7 @@ def _why_apart(group: list[Product], frozen: set[Node]) -> str:
     if any(product.bias is not None for product in group):
         return "one of them has a bias"
     if not all(_root(product.weight) in frozen for product in group):
-        return "the weights are arguments, which putting together would copy in every call: set torch._inductor.config.freezing"
+        return "the weights are arguments, which it would copy in every call: set torch._inductor.config.freezing"
     return ""
 
 
