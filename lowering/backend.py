@@ -19,7 +19,7 @@ def split_options(options: dict[str, Any] | None) -> tuple[Settings, dict[str, A
     """Our settings and Inductor's options, out of the options that the user gave.
 
     >>> split_options({"flashmla.decode": "template", "max_autotune": True})
-    (Settings(decode='template', fuse_append=True, decode_up='auto'), {'max_autotune': True})
+    (Settings(decode='template', fuse_append=True, decode_up='auto', gemm='auto'), {'max_autotune': True})
     """
     options = options or {}
     ours = {key.removeprefix(PREFIX): value for key, value in options.items() if key.startswith(PREFIX)}

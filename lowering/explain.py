@@ -62,6 +62,7 @@ ROWS: tuple[tuple[str, Callable[[Program], int]], ...] = (
     ("kernels", lambda p: p.kernels),
     ("library calls", lambda p: p.calls),
     ("buffers", lambda p: len(p.buffers)),
+    ("bytes", lambda p: p.nbytes),
     ("cache copies", lambda p: p.missed),
     ("bytes copied", lambda p: p.missed_bytes),
 )

@@ -53,8 +53,8 @@ class RunPasses(versions.CustomGraphPass):
     """`PASSES` as one pass of Inductor's, with the identity that its caches ask for."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        record = Record()
         current = session()
+        record = Record(current.settings if current is not None else Settings())
         if current is not None:
             current.rewrites.append(record)
         versions.remove_noop_ops(graph)
@@ -74,11 +74,12 @@ def install() -> None:
     with _LOCK:
         if _installed:
             return
-        from lowering import append, cpp, decode  # they import Inductor, which takes seconds
+        from lowering import append, cpp, decode, products  # they import Inductor, which takes seconds
 
         cpp.install()
         append.install()
         decode.install()
+        products.install()
         _installed = True
 
 

@@ -8,6 +8,7 @@ from flashmla_ops.errors import ArgumentError
 
 DECODE_CHOICES = ("extern", "template", "autotune")
 DECODE_UP_CHOICES = ("auto", True, False)
+GEMM_CHOICES = ("auto", True, False)
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,22 @@ class Settings:
 
     ``decode``: "extern" calls the compiled library, and work after it is a kernel of its own; "template" generates one
     kernel that holds attention and the pointwise work after it; "autotune" times both for every shape, when compiling.
-    ``decode_up``: whether `decode` and the product of each head's result become one operator; "auto" where it is never
-    slower, which is on the CPU.
+    ``decode_up``: whether `decode` and the product of each head's result become one operator; "auto": on the CPU, where it
+    saves a copy and a dispatch.
+    ``gemm``: True serves linear layers and products by head by the library's, "auto" those with few rows, where it is
+    faster, and False none.
     ``fuse_append``: generate `append_` into the kernel that computes the rows.
     """
 
     decode: str = "extern"
     fuse_append: bool = True
     decode_up: bool | str = "auto"
+    gemm: str | bool = "auto"
 
     def __post_init__(self) -> None:
         if self.decode not in DECODE_CHOICES:
             raise ArgumentError("compile", "decode", f"one of {', '.join(DECODE_CHOICES)}", self.decode)
         if self.decode_up not in DECODE_UP_CHOICES:
             raise ArgumentError("compile", "decode_up", "auto, True or False", self.decode_up)
+        if self.gemm not in GEMM_CHOICES:
+            raise ArgumentError("compile", "gemm", "'auto', True or False", repr(self.gemm))

@@ -22,6 +22,7 @@ __all__ = [
     "UnsupportedTorchError",
     "compile_fx",
     "default_backend",
+    "frozen_inputs",
     "inductor_options",
     "join_passes",
     "lacks_kernel_classes",
@@ -94,6 +95,20 @@ def remove_noop_ops(graph: torch.fx.Graph) -> None:
     from torch._inductor.fx_passes.post_grad import remove_noop_ops as remove
 
     remove(graph)
+
+
+def frozen_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """The inputs that Inductor's freezing turns into constants after this graph's joint passes; none without it."""
+    from torch._inductor import config
+
+    context = torch._guards.TracingContext.try_get()
+    if not config.freezing or torch.is_grad_enabled() or context is None or context.fw_metadata is None:
+        return set()
+    metadata: Any = context.fw_metadata
+    kept = {info.base_idx for info in metadata.output_info}
+    kept |= {i for i, info in enumerate(metadata.input_info) if info.mutates_data or info.mutates_metadata}
+    parameters = zip(context.params_flat_unwrap_subclasses or (), graph.find_nodes(op="placeholder"), strict=False)
+    return {node for i, (_, node) in enumerate(parameters) if i not in kept}
 
 
 class _Sequence(CustomGraphPass):

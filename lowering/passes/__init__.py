@@ -15,12 +15,14 @@ import torch
 
 from lowering.passes.absorb import absorb_latents
 from lowering.passes.attend import rewrite_attention
+from lowering.passes.products import serve_products
+from lowering.passes.queries import join_queries
 from lowering.passes.record import Decision, Record
 from lowering.passes.up import form_decode_up
 
 GraphPass = Callable[[torch.fx.Graph, Record], None]
 
 #: In the order in which they run.
-PASSES: list[GraphPass] = [absorb_latents, rewrite_attention, form_decode_up]
+PASSES: list[GraphPass] = [absorb_latents, rewrite_attention, form_decode_up, serve_products, join_queries]
 
 __all__ = ["PASSES", "Decision", "GraphPass", "Record"]

@@ -132,19 +132,22 @@ def expanded(attention: Attention) -> Expanded:
     return Expanded(up_k, up_v, part.axis, rotary.axis, rotary.element, q_nope, q_rope, of_latent, heads)
 
 
-def split(element: Access, axis: Axis) -> list[Part]:
-    """The parts that an axis runs over, in order, where tensors were put together along it."""
-    return _split(Part(axis, 0, element), outermost=True)
+def split(element: Access, axis: Axis, *, nested: bool = False) -> list[Part]:
+    """The parts that an axis runs over, in order, where tensors were put together along it.
+
+    A whole part that was itself put together, as rotary embeddings are from halves, is one unless ``nested``.
+    """
+    return _split(Part(axis, 0, element), nested, outermost=True)
 
 
-def _split(part: Part, *, outermost: bool = False) -> list[Part]:
+def _split(part: Part, nested: bool, *, outermost: bool = False) -> list[Part]:
     element = resolve(part.element)
     joined = pieces(element.node)
     if joined is None or not _runs_over(element, joined[0], part.axis):
         return [Part(part.axis, part.start, element)]
     dim, tensors = joined
     (digit,) = element.entry(dim)
-    if digit.whole and not outermost:  # a part that was itself put together, as rotary embeddings are from halves
+    if digit.whole and not outermost and not nested:
         return [Part(part.axis, part.start, element)]
     parts: list[Part] = []
     for tensor in tensors:
@@ -157,7 +160,7 @@ def _split(part: Part, *, outermost: bool = False) -> list[Part]:
         axis = Axis(f"{part.axis}.{len(parts)}", int(high - low))
         inner = Digit(axis, low - tensor.start + tensor.source_start, shape(tensor.source)[dim])
         source = Access(tensor.source, replaced(element.index, dim, (inner,)))
-        parts.extend(_split(Part(axis, int(part.start + low - digit.offset), source)))
+        parts.extend(_split(Part(axis, int(part.start + low - digit.offset), source), nested))
     return parts
 
 

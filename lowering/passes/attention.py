@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ def _softmax_before(node: Any, steps: int = 24) -> bool:
 def match(candidate: Candidate) -> Attention:
     """What the candidate computes. Raises `Refusal` with the reason why it is not proven to be attention."""
     found = _match_sdpa(candidate.node) if candidate.pattern == "sdpa" else _match_softmax(candidate.node)
+    found = _before_widening(found)
     if found.dtype not in FLOATS:
         raise Refusal(f"{_name(found.dtype)} is not a type of the operators")
     for name, read in (("q", found.q), ("k", found.k), ("v", found.v)):
@@ -105,6 +106,23 @@ def match(candidate: Candidate) -> Attention:
     if not isinstance(found.e.size, int) or not isinstance(found.x.size, int):
         raise Refusal("the size of a key or a value is not static")
     return found
+
+
+def _before_widening(found: Attention) -> Attention:
+    """Attention on float32 copies of q, k and v whose result is rounded to their type again: attention in that type.
+
+    SDPA in a half type becomes this where torch has no kernel for it, as with values narrower than keys. The operators
+    add products of half types in float32, as such a graph does.
+    """
+    users = list(found.output.users)
+    tensors = (found.q, found.k, found.v)
+    if len(users) != 1 or users[0].target not in CONVERSIONS or any(x.node.target not in CONVERSIONS for x in tensors):
+        return found
+    dtype = users[0].meta["val"].dtype
+    if found.dtype != torch.float32 or any(value(inputs(x.node)[0]).dtype != dtype for x in tensors):
+        return found
+    q, k, v = (resolve(Access(inputs(x.node)[0], x.index)) for x in tensors)
+    return replace(found, output=users[0], q=q, k=k, v=v)
 
 
 def _name(dtype: torch.dtype) -> str:

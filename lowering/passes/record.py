@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lowering.settings import Settings
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -21,8 +23,9 @@ class Decision:
 
 @dataclass
 class Record:
-    """The decisions about one graph, in the order they were made."""
+    """The decisions about one graph, in the order they were made, and the settings they were made under."""
 
+    settings: Settings = field(default_factory=Settings)
     decisions: list[Decision] = field(default_factory=list)
 
     def rewrote(self, pattern: str, node: object) -> None:

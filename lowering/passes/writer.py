@@ -194,6 +194,15 @@ def _units_of(group: tuple[Axis, ...], units: list[tuple[Axis, ...]]) -> list[in
     return [units.index((axis,)) for axis in group if (axis,) in units]
 
 
+def is_copied(node: Node, source: Node) -> bool:
+    """Whether a tensor is more than a view of ``source``, which its elements were resolved to."""
+    while node is not source:
+        if not node.all_input_nodes or node.target in (aten.clone.default, aten.cat.default):
+            return True
+        node = node.all_input_nodes[0]
+    return False
+
+
 def viewable(node: Node, sizes: Sequence[Size]) -> bool:
     """Whether a tensor can have these sizes without a copy."""
     try:

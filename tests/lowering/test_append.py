@@ -68,7 +68,7 @@ def test_norm_rope_cast_and_append_are_one_kernel(layer: object, widths: tuple[i
     layer(*expected, *inputs, slots)  # type: ignore[operator]
     assert all(map(same_bits, caches, expected))
     assert [step.kind for step in compiled.program.steps] == ["kernel"]
-    largest = max(torch.Size(map(int, shape.split(","))).numel() for _, shape in compiled.program.buffers)
+    largest = max(torch.Size(map(int, each.shape.split(","))).numel() for each in compiled.program.buffers)
     assert largest < caches[-1].numel()
     assert ReinplaceCounters.get_total_missed() == 0
 

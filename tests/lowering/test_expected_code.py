@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.lowering.compiled import Compiled
+from tests.lowering.layers import mla_inputs, mla_layer
 from tests.lowering.test_append import layer_inputs, one_cache, poisoned, two_caches
 from tests.lowering.test_decode import CASE, decode_then, gate_residual_cast, step_arguments
 
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[], tuple[Te
         {},
         lambda: (torch.zeros(4, 8, 2, 16), torch.ones(3, 2, 16), torch.tensor([4, 0, 9])),
     ),
+    "absorbed_layer": (mla_layer, {}, mla_inputs),
     "decode_gate_residual_cast": (
         decode_then(gate_residual_cast),
         {"flashmla.decode": "template"},
@@ -49,7 +51,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[], tuple[Te
 def kernels_of(source: str) -> str:
     """The C++ functions of a generated module, and the calls, without headers and comments."""
     functions = re.findall(r'^extern "C"\s+void.*?^}$', source, re.MULTILINE | re.DOTALL)
-    calls = re.findall(r"^\s+(cpp_\w+\(.*\)|buf\d+ = .*)$", source[source.index("def call(") :], re.MULTILINE)
+    body = source[source.index("def call(") :]
+    calls = re.findall(r"^\s+(cpp_\w+\(.*\)|torch\.ops\.\w+.*|buf\d+ = .*)$", body, re.MULTILINE)
     return "\n\n".join([*functions, "\n".join(call.strip() for call in calls)]) + "\n"
 
 

@@ -87,12 +87,19 @@ struct Rows {
   }
 };
 
-Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-            std::optional<Tensor> weight_scale, std::string activation, std::optional<ScalarType> out_dtype) {
-  const GemmArguments g{a, weight, bias, residual, weight_scale, activation, out_dtype.value_or(a.scalar_type())};
-  const std::vector<int64_t> shape = check_gemm(g);
-  const Tensor out = new_tensor(shape, g.out_dtype);
+void check_out(const Check& check, const Tensor& out, ScalarType type, const std::vector<int64_t>& shape) {
+  check.dtype("out", out, type);
+  check.on_cpu("out", out);
+  check.shape("out", out, shape);
+  check.gradient("out", out);
+}
 
+// Whether rows of n contiguous elements, all one stride apart, are written where `out` lies.
+bool has_rows(const Tensor& out, int64_t n) { return Rows(out, n).tensor.const_data_ptr() == out.const_data_ptr(); }
+
+// The product in `out`, or in a tensor of its own where torch computes it.
+Tensor gemm_in(const GemmArguments& g, const std::vector<int64_t>& shape, const Tensor& out) {
+  const auto& [a, weight, bias, residual, weight_scale, activation, out_dtype] = g;
   FlashmlaGemm call{};
   call.activation = activation_of(Check{"gemm"}, activation);
   call.k = weight.size(1), call.n = shape.back(), call.m = 1;
@@ -107,7 +114,7 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
   call.weight_scale = weight_scale ? weight_scale->const_data_ptr<float>() : nullptr;
   call.bias = bias ? bias->const_data_ptr() : nullptr;
   call.residual = added ? added->tensor.const_data_ptr() : nullptr, call.residual_stride = added ? added->stride : 0;
-  call.out = out.mutable_data_ptr(), call.out_stride = call.n;
+  call.out = out.mutable_data_ptr(), call.out_stride = Rows(out, call.n).stride;
 
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
@@ -129,7 +136,25 @@ Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, s
   return out;
 }
 
-Tensor bmm(const Tensor& a, const Tensor& weight) {
+Tensor gemm(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+            std::optional<Tensor> weight_scale, std::string activation, std::optional<ScalarType> out_dtype) {
+  const GemmArguments g{a, weight, bias, residual, weight_scale, activation, out_dtype.value_or(a.scalar_type())};
+  const std::vector<int64_t> shape = check_gemm(g);
+  return gemm_in(g, shape, new_tensor(shape, g.out_dtype));
+}
+
+void gemm_out(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              std::optional<Tensor> weight_scale, std::string activation, std::optional<ScalarType> out_dtype,
+              Tensor out) {
+  const GemmArguments g{a, weight, bias, residual, weight_scale, activation, out_dtype.value_or(a.scalar_type())};
+  const std::vector<int64_t> shape = check_gemm(g);
+  check_out(Check{"gemm"}, out, g.out_dtype, shape);
+  const Tensor result = gemm_in(g, shape, has_rows(out, shape.back()) ? out : new_tensor(shape, g.out_dtype));
+  if (result.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(out, result);
+}
+
+// The shape of out.
+std::vector<int64_t> check_bmm(const Tensor& a, const Tensor& weight) {
   const Check check{"bmm"};
   check.gradient("a", a);
   check.gradient("weight", weight);
@@ -140,7 +165,11 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
   check.on_cpu("weight", weight);
   check.size("weight", weight, 0, a.size(0), " batch entries, as a");
   if (weight.size(1) != a.size(2)) check.fail("weight", text("k ", a.size(2), ", as a"), text(weight.size(1)));
+  return {a.size(0), a.size(1), weight.size(2)};
+}
 
+// The product in `out`, or in a tensor of its own where torch computes it.
+Tensor bmm_in(const Tensor& a, const Tensor& weight, const Tensor& out) {
   FlashmlaBmm call{};
   call.dtype = dtype_of(a);
   call.batch = a.size(0), call.m = a.size(1), call.k = a.size(2), call.n = weight.size(2);
@@ -149,7 +178,6 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
     const Tensor product = torch::stable::matmul(torch::stable::to(a, type), torch::stable::to(weight, type));
     return torch::stable::contiguous(torch::stable::to(product, a.scalar_type()));
   }
-  const Tensor out = new_tensor({call.batch, call.m, call.n}, a.scalar_type());
   if (call.batch == 0 || call.m == 0 || call.n == 0) return out;
   // Rows of a and of weight (or its columns) must be contiguous: what is not is copied, as torch.bmm would.
   const Tensor left = a.stride(2) == 1 || call.k == 1 ? a : torch::stable::contiguous(a);
@@ -166,9 +194,23 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
   return out;
 }
 
+Tensor bmm(const Tensor& a, const Tensor& weight) {
+  return bmm_in(a, weight, new_tensor(check_bmm(a, weight), a.scalar_type()));
+}
+
+void bmm_out(const Tensor& a, const Tensor& weight, Tensor out) {
+  const std::vector<int64_t> shape = check_bmm(a, weight);
+  check_out(Check{"bmm"}, out, a.scalar_type(), shape);
+  const bool in_place = out.stride(2) == 1 || shape[2] == 1;
+  const Tensor result = bmm_in(a, weight, in_place ? out : new_tensor(shape, a.scalar_type()));
+  if (result.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(out, result);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
   m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm.out", TORCH_BOX(&gemm_out));
   m.impl("bmm", TORCH_BOX(&bmm));
+  m.impl("bmm.out", TORCH_BOX(&bmm_out));
 }

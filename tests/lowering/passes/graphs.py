@@ -14,6 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowering.passes import PASSES, Record
+from lowering.settings import Settings
 
 Function = Callable[..., Any]
 
@@ -25,9 +26,13 @@ def traced(function: Function, *inputs: Tensor, mode: str = "fake") -> torch.fx.
         return make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode=mode)(*inputs)
 
 
-def rewrite(graph: torch.fx.GraphModule) -> Record:
+#: What is around attention stays as it is: `test_products` is about that.
+ATTENTION_ALONE = Settings(gemm=False)
+
+
+def rewrite(graph: torch.fx.GraphModule, settings: Settings = ATTENTION_ALONE) -> Record:
     """Run the passes as the backend does."""
-    record = Record()
+    record = Record(settings)
     for each in PASSES:
         each(graph.graph, record)
     graph.graph.eliminate_dead_code()
@@ -47,6 +52,7 @@ class Rewritten:
     """``function`` compiled with the passes alone: its rewritten graphs run operator by operator."""
 
     function: Function
+    settings: Settings = ATTENTION_ALONE
     graphs: list[torch.fx.GraphModule] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
@@ -57,7 +63,7 @@ class Rewritten:
         self._compiled = torch.compile(self.function, backend=backend, fullgraph=True)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Function:
-        self.records.append(rewrite(graph))
+        self.records.append(rewrite(graph, self.settings))
         self.graphs.append(graph)
         return graph.forward
 

@@ -1,0 +1,219 @@
+"""Linear layers and products by head become `flashmla::gemm` and `flashmla::bmm`, which read each weight once.
+
+With the few rows of a decode step a product is as fast as its weights come from memory, and torch's products of few
+rows stay far below that. What stands around a product goes into it where it is proven to be its epilogue: bias,
+residual, and the gate of ``silu(gate) * up`` where one weight holds both.
+
+Products that share their input become one where their weights are constants of the graph, so that they are put together
+when compiling. Weights that are arguments would have to be copied in every call, and stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from lowering import versions
+from lowering.passes.attend import flashmla, refuse_gradient
+from lowering.passes.attention import FLOATS
+from lowering.passes.elements import Access, Axis, arguments, aten, inputs, known, resolve, shape, whole
+from lowering.passes.epilogues import VIEWS, gate_of, residual_of
+from lowering.passes.masks import Refusal
+from lowering.passes.record import Record
+from lowering.passes.writer import Writer, is_copied, viewable
+
+#: Rows that the small products serve in one pass over the weights; from there on torch's are as fast or faster.
+MAX_ROWS = 32
+
+LINEAR, BY_HEAD, SHARED = "linear", "product by head", "products of one input"
+
+
+@dataclass(frozen=True)
+class Product:
+    """``node`` is ``a [m, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``; by head, a batch of it."""
+
+    node: Node
+    a: Node
+    weight: Node
+    bias: Node | None = None
+
+
+def serve_products(graph: torch.fx.Graph, record: Record) -> None:
+    """Let `flashmla::gemm` and `flashmla::bmm` compute the products with few rows whose right side is a weight."""
+    if record.settings.gemm is False:
+        return
+    graph.eliminate_dead_code()  # what nobody reads is no user of a product
+    writer = Writer(graph)
+    linear = list(_recorded(graph, record, writer, LINEAR, (aten.mm.default, aten.addmm.default), _linear))
+    for product in _joined(linear, graph, record, writer):
+        _write_linear(Writer(graph), record, product)  # not in the order of the graph, so that they share no sizes
+    for by_head in _recorded(graph, record, writer, BY_HEAD, (aten.bmm.default,), _by_head):
+        writer.before = by_head.node
+        writer.replace(by_head.node, writer.call(flashmla.bmm.default, by_head.a, by_head.weight))
+        record.rewrote(f"{BY_HEAD} -> flashmla::bmm", by_head.node)
+    graph.eliminate_dead_code()
+
+
+def _recorded(
+    graph: torch.fx.Graph, record: Record, writer: Writer, pattern: str, targets: tuple[Any, ...], read: Any
+) -> Iterator[Product]:
+    """The products that are served; of the others, the record says why they are not."""
+    for node in list(graph.nodes):
+        if node.target not in targets:
+            continue
+        writer.before = node
+        try:
+            refuse_gradient(graph)
+            _require_few_rows(node, always=record.settings.gemm is True)
+            yield read(writer, node)
+        except Refusal as refusal:
+            record.refused(pattern, node, str(refusal))
+
+
+def _require_few_rows(node: Node, *, always: bool) -> None:
+    out = node.meta["val"]
+    if out.device.type != "cpu":
+        raise Refusal(f"measured on the CPU only, the product is on {out.device}")
+    if out.dtype not in FLOATS:
+        raise Refusal(f"{str(out.dtype).removeprefix('torch.')} is not a type of the operators")
+    rows = out.shape[-2]
+    traced = rows if isinstance(rows, int) else rows.node.hint if rows.node.has_hint() else None
+    if traced is None or (traced > MAX_ROWS and not always):
+        raise Refusal(f"{rows} rows: with more than {MAX_ROWS}, torch's product is as fast")
+
+
+def _linear(writer: Writer, node: Node) -> Product:
+    bound = arguments(node)
+    if node.target == aten.mm.default:
+        return Product(node, bound["self"], _transposed_weight(writer, bound["mat2"]))
+    if bound["alpha"] != 1 or bound["beta"] != 1:
+        raise Refusal(f"a product scaled by {bound['alpha']} and a bias by {bound['beta']}")
+    bias, weight = bound["self"], _transposed_weight(writer, bound["mat2"])
+    if len(shape(bias)) != 1 or not known(shape(bias)[0] == shape(node)[1]):
+        raise Refusal(f"a bias of shape {shape(bias)}, not one number for each column")
+    if not known(bias.meta["val"].stride(0) == 1):
+        raise Refusal("the bias is not contiguous")
+    return Product(node, bound["mat1"], weight, bias)
+
+
+def _transposed_weight(writer: Writer, right: Node) -> Node:
+    """A view ``[n, k]`` of the weight that ``right [k, n]`` is the transpose of."""
+    k, n = (Axis(name, size) for name, size in zip("kn", shape(right), strict=True))
+    weight = _view_of_weight(writer, Access(right, (whole(k), whole(n))), [[n], [k]])
+    if not known(weight.meta["val"].stride(1) == 1) and not known(k.size == 1):
+        raise Refusal("the weight lies along its columns: [k, n], not [n, k]")
+    return weight
+
+
+def _by_head(writer: Writer, node: Node) -> Product:
+    left, right = inputs(node)
+    h, k, n = (Axis(name, size) for name, size in zip("hkn", shape(right), strict=True))
+    weight = _view_of_weight(writer, Access(right, (whole(h), whole(k), whole(n))), [[h], [k], [n]])
+    strides = weight.meta["val"].stride()
+    if not known(strides[1] == 1) and not known(strides[2] == 1):
+        raise Refusal("the weight of a head has no contiguous dimension")
+    return Product(node, left, weight)
+
+
+def _view_of_weight(writer: Writer, element: Access, groups: list[list[Axis]]) -> Node:
+    """A tensor of a graph's inputs or constants seen as ``groups``. Raises `Refusal` if it would take a copy."""
+    found = resolve(element)
+    if found.node.op not in ("placeholder", "get_attr"):
+        raise Refusal(f"the right side is {found.node}, which is computed, and no weight")
+    if len(found.leaves()) != len([axis for group in groups for axis in group if axis.leaves()]):
+        raise Refusal(f"the weight {found.node} is the same along some of its dimensions")
+    view = writer.lay_out(found, groups)
+    if is_copied(view, found.node):
+        raise Refusal(f"the weight {found.node} would be copied")
+    return view
+
+
+def _joined(products: list[Product], graph: torch.fx.Graph, record: Record, writer: Writer) -> list[Product]:
+    """The products, with those of one input put together where their weights are constants."""
+    by_input: dict[Node, list[Product]] = {}
+    for product in products:
+        by_input.setdefault(_source(product.a), []).append(product)
+    frozen = versions.frozen_inputs(graph)
+    served: list[Product] = []
+    for group in by_input.values():
+        reason = _why_apart(group, frozen)
+        if len(group) > 1 and reason:
+            record.refused(SHARED, ", ".join(str(product.node) for product in group), reason)
+        served += group if reason else [_put_together(writer, record, group)]
+    return served
+
+
+def _source(a: Node) -> Node:
+    """What a matrix ``[m, k]`` is a view of: views keep the order of the elements."""
+    while a.target in VIEWS:
+        a = inputs(a)[0]
+    return a
+
+
+def _why_apart(group: list[Product], frozen: set[Node]) -> str:
+    """Why products of one input are not put together; empty if they are."""
+    if len(group) == 1:
+        return "alone"
+    if any(known(shape(product.a)[1] != shape(group[0].a)[1]) for product in group):
+        return "they read their input in rows of different lengths"
+    if any(product.bias is not None for product in group):
+        return "one of them has a bias"
+    if not all(_root(product.weight) in frozen for product in group):
+        return "the weights are arguments, which it would copy in every call: set torch._inductor.config.freezing"
+    return ""
+
+
+def _root(node: Node) -> Node:
+    while node.op == "call_function":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _put_together(writer: Writer, record: Record, group: list[Product]) -> Product:
+    """One product with the weights of all, which become one constant, and slices of its result."""
+    first = min(group, key=lambda product: list(writer.graph.nodes).index(product.node))
+    writer.before = first.node
+    weights = [_moved(writer, product.weight) for product in group]
+    weight = writer.call(aten.cat.default, weights, 0)
+    right = writer.call(aten.permute.default, weight, [1, 0])
+    together = writer.call(aten.mm.default, first.a, right)
+    start = 0
+    for product in group:
+        stop = start + shape(product.node)[1]
+        writer.before = product.node
+        writer.replace(product.node, writer.call(aten.slice.Tensor, together, 1, start, stop))
+        start = stop
+    record.rewrote(f"{SHARED} -> one product", ", ".join(str(product.node) for product in group))
+    return Product(together, first.a, weight)
+
+
+def _moved(writer: Writer, view: Node) -> Node:
+    """The same view of an input, written where ``writer`` writes now."""
+    if view.op != "call_function":
+        return view
+    source, *rest = inputs(view)
+    return writer.call(view.target, _moved(writer, source), *rest)
+
+
+def _write_linear(writer: Writer, record: Record, product: Product) -> None:
+    """One call for the product and its epilogue."""
+    parts, last, activation = ["linear"], product.node, "none"
+    if (gated := gate_of(last)) is not None:
+        parts.append("silu * up")
+        last, activation = gated, "silu_mul"
+    m, n = shape(product.node)[0], shape(last)[-1]
+    residual = residual_of(last)
+    if residual is not None and viewable(residual.added, [m, n]):
+        parts.append("residual")
+        last = residual.result
+    else:
+        residual = None
+    writer.before = last
+    added = None if residual is None else writer.view(residual.added, [m, n])
+    out = writer.call(flashmla.gemm.default, product.a, product.weight, product.bias, added, None, activation)
+    writer.replace(last, writer.view(out, shape(last)))
+    record.rewrote(f"{' + '.join(parts)} -> flashmla::gemm", product.node)
