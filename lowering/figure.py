@@ -13,6 +13,7 @@ LEGEND = {"kernel": "generated kernel", "flashmla": "flashmla operator", "librar
 INK, PALE, LINE = "#1c2128", "#6a7179", "#e3e6ea"
 WIDTH, COLUMN, ROW, TOP, GAP = 860, 400, 25, 92, 20
 LABEL = 130  # width of the first column of the table
+NUMBER = 90  # and of a number
 MOST = 60  # steps drawn; a larger model repeats itself
 LONGEST = 52  # characters of a name
 #: Parts of a kernel's name that say how data is moved, not what is computed.
@@ -55,11 +56,10 @@ def _comparison(y: int, label: str, old: int, new: int) -> list[str]:
     ]
     for i, value in enumerate((old, new)):
         x = GAP + LABEL + i * (COLUMN + GAP - (LABEL if i else 0))
-        room = (COLUMN - LABEL if i == 0 else COLUMN) - 70
-        bar = max(2, room * value // max(old, new)) if value else 0
+        bar = max(2, (COLUMN - LABEL - NUMBER) * value // max(old, new)) if value else 0  # one scale for both
         colour = COLOURS["flashmla"] if i else COLOURS["library"]
         parts.append(_text(x, y + 17, f"{value:,}", INK, 'font-weight="600"'))
-        parts.append(f'<rect x="{x + 70}" y="{y + 8}" width="{bar}" height="10" rx="3" fill="{colour}"/>')
+        parts.append(f'<rect x="{x + NUMBER}" y="{y + 8}" width="{bar}" height="10" rx="3" fill="{colour}"/>')
     return parts
 
 
@@ -67,14 +67,14 @@ def _grouped(steps: Sequence[Step]) -> list[tuple[str, str]]:
     """Kind and text of each box; neighbours that are equal share one."""
     groups = [(step, len(list(same))) for step, same in groupby(steps)]
     boxes: list[tuple[str, str]] = [
-        (step.kind, _label(step) if n == 1 else f"{n} × {_label(step)}") for step, n in groups[:MOST]
+        (step.kind, label(step) if n == 1 else f"{n} × {label(step)}") for step, n in groups[:MOST]
     ]
     if len(groups) > MOST:
         boxes.append(("library", f"and {sum(n for _, n in groups[MOST:])} more"))
     return boxes
 
 
-def _label(step: Step) -> str:
+def label(step: Step) -> str:
     """A step's name as it is read: what a generated kernel computes, and an operator without its overload."""
     if step.kind != "kernel":
         return step.name.removesuffix(".default").removesuffix(".out").replace("flashmla.", "flashmla::")

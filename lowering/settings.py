@@ -17,8 +17,8 @@ class Settings:
 
     ``decode``: "extern" calls the compiled library, and work after it is a kernel of its own; "template" generates one
     kernel that holds attention and the pointwise work after it; "autotune" times both for every shape, when compiling.
-    ``decode_up``: whether `decode` and the product of each head's result become one operator; "auto": on the CPU, where it
-    saves a copy and a dispatch.
+    ``decode_up``: whether `decode` and the product of each head's result become one operator; "auto": on the CPU, where
+    it saves a copy and a dispatch.
     ``gemm``: True serves linear layers and products by head by the library's, "auto" those with few rows, where it is
     faster, and False none.
     ``fuse_append``: generate `append_` into the kernel that computes the rows.

@@ -37,9 +37,14 @@ class Product:
     """``node`` is ``a [m, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``; by head, a batch of it."""
 
     node: Node
-    a: Node
     weight: Node
     bias: Node | None = None
+
+    @property
+    def a(self) -> Node:
+        """As it is now: the product that computes it may have been replaced."""
+        left: Node = arguments(self.node)["mat1" if self.node.target == aten.addmm.default else "self"]
+        return left
 
 
 def serve_products(graph: torch.fx.Graph, record: Record) -> None:
@@ -89,7 +94,7 @@ def _require_few_rows(node: Node, *, always: bool) -> None:
 def _linear(writer: Writer, node: Node) -> Product:
     bound = arguments(node)
     if node.target == aten.mm.default:
-        return Product(node, bound["self"], _transposed_weight(writer, bound["mat2"]))
+        return Product(node, _transposed_weight(writer, bound["mat2"]))
     if bound["alpha"] != 1 or bound["beta"] != 1:
         raise Refusal(f"a product scaled by {bound['alpha']} and a bias by {bound['beta']}")
     bias, weight = bound["self"], _transposed_weight(writer, bound["mat2"])
@@ -97,7 +102,7 @@ def _linear(writer: Writer, node: Node) -> Product:
         raise Refusal(f"a bias of shape {shape(bias)}, not one number for each column")
     if not known(bias.meta["val"].stride(0) == 1):
         raise Refusal("the bias is not contiguous")
-    return Product(node, bound["mat1"], weight, bias)
+    return Product(node, weight, bias)
 
 
 def _transposed_weight(writer: Writer, right: Node) -> Node:
@@ -110,13 +115,13 @@ def _transposed_weight(writer: Writer, right: Node) -> Node:
 
 
 def _by_head(writer: Writer, node: Node) -> Product:
-    left, right = inputs(node)
+    _, right = inputs(node)
     h, k, n = (Axis(name, size) for name, size in zip("hkn", shape(right), strict=True))
     weight = _view_of_weight(writer, Access(right, (whole(h), whole(k), whole(n))), [[h], [k], [n]])
     strides = weight.meta["val"].stride()
     if not known(strides[1] == 1) and not known(strides[2] == 1):
         raise Refusal("the weight of a head has no contiguous dimension")
-    return Product(node, left, weight)
+    return Product(node, weight)
 
 
 def _view_of_weight(writer: Writer, element: Access, groups: list[list[Axis]]) -> Node:
@@ -188,7 +193,7 @@ def _put_together(writer: Writer, record: Record, group: list[Product]) -> Produ
         writer.replace(product.node, writer.call(aten.slice.Tensor, together, 1, start, stop))
         start = stop
     record.rewrote(f"{SHARED} -> one product", ", ".join(str(product.node) for product in group))
-    return Product(together, first.a, weight)
+    return Product(together, weight)
 
 
 def _moved(writer: Writer, view: Node) -> Node:

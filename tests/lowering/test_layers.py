@@ -44,8 +44,8 @@ def test_no_part_of_an_absorbed_query_is_copied() -> None:
     compiled(*mla_inputs())
     (source,) = compiled.sources
     lines = source[source.index("def call(") :].splitlines()
-    decode = next(line for line in lines if "flashmla.decode.default(" in line)
-    query = decode.split("flashmla.decode.default(")[1].removeprefix("reinterpret_tensor(").split(",")[0]
+    decode = next(line for line in lines if "flashmla.decode_up.default(" in line)
+    query = decode.split("flashmla.decode_up.default(")[1].removeprefix("reinterpret_tensor(").split(",")[0]
     pieces = [line.split()[0] for line in lines if f"reinterpret_tensor({query}," in line and "# alias" in line]
     steps = [line for line in lines if re.match(r"\s+(torch\.ops|cpp_fused)", line)]
     writes = [line for line in steps if any(re.search(rf"\b{piece}\b", line) for piece in pieces)]
