@@ -168,7 +168,7 @@ def parse_output(text: str, threads: int) -> dict[str, list[float]]:
     cycles = hz * threads * SLACK
     fp32 = cycles * MULTIPLY_ADDS_PER_CYCLE * 2 * output["vector_bytes"] / 4
     bounds = {"hz": HIGHEST_HZ, "fp32_flops": fp32, "bf16_flops": 2 * fp32}
-    # Whatever lies behind a core's L2 comes through it. (Not the L2 samples beside: other load may have hit those alone.)
+    # What lies behind a core's L2 comes through it. (Not the L2 samples beside: other load may have hit those alone.)
     memory = ("l2_read", "l3_read", "dram_read", "dram_read_prefetched")
     bounds |= dict.fromkeys(memory, cycles * L2_BYTES_PER_CYCLE)
     return {name: possible(name, samples[name], bound) for name, bound in bounds.items() if name in samples}
