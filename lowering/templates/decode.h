@@ -14,9 +14,7 @@
 
 #include <stdexcept>
 
-#include "flashmla/attend_dot.h"
-#include "flashmla/attend_few.h"
-#include "flashmla/attend_lanes.h"
+#include "flashmla/attend.h"
 #include "flashmla/decode.h"
 #include "flashmla/finish.h"
 
@@ -45,8 +43,8 @@ public:
     const Kernels kernels{.name = "generated",
                           .multiplies_bf16 = Isa::pairs,
                           .accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
-                          .scratch_bytes = scratch_bytes,
-                          .attend = attend,
+                          .scratch_bytes = attention_scratch<Isa, T>,
+                          .attend = attend_tokens<Isa, T>,
                           .finish = finish};
     char message[FLASHMLA_MESSAGE];
     const FlashmlaRuntime runtime{omp_get_max_threads(), parallel};
@@ -58,35 +56,6 @@ private:
     const RowDone& row_done;
   };
 
-  template <class F>
-  static auto with_attention(int64_t rows, F f) {
-    if (rows > kFewRows) return f(static_cast<LaneAttention<Isa, T>*>(nullptr));
-    if constexpr (Mac<Isa, T>::pairs) {
-      if (rows > 4) return f(static_cast<FewAttention<Isa, T, 8>*>(nullptr));
-      if (rows > 2) return f(static_cast<FewAttention<Isa, T, 4>*>(nullptr));
-      if (rows > 1) return f(static_cast<FewAttention<Isa, T, 2>*>(nullptr));
-      return f(static_cast<FewAttention<Isa, T, 1>*>(nullptr));
-    } else {
-      return f(static_cast<DotAttention<Isa, T>*>(nullptr));
-    }
-  }
-  static ScratchBytes scratch_bytes(const FlashmlaDecode& call, const Item& item) {
-    const auto bytes = [&](int64_t rows) {
-      Item sized = item;
-      sized.rows = rows;
-      return with_attention(
-          rows, [&](auto* kernel) { return std::remove_pointer_t<decltype(kernel)>::scratch_bytes(call, sized); });
-    };
-    // The last item of a head may have fewer rows than the others.
-    const ScratchBytes few = bytes(item.rows < kFewRows ? item.rows : kFewRows), all = bytes(item.rows);
-    return few.all() > all.all() ? few : all;
-  }
-  static bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
-                     char* scratch) {
-    return with_attention(item.rows, [&](auto* kernel) {
-      return std::remove_pointer_t<decltype(kernel)>(call, item, into, scratch).run(begin, end);
-    });
-  }
   static void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,
                      int64_t end) {
     alignas(64) T row[D_V];

@@ -6,9 +6,7 @@
 #define FLASHMLA_STRING_(a) #a
 #define FLASHMLA_STRING(a) FLASHMLA_STRING_(a)
 
-#include "flashmla/attend_dot.h"
-#include "flashmla/attend_few.h"
-#include "flashmla/attend_lanes.h"
+#include "flashmla/attend.h"
 #include "flashmla/bmm.h"
 #include "flashmla/finish.h"
 #if defined(__AVX512F__)
@@ -34,24 +32,6 @@ using Isa = Emulated;
 #else
 using Isa = Portable<4, false>;
 #endif
-
-template <class Kernel>
-struct Tag {
-  using type = Kernel;
-};
-
-// Calls f with the kernel for so many query rows a KV head.
-template <class T, class F>
-auto with_attention(int64_t rows, F f) {
-  if (rows > kFewRows) return f(Tag<LaneAttention<Isa, T>>{});
-  if constexpr (Mac<Isa, T>::pairs) {
-    if (rows > 4) return f(Tag<FewAttention<Isa, T, 8>>{});
-    if (rows > 2) return f(Tag<FewAttention<Isa, T, 4>>{});
-    return rows > 1 ? f(Tag<FewAttention<Isa, T, 2>>{}) : f(Tag<FewAttention<Isa, T, 1>>{});
-  } else {
-    return f(Tag<DotAttention<Isa, T>>{});
-  }
-}
 
 template <class F>
 auto with_gemm(const FlashmlaGemm& call, F f) {
@@ -88,24 +68,12 @@ void bmm_run(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch)
 int64_t accumulator_stride(int64_t d_v) { return round_up(d_v, Isa::W) + 16; }
 
 ScratchBytes scratch_bytes(const FlashmlaDecode& call, const Item& item) {
-  return with_element(call.dtype, [&](auto t) {
-    const auto bytes = [&](int64_t rows) {
-      Item sized = item;
-      sized.rows = rows;
-      return with_attention<decltype(t)>(rows,
-                                         [&](auto tag) { return decltype(tag)::type::scratch_bytes(call, sized); });
-    };
-    // The last item of a head may have fewer rows than the others.
-    const ScratchBytes few = bytes(item.rows < kFewRows ? item.rows : kFewRows), all = bytes(item.rows);
-    return few.all() > all.all() ? few : all;
-  });
+  return with_element(call.dtype, [&](auto t) { return attention_scratch<Isa, decltype(t)>(call, item); });
 }
 bool attend(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
             char* scratch) {
-  return with_element(call.dtype, [&](auto t) {
-    return with_attention<decltype(t)>(
-        item.rows, [&](auto tag) { return typename decltype(tag)::type(call, item, into, scratch).run(begin, end); });
-  });
+  return with_element(call.dtype,
+                      [&](auto t) { return attend_tokens<Isa, decltype(t)>(call, item, begin, end, into, scratch); });
 }
 void finish(const FlashmlaDecode& call, const Item& item, const Accumulator* parts, int64_t n, int64_t begin,
             int64_t end) {
