@@ -6,13 +6,16 @@ loop, where an exception aborts the process, and lets threads race where two row
 its slots not from the tensor but from the checked copy that `lowering.cpp` makes in front of the loops, where a bad
 slot can still be raised and nothing has been written; skipped rows have a negative offset there, and the store is
 guarded.
+
+Rows of a quantised format have scales, each of many elements: `QuantizedRowScatter` has them computed into a buffer as
+any rows, and then, in the same generated function, quantised by the code that serves `append_` without a compiler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -47,6 +50,35 @@ class RowScatter(ir.Scatter):
     slots: Slots
 
 
+Scatter = TypeVar("Scatter", bound=RowScatter)
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A tensor in memory: the buffer, and where its first element and the others are, in elements."""
+
+    name: str
+    dtype: torch.dtype
+    offset: sympy.Expr
+    stride: tuple[sympy.Expr, ...]
+
+    @classmethod
+    def of(cls, node: TensorBox) -> Strided:
+        layout = node.get_layout()
+        return cls(node.get_name(), node.get_dtype(), layout.offset, tuple(node.get_stride()))
+
+
+class QuantizedRowScatter(RowScatter):
+    """The rows of one append_ into a cache of bytes: a loop nest for the scheduler, which a call of ours replaces.
+
+    ``source`` [n, h_kv, elements] and ``target`` [n_pages, page_size, h_kv, bytes] say where the call reads and writes.
+    """
+
+    source: Strided
+    target: Strided
+    page_size: sympy.Expr
+
+
 def install() -> None:
     """Lower `append_` and `append_.two` in our sessions; elsewhere they stay calls of the library."""
     for overload, lower in (("default", lower_append), ("two", lower_append_two)):
@@ -65,11 +97,11 @@ def _in_sessions(target: torch._ops.OpOverload, lower: Callable[..., None]) -> C
         current = session()
         if current is None or not current.settings.fuse_append:
             return opaque(*called)
-        reason = why_not(args[0]) if row_format == "native" else f"rows of format {row_format!r} are not generated yet"
+        reason = why_not(args[0])
         if reason:
             current.lowered.refused(PATTERN, V.graph.current_node, reason)
             return opaque(*called)
-        lower(*args)
+        lower(*called)
         current.lowered.rewrote(PATTERN, V.graph.current_node)
         return None
 
@@ -86,8 +118,12 @@ def why_not(cache: TensorBox) -> str:
     return cpp.why_not()
 
 
-def lower_append(kv_cache: TensorBox, rows: TensorBox, slot_mapping: TensorBox) -> None:
-    scatter_rows(kv_cache, rows, slots_of(slot_mapping, kv_cache))
+def lower_append(kv_cache: TensorBox, rows: TensorBox, slot_mapping: TensorBox, row_format: str = "native") -> None:
+    slots = slots_of(slot_mapping, kv_cache)
+    if row_format == "native":
+        scatter_rows(kv_cache, rows, slots)
+    else:  # the fake has checked that it is fp8_v32, the only other one
+        quantize_rows(kv_cache, rows, slots)
 
 
 def lower_append_two(
@@ -114,6 +150,28 @@ def scatter_rows(
     cache.realize()
     if ir.try_get_name(cache) in rows.get_read_names():
         rows.realize()  # rows made of rows of the cache are read before the first is overwritten
+    register(scatter(RowScatter, cache, rows, slots), cache)
+
+
+def quantize_rows(
+    cache: TensorBox,  # [n_pages, page_size, h_kv, bytes]
+    rows: TensorBox,  # [n, h_kv, elements]
+    slots: Slots,
+) -> None:
+    cache.realize()
+    placed = ir.TensorBox.create(ir.ExternKernel.realize_input(rows))
+    scattered = scatter(QuantizedRowScatter, cache, placed, slots)
+    for name, value in (
+        ("source", Strided.of(placed)),
+        ("target", Strided.of(cache)),
+        ("page_size", cache.get_size()[1]),
+    ):
+        object.__setattr__(scattered, name, value)
+    register(scattered, cache)
+
+
+def scatter(kind: type[Scatter], cache: TensorBox, rows: TensorBox, slots: Slots) -> Scatter:
+    """Each element of ``rows`` [n, h_kv, d] at its slot in ``cache``, as a loop nest."""
     page_size = cache.get_size()[1]
 
     def position(index: Sequence[sympy.Expr]) -> list[sympy.Expr]:
@@ -122,7 +180,7 @@ def scatter_rows(
         slot = ops.indirect_indexing(checked, slots.capacity, check=False, wrap_neg=False)
         return [*page_and_token(cache, slot, page_size), head, element]
 
-    scatter = RowScatter(
+    made = kind(
         device=cache.get_device_or_error(),
         dtype=cache.get_dtype(),
         inner_fn=rows.make_loader(),
@@ -130,8 +188,12 @@ def scatter_rows(
         output_indexer=position,
         scatter_mode=MODE,  # type: ignore[arg-type]
     )
-    object.__setattr__(scatter, "slots", slots)
-    buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(cache), data=scatter)
+    object.__setattr__(made, "slots", slots)
+    return made
+
+
+def register(scattered: RowScatter, cache: TensorBox) -> None:
+    buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(cache), data=scattered)
     buffer.name = V.graph.register_buffer(buffer)
     V.graph.register_operation(buffer)
 

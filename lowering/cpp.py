@@ -1,4 +1,4 @@
-"""Inductor's C++ code generation for the CPU, with what `RowScatter` needs: checked slots and guarded stores.
+"""Inductor's C++ code generation for the CPU, with what `RowScatter` needs: checked slots, guarded stores, and calls.
 
 The scheduling class derives from Inductor's, and takes the places that Inductor provides for derived kernels. It serves
 our sessions only; graphs without a fused append come out as they would without it.
@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import sympy
+import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen import common
 from torch._inductor.codegen.common import KernelArgs
@@ -24,15 +25,22 @@ from torch._inductor.codegen.cpp import (
     KernelGroup,
 )
 from torch._inductor.codegen.cpp_utils import cexpr_index
-from torch._inductor.scheduler import BaseSchedulerNode
+from torch._inductor.scheduler import BaseSchedulerNode, SchedulerNode
 from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from lowering import versions
-from lowering.append import CHECKED, MODE, RowScatter, Slots
+from lowering.append import CHECKED, MODE, QuantizedRowScatter, RowScatter, Slots
 from lowering.registration import session
+from lowering.templates.source import header
 
 HELPERS = Path(__file__).parent / "templates" / "append.h"
+#: The library's types of rows to quantise.
+ELEMENTS = {
+    torch.float32: "float",
+    torch.bfloat16: "flashmla::generated::bf16",
+    torch.float16: "flashmla::generated::f16",
+}
 
 _original: Any = None
 
@@ -133,16 +141,19 @@ class AppendGroup(KernelGroup):
         super().__init__()  # type: ignore[no-untyped-call]
         self.args = AppendArgs()
         self.copies = 0
+        self.quantizes = False
+
+    def place(self, expression: sympy.Expr) -> str:
+        """An offset, a stride or a size in C++. Sizes become arguments of the function."""
+        kernel = CppKernel(self.args, self.ws.num_threads)
+        return str(cexpr_index(kernel.rename_indexing(sympy.expand(expression))))
 
     def check_slots(self, slots: Slots) -> None:
         """Emit the checked copy of a slot mapping, in front of the loops that follow."""
         live = self.args.live
         if slots in live and slots.name not in V.graph.mutated_buffers:
             return
-        rename = CppKernel(self.args, self.ws.num_threads).rename_indexing
-        offset, n, stride, capacity = (
-            cexpr_index(rename(sympy.expand(x))) for x in (slots.offset, slots.n, slots.stride, slots.capacity)
-        )
+        offset, n, stride, capacity = map(self.place, (slots.offset, slots.n, slots.stride, slots.capacity))
         name = f"live_slots{self.copies}"
         self.copies += 1
         pointer = self.args.input(slots.name)
@@ -158,12 +169,34 @@ class AppendGroup(KernelGroup):
         self.loops_code.writeline(f"const int64_t* const {name} = {name}_holder.data();")
         live[slots] = name
 
+    def quantize_rows(self, node: SchedulerNode) -> None:
+        """Emit the call that quantises rows into a cache of bytes, behind the loops so far."""
+        self.quantizes = True
+        self.scheduled_nodes.append(node)
+        node.mark_run()
+        (rows,) = scatters(node)
+        assert isinstance(rows, QuantizedRowScatter)
+        (buffer,) = node.get_buffer_names()
+        source = f"{self.args.input(rows.source.name)} + {self.place(rows.source.offset)}"
+        target = f"{self.args.output(buffer)} + {self.place(rows.target.offset)}"
+        n, h_kv, _ = rows.ranges
+        arguments = [
+            f"reinterpret_cast<const {ELEMENTS[rows.source.dtype]}*>({source})",
+            *map(self.place, (n, h_kv, *rows.source.stride)),
+            f"reinterpret_cast<uint8_t*>({target})",
+            *map(self.place, (rows.page_size, *rows.target.stride[:3])),
+            self.args.live[rows.slots],
+        ]
+        self.ws.close()
+        self.loops_code.writeline(f"flashmla::generated::append_fp8_v32({', '.join(arguments)});")
+
     def codegen_group(self, name: str | None = None) -> str:
         source: str = super().codegen_group(name)
         if not self.args.live:
             return source
         function = source.rindex('extern "C"')
-        return source[:function] + HELPERS.read_text() + source[function:]
+        helpers = HELPERS.read_text() + (header("append_quantized.h") if self.quantizes else "")
+        return source[:function] + helpers + source[function:]
 
 
 class AppendScheduling(CppScheduling):
@@ -176,20 +209,29 @@ class AppendScheduling(CppScheduling):
     def codegen_node(self, node: Any) -> None:
         for scatter in scatters(node):
             self.kernel_group.check_slots(scatter.slots)
-        super().codegen_node(node)
+        if is_call(node):
+            self.kernel_group.quantize_rows(node)
+        else:
+            super().codegen_node(node)
 
     def can_fuse_vertical(self, node1: BaseSchedulerNode, node2: BaseSchedulerNode) -> bool:
-        return not makes_slots(node1, node2) and bool(super().can_fuse_vertical(node1, node2))  # type: ignore[no-untyped-call]
+        apart = is_call(node1) or is_call(node2) or makes_slots(node1, node2)
+        return not apart and bool(super().can_fuse_vertical(node1, node2))  # type: ignore[no-untyped-call]
 
     def can_fuse_horizontal(self, node1: BaseSchedulerNode, node2: BaseSchedulerNode) -> bool:
-        either = makes_slots(node1, node2) or makes_slots(node2, node1)
-        return not either and bool(super().can_fuse_horizontal(node1, node2))  # type: ignore[no-untyped-call]
+        apart = is_call(node1) or is_call(node2) or makes_slots(node1, node2) or makes_slots(node2, node1)
+        return not apart and bool(super().can_fuse_horizontal(node1, node2))  # type: ignore[no-untyped-call]
 
 
 def scatters(node: BaseSchedulerNode) -> Iterator[RowScatter]:
     for each in node.get_nodes():
         if isinstance(each.node, ir.ComputedBuffer) and isinstance(each.node.data, RowScatter):
             yield each.node.data
+
+
+def is_call(node: BaseSchedulerNode) -> bool:
+    """Whether a call of ours is written instead of the node's loops. It stays a node of its own."""
+    return any(isinstance(scatter, QuantizedRowScatter) for scatter in scatters(node))
 
 
 def makes_slots(producer: BaseSchedulerNode, consumer: BaseSchedulerNode) -> bool:

@@ -73,6 +73,31 @@ def test_norm_rope_cast_and_append_are_one_kernel(layer: object, widths: tuple[i
     assert ReinplaceCounters.get_total_missed() == 0
 
 
+def quantized_cache(cache: Tensor, latent: Tensor, rope: Tensor, weight: Tensor, *rest: Tensor) -> None:
+    cos, sin, slots = rest
+    rows = torch.cat([rms_norm(latent, weight), rotated(rope, cos, sin)], dim=-1)
+    torch.ops.flashmla.append_(cache, rows.to(torch.bfloat16).unsqueeze(1), slots, "fp8_v32")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("n", [5, 100])
+def test_norm_rope_cast_and_quantising_append_are_one_kernel(dtype: torch.dtype, n: int) -> None:
+    """Scales and all, with no temporary as large as the cache; 100 rows are shared among threads."""
+    compiled = Compiled(quantized_cache)
+    inputs = layer_inputs(n)
+    slots = torch.randperm(128)[:n]
+    slots[1], slots[3] = -1, slots[0]
+    cache, expected = (torch.full((8, 16, 1, 656), 7, dtype=torch.uint8).view(dtype) for _ in range(2))
+    compiled(cache, *inputs, slots)
+    quantized_cache(expected, *inputs, slots)
+    assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
+    assert [step.kind for step in compiled.program.steps] == ["kernel"]
+    assert "append_fp8_v32" in compiled.sources[0]
+    largest = max(torch.Size(map(int, each.shape.split(","))).numel() for each in compiled.program.buffers)
+    assert largest <= n * 576
+    assert ReinplaceCounters.get_total_missed() == 0
+
+
 def write(cache: Tensor, x: Tensor, slots: Tensor) -> None:
     torch.ops.flashmla.append_(cache, (x * 2).to(cache.dtype), slots)
 
@@ -112,6 +137,63 @@ def test_rows_lie_where_eager_puts_them(layout: str, sizes: tuple[int, int, int,
     WRITERS[layout](actual, x, slots)
     write(expected, x, slots)
     assert same_bits(memory_of(actual), memory_of(expected))
+
+
+def quantise(cache: Tensor, x: Tensor, slots: Tensor) -> None:
+    torch.ops.flashmla.append_(cache, x * 2, slots, "fp8_v32")
+
+
+@given(
+    sizes=st.tuples(*[st.integers(2, 5)] * 3),
+    draws=st.lists(st.integers(0, 999) | st.sampled_from([-1, NOWHERE]), min_size=2, max_size=9),
+    gaps=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30)
+@example((2, 2, 2), [0, 0, -1, 3, 3, 3], True, 0)
+def test_quantised_rows_lie_where_eager_puts_them(
+    sizes: tuple[int, int, int], draws: list[int], gaps: bool, seed: int
+) -> None:
+    """Caches with gaps between pages, tokens and heads; rows of every size, with infinities and NaN among them."""
+    pages, page_size, h_kv = sizes
+    slots = torch.tensor([s if s < 0 else s % (pages * page_size) for s in draws])
+    x = torch.randn(len(draws), h_kv, 576, generator=torch.Generator().manual_seed(seed))
+    x *= torch.tensor([1e-9, 1.0, 1e9]).repeat(192)
+    x[0, 0, 5], x[1, 0, 570], x[-1, -1, 200] = torch.inf, torch.nan, -torch.inf
+    caches = [torch.full((pages + 1, page_size + 2, h_kv + 1, 660), 7, dtype=torch.uint8) for _ in range(2)]
+    actual, expected = (
+        memory[1:, 1:-1, 1:, 2:658] if gaps else memory[:pages, :page_size, :h_kv, :656].contiguous()
+        for memory in caches
+    )
+    QUANTISERS[gaps](actual, x, slots)
+    quantise(expected, x, slots)
+    assert torch.equal(*caches)
+    assert torch.equal(actual, expected)
+
+
+#: One compilation each for caches with gaps and without.
+QUANTISERS = {gaps: Compiled(quantise, dynamic=True) for gaps in (True, False)}
+
+
+def test_quantised_rows_of_every_type_and_order() -> None:
+    def step(cache: Tensor, x: Tensor, slots: Tensor) -> None:
+        torch.ops.flashmla.append_(cache, x.permute(2, 0, 1), slots, "fp8_v32")
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, slots = torch.randn(2, 576, 5).to(dtype), torch.tensor([3, -1, 0, 3, 7])
+        actual, expected = (torch.full((2, 4, 2, 656), 7, dtype=torch.uint8) for _ in range(2))
+        Compiled(step)(actual, x, slots)
+        step(expected, x, slots)
+        assert torch.equal(actual, expected)
+
+
+def test_a_bad_slot_of_a_quantised_row_raises_and_nothing_is_written() -> None:
+    cache, compiled = torch.full((2, 4, 1, 656), 7, dtype=torch.uint8), Compiled(quantise)
+    with pytest.raises(RuntimeError, match=BAD_SLOT.format(8, 1)):
+        compiled(cache, torch.zeros(2, 1, 576), torch.tensor([0, 8]))
+    assert (cache == 7).all()
+    compiled(cache, torch.zeros(2, 1, 576), torch.tensor([0, 7]))
+    assert (cache[0, 0, 0, :512] == 0).all()
 
 
 @pytest.mark.parametrize("n", [0, 1])

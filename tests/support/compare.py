@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: A cosine averages rounding errors over many elements; among fewer different values they are all the same error.
 _COSINE_MIN_VALUES = 64
+#: From so many on, the official bound; below, the average itself varies, and the bound with its standard error.
+_COSINE_ENOUGH_VALUES = 1024
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ def difference(name: str, actual: Tensor, expected: Tensor, tolerance: Tolerance
         pair = f"{actual.flatten()[worst].item():.9g}, expected {expected.flatten()[worst].item():.9g}"
         return f"{name} differs in {int(bad.sum())} of {bad.numel()}, worst at {place}: {pair}"
     norm = (expected * expected).sum()
-    if norm >= 1e-12 and expected.flatten()[:4096].unique().numel() >= _COSINE_MIN_VALUES:
+    values = expected.flatten()[:4096].unique().numel()
+    if norm >= 1e-12 and values >= _COSINE_MIN_VALUES:
         cosine = float(1 - 2 * (actual * expected).sum() / ((actual * actual).sum() + norm))
-        if abs(cosine) > tolerance.cosine:
-            return f"{name} has a cosine difference of {cosine:.3g}, allowed {tolerance.cosine:.3g}"
+        allowed = tolerance.cosine * max(1.0, (_COSINE_ENOUGH_VALUES / values) ** 0.5)
+        if abs(cosine) > allowed:
+            return f"{name} has a cosine difference of {cosine:.3g}, allowed {allowed:.3g}"
     return None
