@@ -74,11 +74,12 @@ def install() -> None:
     with _LOCK:
         if _installed:
             return
-        from lowering import append, cpp, decode, products  # they import Inductor, which takes seconds
+        from lowering import append, cpp, decode, order, products  # they import Inductor, which takes seconds
 
         cpp.install()
         append.install()
         decode.install()
+        order.install()
         products.install()
         _installed = True
 

@@ -20,6 +20,7 @@ from flashmla_ops.errors import ArgumentError, FlashMLAError
 __all__ = [
     "CustomGraphPass",
     "UnsupportedTorchError",
+    "after_ordering",
     "compile_fx",
     "default_backend",
     "frozen_inputs",
@@ -156,3 +157,21 @@ def select(name: str, choices: list[Any], inputs: list[Any], layout: Any, values
     found = select_algorithm.autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=values)
     box: Any = found[0] if isinstance(found, tuple) else found
     return box, isinstance(box.data.data, ir.TemplateBuffer)
+
+
+def after_ordering(reorder: Callable[[list[Any], Callable[[list[Any]], int]], list[Any]]) -> None:
+    """Have ``reorder(nodes, peak)`` follow Inductor's own order of a graph; without that step nothing is reordered."""
+    from torch._inductor import memory
+
+    original = memory.reorder_for_peak_memory
+
+    def ordered(nodes: list[Any], buffers: Any, fused: Any, inputs: Any, outputs: Any, *rest: Any) -> list[Any]:
+        found = original(nodes, buffers, fused, inputs, outputs, *rest)
+
+        def peak(order: list[Any]) -> int:
+            _, freeable = memory.prepare_planning_info(order, buffers, fused, inputs, outputs)
+            return int(memory.estimate_peak_memory(order, freeable, outputs)[0])
+
+        return reorder(found, peak)
+
+    memory.reorder_for_peak_memory = ordered  # type: ignore[assignment]

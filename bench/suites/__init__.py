@@ -3,6 +3,7 @@
 from bench.suite import Peer, Suite
 from bench.suites import (
     append,
+    compile_time,
     decode,
     decode_up,
     end_to_end,
@@ -27,6 +28,7 @@ SUITES: dict[str, Suite] = {
         op_overhead.SUITE,
         scaling.SUITE,
         end_to_end.SUITE,
+        compile_time.SUITE,
     )
 }
 

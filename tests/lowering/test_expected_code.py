@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.lowering.compiled import Compiled
 from tests.lowering.layers import mla_inputs, mla_layer
-from tests.lowering.test_append import layer_inputs, one_cache, poisoned, two_caches
+from tests.lowering.test_append import layer_inputs, one_cache, poisoned, quantized_cache, two_caches
 from tests.lowering.test_decode import CASE, decode_then, gate_residual_cast, step_arguments
 
 EXPECTED = Path(__file__).parent / "expected"
@@ -34,6 +34,11 @@ def computed_slots(cache: Tensor, x: Tensor, positions: Tensor) -> None:
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[], tuple[Tensor, ...]]]] = {
     "append_one_cache": (one_cache, {}, lambda: (*poisoned(576), *layer_inputs(5), SLOTS)),
     "append_two_caches": (two_caches, {}, lambda: (*poisoned(512, 64), *layer_inputs(5), SLOTS)),
+    "append_quantized": (
+        quantized_cache,
+        {},
+        lambda: (torch.zeros(8, 16, 1, 656, dtype=torch.uint8), *layer_inputs(5), SLOTS),
+    ),
     "append_computed_slots": (
         computed_slots,
         {},

@@ -17,8 +17,8 @@ from tests.lowering.layers import gqa_inputs, gqa_layer, mla_inputs, mla_layer
 def test_an_absorbed_layer_takes_fewer_generated_kernels_and_less_memory() -> None:
     explained = lowering.explain(mla_layer, *mla_inputs())
     before, after = explained.before, explained.after
-    assert after.kernels < before.kernels, explained
-    assert len(after.steps) <= len(before.steps), explained
+    assert after.kernels <= 0.7 * before.kernels, explained
+    assert len(after.steps) < len(before.steps), explained
     assert after.nbytes <= 0.6 * before.nbytes, explained
     assert after.missed == 0
     assert [step.name for step in after.steps if step.kind == "library"] == []
