@@ -7,6 +7,8 @@
 // that crosses pages.
 #pragma once
 
+#include <algorithm>
+
 #include "flashmla/scratch.h"
 #include "flashmla/softmax.h"
 #include "flashmla/stage.h"
@@ -62,10 +64,11 @@ private:
       const auto each = [&] { prefetch.step(); };
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * rows_;
       stage(here);
+      look(here.n, t);
       if (scores) {
         for (const Part& part : parts_) score(part, here, each);
       }
-      weigh(here.n, t, scores, values);
+      weigh(scores, values);
       if (values) accumulate(here, t == begin, each);
     }
     return true;
@@ -118,14 +121,17 @@ private:
       }
     }
   }
+  // Negated where the scale is negative, so that the largest score is the largest in the end.
   void pack_part(Unit* to, int64_t width, const T* q, int64_t d) {
     const int64_t stride = call_.q_stride[3];
+    const bool negate = call_.softmax_scale < 0;
     for (int64_t u = 0; u < S::units(d); u++, to += width) {
       if constexpr (M::pairs) {
         const int64_t i = 2 * u;
         *to = q == nullptr ? 0 : q[i * stride].bits | (i + 1 < d ? uint32_t{q[(i + 1) * stride].bits} << 16 : 0);
+        if (negate) *to ^= 0x80008000u;
       } else {
-        *to = q == nullptr ? 0 : to_float(q[u * stride]);
+        *to = q == nullptr ? 0 : negate ? -to_float(q[u * stride]) : to_float(q[u * stride]);
       }
     }
   }
@@ -177,8 +183,8 @@ private:
     for (int64_t begin = 0; begin < part.units; begin += pass) {
       const int64_t end = begin + pass < part.units ? begin + pass : part.units;
       for (int64_t first = 0; first < rows_; first += kPanel) {
-        const int64_t step = tile_tokens(first);
-        for (int64_t t = 0; t < rows.n; t += step) score_tokens(part, rows, first, t, begin, end, each);
+        const int64_t step = tile_tokens(first), tokens = seen(first + panel_width(first));
+        for (int64_t t = 0; t < tokens; t += step) score_tokens(part, rows, first, t, begin, end, each);
       }
     }
   }
@@ -206,33 +212,41 @@ private:
     }
   }
 
-  // Scores become weights; for pairs, weights of two tokens are packed into one unit: [vector of rows][token pair][W].
-  // At level 1 scores are scaled, and their maximum found, in one pass and become weights in the next.
-  void weigh(int n, int64_t first_token, bool scale_them, bool weigh_them) {
-    int64_t least = n;
-    for (int64_t r = 0; r < rows_; r++) {
-      const int64_t seen = visible(call_, item_, item_.row + (r < item_.rows ? r : item_.rows - 1)) - first_token;
-      visible_[r] = seen < 0 ? 0.0f : seen > n ? float(n) : float(seen);
-      least = seen < least ? seen : least;
+  // How many tokens of the block rows up to `end` see: a row sees as many as the one before, or more.
+  int seen(int64_t end) const { return int(visible_[end - 1]); }
+  void look(int n, int64_t first_token) {
+    const int64_t group = group_size(call_);
+    int64_t sees = visible(call_, item_, item_.row) - first_token, left = group - item_.row % group;
+    if (sees >= n) return std::fill(visible_, visible_ + rows_, float(n));
+    for (int64_t r = 0; r < rows_; r++, left--) {
+      if (left == 0) sees += call_.causal, left = group;
+      visible_[r] = sees < 0 ? 0.0f : sees > n ? float(n) : float(sees);
     }
-    const F scale = Isa::set1(call_.softmax_scale * kLog2E);
+  }
+
+  // Scores become weights, where they are, or for pairs two tokens' in one unit: [vector of rows][token pair][W].
+  // At level 1 the maximum of all blocks is found first.
+  void weigh(bool find_maximum, bool weigh_them) {
+    const F scale = Isa::set1(std::fabs(call_.softmax_scale) * kLog2E);
     for (int64_t r = 0; r < rows_; r += W) {
       const int64_t first = r / kPanel * kPanel, width = panel_width(first);
       float* scores = scores_ + first * kBlock + (r - first);
-      const F old = Isa::load(into_.m + r);
-      F maximum = old;
-      if (scale_them) {
-        maximum = scale_scores<Isa>(scores, width, n, scale, Isa::load(visible_ + r), least >= n, old);
-        Isa::store(into_.m + r, maximum);
-      }
+      const int n = seen(r + W);
+      const BlockScores<Isa> block{scores, width, n, scale, Isa::load(visible_ + r), visible_[r] >= n};
+      const F old = Isa::load(into_.m + r), maximum = find_maximum ? block.maximum(old) : old;
+      Isa::store(into_.m + r, maximum);
       if (!weigh_them) continue;
-      Isa::store(rescale_ + r, weigh_scores<Isa>(scores, width, n, old, maximum, into_.l + r));
-      if constexpr (M::pairs) {
-        for (int t = 0; t < n; t += 2) {
-          const F second = t + 1 < n ? Isa::load(scores + (t + 1) * width) : F{};
-          Isa::store(weights_ + r * kBlock / 2 + t / 2 * W, Isa::pack(Isa::load(scores + t * width), second));
+      const auto each = [&](int t, const F(&p)[kExp]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kExp; i += kTokensPerUnit) {
+          if constexpr (M::pairs) {
+            Isa::store(weights_ + r * kBlock / 2 + (t + i) / 2 * W, Isa::pack(p[i], p[i + 1]));
+          } else {
+            Isa::store(scores + (t + i) * width, p[i]);
+          }
         }
-      }
+      };
+      Isa::store(rescale_ + r, block.weigh(old, maximum, into_.l + r, each));
     }
   }
 
@@ -280,7 +294,7 @@ private:
         weights = scores_ + first * kBlock + (r - first), stride = panel_width(first);
       }
       value_tile<M, kValueRows, N>(weights, stride, values, into_.o + r * into_.stride + column, into_.stride,
-                                   rescale_ + r, value_units(rows.n), first_block, each);
+                                   rescale_ + r, value_units(seen(r / W * W + W)), first_block, each);
     }
   }
   struct Vector {

@@ -10,24 +10,39 @@ namespace flashmla::FLASHMLA_ISA {
 
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
+// Vectors that exp2 takes at once, step by step: a core's scheduler holds too few instructions for it to find another
+// vector's behind those that wait for the one before.
+constexpr int kExp = 4;
+
 // 2^x for x <= 0 up to rounding; 0 below -126 and for -inf; NaN stays NaN. Relative error below 3e-7: the polynomial is
 // a degree-5 minimax fit of 2^r on [-1/2, 1/2].
-template <class Isa>
-typename Isa::F exp2(typename Isa::F x) {
+template <class Isa, int N>
+inline __attribute__((always_inline)) void exp2(typename Isa::F (&x)[N]) {
   using F = typename Isa::F;
   using I = typename Isa::I;
   // Adding this puts round(x) + 127, the exponent field of 2^round(x), in the low bits of the mantissa.
   const F magic = Isa::set1(0x1.8p23f + 127.0f);
-  const F shifted = x + magic;
-  const F r = x - (shifted - magic);
-  F p = Isa::set1(1.32647273e-3f);
-  p = Isa::fma(p, r, Isa::set1(9.67151299e-3f));
-  p = Isa::fma(p, r, Isa::set1(5.55073358e-2f));
-  p = Isa::fma(p, r, Isa::set1(2.40222424e-1f));
-  p = Isa::fma(p, r, Isa::set1(6.93147004e-1f));
-  p = Isa::fma(p, r, Isa::set1(1.0f));
-  const F power = Isa::template reinterpret<F>(Isa::template reinterpret<I>(shifted) << 23);
-  return x < Isa::set1(-126.0f) ? F{} : p * power;
+  F shifted[N], r[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; i++) shifted[i] = x[i] + magic;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; i++) r[i] = x[i] - (shifted[i] - magic), p[i] = Isa::set1(1.32647273e-3f);
+#pragma GCC unroll 8
+  for (const float c : {9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f}) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) p[i] = Isa::fma(p[i], r[i], Isa::set1(c));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; i++) {
+    const F power = Isa::template reinterpret<F>(Isa::template reinterpret<I>(shifted[i]) << 23);
+    x[i] = x[i] < Isa::set1(-126.0f) ? F{} : p[i] * power;
+  }
+}
+template <class Isa>
+typename Isa::F exp2(typename Isa::F x) {
+  typename Isa::F one[1] = {x};
+  exp2<Isa>(one);
+  return one[0];
 }
 
 // The maximum to subtract: -inf where nothing is visible would make -inf - -inf.
@@ -36,38 +51,52 @@ F finite_maximum(F m) {
   return m == F{} - INFINITY ? F{} : m;
 }
 
-// One vector of rows over a block of n scores, `step` floats apart: scales them, hides those at or past `visible` of
-// each row (`all`: there are none) and returns the larger of `maximum` and theirs.
+// One vector of rows over a block of n scores, `step` floats apart; a score counts times `scale`, which is no less than
+// 0, and not at all from `visible` of its row on (`all`: there are none).
 template <class Isa>
-typename Isa::F scale_scores(float* scores, int64_t step, int n, typename Isa::F scale, typename Isa::F visible,
-                             bool all, typename Isa::F maximum) {
+struct BlockScores {
   using F = typename Isa::F;
-  const F minus_infinity = Isa::set1(-INFINITY);
-  for (int t = 0; t < n; t++) {
-    F s = Isa::load(scores + t * step) * scale;
-    if (!all) s = Isa::set1(float(t)) < visible ? s : minus_infinity;
-    Isa::store(scores + t * step, s);
-    maximum = Isa::max(maximum, s);
-  }
-  return maximum;
-}
+  const float* scores;
+  int64_t step;
+  int n;
+  F scale, visible;
+  bool all;
 
-// Scaled scores become weights, `maximum` having been `old` before them; adds them to l and returns the factor that
-// earlier results must be scaled with.
-template <class Isa>
-typename Isa::F weigh_scores(float* scores, int64_t step, int n, typename Isa::F old, typename Isa::F maximum,
-                             float* l) {
-  using F = typename Isa::F;
-  const F subtract = finite_maximum(maximum);
-  const F rescale = exp2<Isa>(old - subtract);
-  F total = Isa::load(l) * rescale;
-  for (int t = 0; t < n; t++) {
-    const F p = exp2<Isa>(Isa::load(scores + t * step) - subtract);
-    Isa::store(scores + t * step, p);
-    total += p;
+  // The larger of `maximum` and theirs.
+  F maximum(F maximum) const {
+    if (n == 0) return maximum;
+    F largest = Isa::load(scores);
+    if (all) {
+      for (int t = 1; t < n; t++) largest = Isa::max(largest, Isa::load(scores + t * step));
+      return Isa::max(maximum, largest * scale);
+    }
+    for (int t = 0; t < n; t++) maximum = Isa::max(maximum, hide(t, Isa::load(scores + t * step) * scale));
+    return maximum;
   }
-  Isa::store(l, total);
-  return rescale;
-}
+
+  // Calls each(t, weights) for the weights 2^(score - maximum) of kExp tokens from t on, those past n being 0. The
+  // maximum was `old` before this block. Adds the weights to l; returns what earlier results must be scaled with.
+  template <class Each>
+  __attribute__((always_inline)) F weigh(F old, F maximum, float* l, Each each) const {
+    const F subtract = finite_maximum(maximum), rescale = exp2<Isa>(old - subtract);
+    F total = Isa::load(l) * rescale;
+    for (int t = 0; t < n; t += kExp) {
+      F p[kExp];
+#pragma GCC unroll 8
+      for (int i = 0; i < kExp; i++) p[i] = Isa::fma(Isa::load(scores + (t + i) * step), scale, F{} - subtract);
+      if (!all || t + kExp > n) {
+        for (int i = 0; i < kExp; i++) p[i] = hide(t + i, p[i]);
+      }
+      exp2<Isa>(p);
+      total += (p[0] + p[1]) + (p[2] + p[3]);
+      each(t, p);
+    }
+    Isa::store(l, total);
+    return rescale;
+  }
+
+private:
+  F hide(int t, F s) const { return Isa::set1(float(t)) < visible ? s : F{} - INFINITY; }
+};
 
 }  // namespace flashmla::FLASHMLA_ISA
