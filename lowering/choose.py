@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from lowering import versions
 from lowering.templates.decode import Arguments, DecodeTemplate
 
 NAME = "flashmla_decode"
+NO_PYTHON = "a package has no Python to call the library through"
 
 
 def install() -> None:
-    """Enter the library's call under the name that generated code uses, cached code of earlier processes included."""
-    if ExternKernelChoice.lookup(NAME) is None:
-        ExternKernelChoice(decode_into, name=NAME)
+    enter(NAME, decode_into)
+
+
+def enter(name: str, function: Callable[..., Tensor]) -> None:
+    """Enter a call under the name that generated code uses, cached code of earlier processes included."""
+    if ExternKernelChoice.lookup(name) is None:
+        ExternKernelChoice(function, name=name)
 
 
 def decode_into(*tensors: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -53,7 +59,7 @@ def decode_into(*tensors: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> Te
 def why_not(arguments: Arguments) -> str:
     """Why nothing can be timed; empty if it can."""
     if V.graph.cpp_wrapper:
-        return "a package has no Python to call the library through"
+        return NO_PYTHON
     return "a schedule belongs to lengths that are not known when compiling" if arguments.has_schedule else ""
 
 

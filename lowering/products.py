@@ -7,6 +7,7 @@ no row of a query is copied.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,27 +19,29 @@ from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
+from lowering import choose, choose_product
 from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
+from lowering.passes.products import FROM_ATEN
 from lowering.registration import session
 
 flashmla, aten = torch.ops.flashmla, torch.ops.aten
 PRODUCTS = (flashmla.gemm.default, flashmla.bmm.default)
-PATTERN = "product written in place"
+PATTERN, CHOICE, TIMED = "product written in place", "product of the library", "product timed"
 
 
 class ProductOut(ir.ExternKernelOut):
-    """A call of an ``.out`` overload. ``names``: of the inputs from the third on; ``rest``: further arguments."""
+    """A call of an ``.out`` overload. ``names``: of the inputs from the third on."""
 
     names: tuple[str, ...] = ()
-    rest: tuple[str, ...] = ()
 
     def codegen_args(self) -> list[str]:
         given: list[str] = super().codegen_args()
         named = [f"{name}={value}" for name, value in zip(self.names, given[2:], strict=True)]
-        return [*given[:2], *named, *self.rest]
+        return [*given[:2], *named]
 
 
 def install() -> None:
+    choose_product.install()
     user_lowerings[flashmla.gemm.default] = lower_gemm
     user_lowerings[flashmla.bmm.default] = lower_bmm
     user_lowerings[aten.cat.default] = lower_cat
@@ -49,7 +52,7 @@ def lower_bmm(a: TensorBox, weight: TensorBox) -> TensorBox | None:
     if not _is_served(a):
         return None
     sizes = [*a.get_size()[:2], weight.get_size()[2]]
-    return _call("bmm", [a, weight], sizes, a.get_dtype())
+    return _call("bmm", a, weight, {}, sizes, a.get_dtype())
 
 
 def lower_gemm(
@@ -67,39 +70,67 @@ def lower_gemm(
     sizes = [*a.get_size()[:-1], n // 2 if activation == "silu_mul" else n]
     optional = {"bias": bias, "residual": residual, "weight_scale": weight_scale}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    rest = [f"activation={activation!r}"] if activation != "none" else []
-    rest += [f"out_dtype={out_dtype}"] if out_dtype is not None else []
+    options: dict[str, Any] = {"activation": activation} if activation != "none" else {}
+    options |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     dtype = out_dtype or a.get_dtype()
-    return _call("gemm", [a, weight, *given.values()], sizes, dtype, tuple(given), tuple(rest))
+    return _call("gemm", a, weight, given, sizes, dtype, **options)
 
 
 def _is_served(a: TensorBox) -> bool:
     """Packages are called without Python, which calls these overloads."""
-    device = a.get_device_or_error()
-    return session() is not None and not V.graph.cpp_wrapper and device.type == "cpu"
+    current, device = session(), a.get_device_or_error()
+    if current is None or device.type != "cpu":
+        return False
+    if V.graph.cpp_wrapper and _is_timed():
+        current.lowered.refused(TIMED, V.graph.current_node, f"{choose.NO_PYTHON}; few rows decide, as with 'auto'")
+    return not V.graph.cpp_wrapper
+
+
+def _is_timed() -> bool:
+    """A model's own call of `gemm` is not: it rounds once, and operators of ATen in its place would more often."""
+    current, node = session(), V.graph.current_node
+    asked = current is not None and current.settings.gemm == "autotune"
+    return asked and (node.target == flashmla.bmm.default or FROM_ATEN in node.meta)
 
 
 def _call(
     op: str,
-    tensors: list[TensorBox],
+    a: TensorBox,
+    weight: TensorBox,
+    given: dict[str, TensorBox],
     sizes: list[Any],
     dtype: torch.dtype,
-    names: tuple[str, ...] = (),
-    rest: tuple[str, ...] = (),
+    **options: Any,
 ) -> TensorBox:
+    """The call; where it is timed, the faster of it and the operators in whose place it is."""
     # Inductor has seen to their strides: the operators are tagged needs_exact_strides.
-    inputs = [ir.ExternKernel.realize_input(tensor) for tensor in tensors]
-    layout = ir.FlexibleLayout(tensors[0].get_device_or_error(), dtype, sizes)
-    product = ProductOut(layout, inputs, python_kernel_name=f"torch.ops.flashmla.{op}.out")
-    product.names, product.rest = names, rest
-    box: TensorBox = TensorBox.create(product)
-    return box
+    inputs = [ir.ExternKernel.realize_input(tensor) for tensor in (a, weight, *given.values())]
+    device, names = a.get_device_or_error(), tuple(given)
+
+    def library() -> TensorBox:
+        layout = ir.FlexibleLayout(device, dtype, sizes)
+        product = ProductOut(layout, inputs, kwargs=options, python_kernel_name=f"torch.ops.flashmla.{op}.out")
+        product.names = names
+        box: TensorBox = TensorBox.create(product)
+        return box
+
+    current, node = session(), V.graph.current_node
+    if current is None or not _is_timed():
+        return library()
+    replaced = partial(choose_product.lower_aten, op, a, weight, **options | given)
+    fixed = ir.FixedLayout(device, dtype, sizes)
+    box: Any = choose_product.fastest(op, inputs, fixed, library, replaced, names=names, **options)
+    if isinstance(box.data.data, ProductOut):
+        current.lowered.rewrote(CHOICE, node)
+    else:
+        current.lowered.refused(CHOICE, node, "the aten product was faster")
+    return box  # type: ignore[no-any-return]
 
 
 class Place(NamedTuple):
     """A product whose elements are all that a node is made of, by views alone: its buffer, and where they go."""
 
-    product: ProductOut
+    product: ir.ExternKernelOut
     element: Access  # of the product, over the axes of the node
     axes: list[Axis]
 
@@ -167,7 +198,7 @@ def _place(tensor: TensorBox, node: Node) -> Place | None:
     """How a product is laid out for ``node``; None if that is not made of one, or the product has other uses."""
     box = tensor.data.unwrap_view() if isinstance(tensor.data, ir.BaseView) else tensor.data
     product = box.data if isinstance(box, ir.StorageBox) else box
-    if not isinstance(product, ProductOut) or isinstance(product.layout, ir.NonOwningLayout):
+    if not isinstance(product, ir.ExternKernelOut) or isinstance(product.layout, ir.NonOwningLayout):
         return None
     axes = [Axis(f"d{i}", size) for i, size in enumerate(shape(node))]
     found = resolve(access(node, axes))

@@ -8,7 +8,7 @@ from flashmla_ops.errors import ArgumentError
 
 DECODE_CHOICES = ("extern", "template", "autotune")
 DECODE_UP_CHOICES = ("auto", True, False)
-GEMM_CHOICES = ("auto", True, False)
+GEMM_CHOICES = ("auto", "autotune", True, False)
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Settings:
     ``decode_up``: whether `decode` and the product of each head's result become one operator; "auto": on the CPU, where
     it saves a copy and a dispatch.
     ``gemm``: True serves linear layers and products by head by the library's, "auto" those with few rows, where it is
-    faster, and False none.
+    faster, and False none; "autotune" times each and what the graph had in its place, when compiling, and is "auto" in
+    a package, where nothing can be timed.
     ``fuse_append``: generate `append_` into the kernel that computes the rows.
     """
 
@@ -35,4 +36,4 @@ class Settings:
         if self.decode_up not in DECODE_UP_CHOICES:
             raise ArgumentError("compile", "decode_up", "auto, True or False", self.decode_up)
         if self.gemm not in GEMM_CHOICES:
-            raise ArgumentError("compile", "gemm", "'auto', True or False", repr(self.gemm))
+            raise ArgumentError("compile", "gemm", "'auto', 'autotune', True or False", repr(self.gemm))

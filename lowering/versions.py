@@ -24,6 +24,7 @@ __all__ = [
     "compile_fx",
     "default_backend",
     "frozen_inputs",
+    "generates_python",
     "inductor_options",
     "join_passes",
     "lacks_kernel_classes",
@@ -110,6 +111,13 @@ def frozen_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     kept |= {i for i, info in enumerate(metadata.input_info) if info.mutates_data or info.mutates_metadata}
     parameters = zip(context.params_flat_unwrap_subclasses or (), graph.find_nodes(op="placeholder"), strict=False)
     return {node for i, (_, node) in enumerate(parameters) if i not in kept}
+
+
+def generates_python() -> bool:
+    """Whether the compilation under way generates Python; packages are C++."""
+    from torch._inductor import config
+
+    return not config.cpp_wrapper
 
 
 class _Sequence(CustomGraphPass):

@@ -29,6 +29,9 @@ from lowering.passes.writer import Writer, is_copied, viewable
 #: Rows that the small products serve in one pass over the weights; from there on torch's are as fast or faster.
 MAX_ROWS = 32
 
+#: Marks the calls of `flashmla::gemm` that a graph had as operators of ATen, in their ``meta``.
+FROM_ATEN = "flashmla_from_aten"
+
 LINEAR, BY_HEAD, SHARED = "linear", "product by head", "products of one input"
 
 
@@ -73,7 +76,8 @@ def _recorded(
         writer.before = node
         try:
             refuse_gradient(graph)
-            _require_few_rows(node, always=record.settings.gemm is True)
+            timed = record.settings.gemm == "autotune" and versions.generates_python()
+            _require_few_rows(node, always=timed or record.settings.gemm is True)
             yield read(writer, node)
         except Refusal as refusal:
             record.refused(pattern, node, str(refusal))
@@ -220,5 +224,6 @@ def _write_linear(writer: Writer, record: Record, product: Product) -> None:
     writer.before = last
     added = None if residual is None else writer.view(residual.added, [m, n])
     out = writer.call(flashmla.gemm.default, product.a, product.weight, product.bias, added, None, activation)
+    out.meta[FROM_ATEN] = True
     writer.replace(last, writer.view(out, shape(last)))
     record.rewrote(f"{' + '.join(parts)} -> flashmla::gemm", product.node)

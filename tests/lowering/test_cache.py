@@ -29,9 +29,9 @@ print("hit" if hits else "miss")
 """
 
 
-def run(tree: Path, cache: Path, backend: str = "flashmla", **environment: str) -> str:
+def run(tree: Path, cache: Path, backend: str = "flashmla", script: str = SCRIPT, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tree), backend],
+        [sys.executable, "-c", script, str(tree), backend],
         env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment,
         cwd=cache,
         capture_output=True,

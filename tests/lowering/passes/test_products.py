@@ -162,11 +162,11 @@ def test_near_miss(name: str) -> None:
 
 
 def test_the_setting() -> None:
-    for setting, rows, served in ((False, 4, []), (True, 70, ["none"]), ("auto", 70, [])):
+    for setting, rows, served in ((False, 4, []), (True, 70, ["none"]), ("auto", 70, []), ("autotune", 70, ["none"])):
         graph = traced(F.linear, draw(rows, K), W)
         rewrite(graph, Settings(gemm=setting))  # type: ignore[arg-type]
         assert calls(graph) == served
-    with pytest.raises(Exception, match="gemm"):
+    with pytest.raises(Exception, match="'gemm': expected 'auto', 'autotune', True or False, got 'fast'"):
         Settings(gemm="fast")
 
 
