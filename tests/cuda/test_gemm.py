@@ -206,6 +206,12 @@ compiled = torch.compile(function, fullgraph=True, options={"max_autotune": True
 torch.testing.assert_close(compiled(a, weight, bias), expected, atol=1e-5, rtol=1e-5)
 stacked = torch.compile(lambda a, b: torch.ops.flashmla.bmm(a, b) + 1, fullgraph=True, options={"max_autotune": True})
 torch.testing.assert_close(stacked(a[None], weight.T[None]), (a @ weight.T)[None] + 1, atol=1e-5, rtol=1e-5)
+grouped = lambda a, b, offsets: torch.ops.flashmla.grouped_gemm(a, b, offsets) + 1
+offsets = torch.tensor([0, 1, 1, 4], dtype=torch.int32)
+for k, dtype in ((16, torch.float32), (16, torch.bfloat16), (5, torch.bfloat16)):
+    inputs = a[:, :k].to(dtype), torch.randn(3, 8, k).to(dtype), offsets
+    compiled = torch.compile(grouped, fullgraph=True, options={"max_autotune": True})
+    torch.testing.assert_close(compiled(*inputs), grouped(*inputs), atol=1e-5, rtol=1e-2)
 from torch._inductor.lowering import user_lowerings
 print(sorted(str(op) for op in user_lowerings if "flashmla" in str(op)))
 """
@@ -215,4 +221,7 @@ print(sorted(str(op) for op in user_lowerings if "flashmla" in str(op)))
 def test_inductor_chooses_between_our_operator_and_torchs() -> None:
     done = subprocess.run([sys.executable, "-c", AUTOTUNED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['flashmla.bmm.default', 'flashmla.gemm.default']"
+    assert (
+        done.stdout.splitlines()[-1]
+        == "['flashmla.bmm.default', 'flashmla.gemm.default', 'flashmla.grouped_gemm.default']"
+    )
