@@ -34,7 +34,9 @@ private:
     for (; i < n; i++) to[i] = to_float(from[i]);
   }
   static void copy(uint32_t* to, const T* from, int64_t n) {
-    std::memcpy(to, from, size_t(n) * sizeof(T));
+    int64_t i = 0;
+    for (; i + 2 * Isa::W <= n; i += 2 * Isa::W) Isa::store(to + i / 2, Isa::load_pairs(from + i));
+    std::memcpy(to + i / 2, from + i, size_t(n - i) * sizeof(T));
     if (n % 2) reinterpret_cast<T*>(to)[n] = T{};
   }
 };
