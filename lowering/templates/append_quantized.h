@@ -11,8 +11,8 @@ namespace flashmla::FLASHMLA_ISA {
 
 constexpr int64_t kSerialRows = 64;  // they are written in less time than waking a thread takes
 
-// rows: [n, h_kv, 576] of T, with strides in elements; cache: [n_pages, page_size, h_kv, 656 bytes]. `live` has a slot a
-// row, none of them twice; rows with a negative one are skipped.
+// rows: [n, h_kv, 576] of T, with strides in elements; cache: [n_pages, page_size, h_kv, 656 bytes]. `live` has a slot
+// for each row, none of them twice; rows with a negative one are skipped.
 template <class T>
 void append_fp8_v32(const T* rows, int64_t n, int64_t h_kv, int64_t row_stride, int64_t row_head_stride,
                     int64_t element_stride, uint8_t* cache, int64_t page_size, int64_t page_stride,
