@@ -39,10 +39,7 @@ def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str,
     require_device(OP, rows_name, rows, cache.device)
     require(OP, rows_name, rows.size(1) == h_kv, f"{h_kv} KV heads, as {cache_name}", rows.size(1))
     require(OP, rows_name, rows.size(2) == d, f"rows of {d} elements, as {cache_name}", rows.size(2))
-    require_dims(OP, "slot_mapping", slot_mapping, "[n]")
-    require_dtype(OP, "slot_mapping", slot_mapping, torch.int64)
-    require_device(OP, "slot_mapping", slot_mapping, cache.device)
-    require(OP, rows_name, rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
+    _check_slot_mapping(rows, slot_mapping, rows_name)
 
 
 def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> None:
@@ -62,10 +59,14 @@ def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_fo
     require_device(OP, "rows", rows, kv_cache.device)
     require(OP, "rows", rows.size(1) == h_kv, f"{h_kv} KV heads, as kv_cache", rows.size(1))
     require(OP, "rows", rows.size(2) == row.elements, f"rows of {row.elements} elements", rows.size(2))
+    _check_slot_mapping(rows, slot_mapping, "rows")
+
+
+def _check_slot_mapping(rows: Tensor, slot_mapping: Tensor, rows_name: str) -> None:
     require_dims(OP, "slot_mapping", slot_mapping, "[n]")
     require_dtype(OP, "slot_mapping", slot_mapping, torch.int64)
-    require_device(OP, "slot_mapping", slot_mapping, kv_cache.device)
-    require(OP, "rows", rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
+    require_device(OP, "slot_mapping", slot_mapping, rows.device)
+    require(OP, rows_name, rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
 
 
 def check_slots(cache: Tensor, slot_mapping: Tensor) -> None:

@@ -41,7 +41,6 @@ public:
   // Throws std::runtime_error with the operator's message.
   void run(const int32_t* schedule, int64_t schedule_numel) const {
     const Kernels kernels{.name = "generated",
-                          .multiplies_bf16 = Isa::pairs,
                           .accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
                           .scratch_bytes = attention_scratch<Isa, T>,
                           .attend = attend_tokens<Isa, T>,

@@ -1,11 +1,12 @@
 // Writing rows into a paged cache. Every slot is checked before the first byte is written.
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 
-#include "flashmla/interface.h"
+#include "flashmla/slots.h"
 
 namespace {
+
+using namespace flashmla;
 
 struct Context {
   const FlashmlaAppend* tensors;
@@ -20,7 +21,7 @@ void write_columns(const FlashmlaAppend& t, const Context& c, int64_t head, int6
   for (int64_t i = 0; i < c.n; i++) {
     const int64_t slot = c.slots[i * c.slot_stride];
     if (slot < 0) continue;
-    char* to = t.cache + slot / t.page_size * t.page_bytes + slot % t.page_size * t.token_bytes + head * t.head_bytes;
+    char* to = row_at(t, slot) + head * t.head_bytes;
     const char* from = t.rows + i * t.row_bytes + head * t.row_head_bytes;
     if (t.element_bytes == t.element_size) {
       std::memcpy(to + begin * t.element_size, from + begin * t.element_size, size_t((end - begin) * t.element_size));
@@ -37,15 +38,7 @@ constexpr int64_t kColumns = 256;  // elements of a column block
 
 extern "C" int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message) {
-  const int64_t limit = tensors[0].n_pages * tensors[0].page_size;
-  for (int64_t i = 0; i < n; i++) {
-    if (slots[i * slot_stride] >= limit) {
-      std::snprintf(message, FLASHMLA_MESSAGE,
-                    "flashmla::append_: argument 'slot_mapping': expected slots below %lld, got %lld at [%lld]",
-                    (long long)limit, (long long)slots[i * slot_stride], (long long)i);
-      return 1;
-    }
-  }
+  if (check_slots(tensors[0], slots, slot_stride, n, message)) return 1;
   Context context{tensors, n_tensors, slots, slot_stride, n};
   int64_t blocks = 0, bytes = 0;
   for (int64_t t = 0; t < n_tensors; t++) {

@@ -1,8 +1,6 @@
 // Rows are quantised on their way into a cache, in one pass. Every slot is checked before the first byte is written.
 #include "flashmla/append_quantized.h"
-
-#include <algorithm>
-#include <cstdio>
+#include "flashmla/slots.h"
 
 #define FLASHMLA_ISA plain
 #include "flashmla/quantize.h"
@@ -28,7 +26,7 @@ void write_share(const Context& c, int64_t share) {
   for (int64_t i = 0; i < c.n; i++) {
     const int64_t slot = c.slots[i * c.slot_stride];
     if (slot < 0 || slot % c.shares != share) continue;
-    char* to = t.cache + slot / t.page_size * t.page_bytes + slot % t.page_size * t.token_bytes;
+    char* to = row_at(t, slot);
     const char* from = t.rows + i * t.row_bytes;
     for (int64_t head = 0; head < t.h_kv; head++) {
       quantize_fp8_v32(reinterpret_cast<const T*>(from + head * t.row_head_bytes), t.element_bytes / int64_t{sizeof(T)},
@@ -41,15 +39,7 @@ void write_share(const Context& c, int64_t share) {
 
 extern "C" int flashmla_append_fp8_v32(const FlashmlaAppend* tensor, FlashmlaDType dtype, const int64_t* slots,
                                        int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message) {
-  const int64_t limit = tensor->n_pages * tensor->page_size;
-  for (int64_t i = 0; i < n; i++) {
-    if (slots[i * slot_stride] >= limit) {
-      std::snprintf(message, FLASHMLA_MESSAGE,
-                    "flashmla::append_: argument 'slot_mapping': expected slots below %lld, got %lld at [%lld]",
-                    (long long)limit, (long long)slots[i * slot_stride], (long long)i);
-      return 1;
-    }
-  }
+  if (check_slots(*tensor, slots, slot_stride, n, message)) return 1;
   const bool alone = n * tensor->h_kv < kSerial || runtime->num_threads <= 1;
   Context context{*tensor, dtype, slots, slot_stride, n, alone ? 1 : runtime->num_threads};
   const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {

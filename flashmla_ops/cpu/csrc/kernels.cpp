@@ -88,7 +88,6 @@ void merge(const FlashmlaMerge& call, int64_t begin, int64_t end) {
 
 const Kernels FLASHMLA_CONCAT(kernels_, FLASHMLA_ISA) = {
     .name = FLASHMLA_STRING(FLASHMLA_ISA),
-    .multiplies_bf16 = FLASHMLA_ISA::Isa::pairs,
     .accumulator_stride = FLASHMLA_ISA::accumulator_stride,
     .scratch_bytes = FLASHMLA_ISA::scratch_bytes,
     .attend = FLASHMLA_ISA::attend,

@@ -130,6 +130,19 @@ std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
+// What rows for a cache have in common, whatever it holds: KV heads, `elements` each, and a slot.
+void check_rows(const Check& check, const char* name, const Tensor& rows, const Tensor& cache, const char* cache_name,
+                int64_t elements, const std::string& what, const Tensor& slot_mapping) {
+  if (rows.size(1) != cache.size(2)) {
+    check.fail(name, text(cache.size(2), " KV heads, as ", cache_name), text(rows.size(1)));
+  }
+  if (rows.size(2) != elements) check.fail(name, text("rows of ", elements, what), text(rows.size(2)));
+  check.dims("slot_mapping", slot_mapping, 1, "[n]");
+  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
+  check.on_cpu("slot_mapping", slot_mapping);
+  if (rows.size(0) != slot_mapping.size(0)) check.fail(name, "one row for each slot", text(rows.size(0)));
+}
+
 void check_append(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping, const char* cache_name,
                   const char* rows_name) {
   const Check check{"append_"};
@@ -142,16 +155,8 @@ void check_append(const Tensor& cache, const Tensor& rows, const Tensor& slot_ma
   check.dims(rows_name, rows, 3, "[n, h_kv, d]");
   check.dtype(rows_name, rows, cache.scalar_type());
   check.on_cpu(rows_name, rows);
-  if (rows.size(1) != cache.size(2)) {
-    check.fail(rows_name, text(cache.size(2), " KV heads, as ", cache_name), text(rows.size(1)));
-  }
-  if (rows.size(2) != cache.size(3)) {
-    check.fail(rows_name, text("rows of ", cache.size(3), " elements, as ", cache_name), text(rows.size(2)));
-  }
-  check.dims("slot_mapping", slot_mapping, 1, "[n]");
-  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
-  check.on_cpu("slot_mapping", slot_mapping);
-  if (rows.size(0) != slot_mapping.size(0)) check.fail(rows_name, "one row for each slot", text(rows.size(0)));
+  check_rows(check, rows_name, rows, cache, cache_name, cache.size(3), text(" elements, as ", cache_name),
+             slot_mapping);
 }
 
 FlashmlaAppend append_of(const Tensor& cache, const Tensor& rows) {
@@ -192,16 +197,7 @@ void check_append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor&
   check.dims("rows", rows, 3, "[n, h_kv, d]");
   check.floating("rows", rows);
   check.on_cpu("rows", rows);
-  if (rows.size(1) != cache.size(2)) {
-    check.fail("rows", text(cache.size(2), " KV heads, as kv_cache"), text(rows.size(1)));
-  }
-  if (rows.size(2) != kFp8V32Elements) {
-    check.fail("rows", text("rows of ", kFp8V32Elements, " elements"), text(rows.size(2)));
-  }
-  check.dims("slot_mapping", slot_mapping, 1, "[n]");
-  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
-  check.on_cpu("slot_mapping", slot_mapping);
-  if (rows.size(0) != slot_mapping.size(0)) check.fail("rows", "one row for each slot", text(rows.size(0)));
+  check_rows(check, "rows", rows, cache, "kv_cache", kFp8V32Elements, " elements", slot_mapping);
 }
 
 void append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slots) {

@@ -27,7 +27,6 @@ struct ScratchBytes {
 
 struct Kernels {
   const char* name;
-  bool multiplies_bf16;  // in one instruction, with fp32 sums
   int64_t (*accumulator_stride)(int64_t d_v);
   // The most that any item of at most item.rows rows and item.length tokens needs.
   ScratchBytes (*scratch_bytes)(const FlashmlaDecode& call, const Item& item);
