@@ -1,11 +1,13 @@
 """Suite ``compile_time``: from a trained model to the first logits of its compiled decode step.
 
-In a ``warm`` process everything is loaded and nothing of this step is compiled; a ``second`` process finds what another
-one compiled in Inductor's cache, and its time is that of the whole process, from the interpreter's start on.
+In a ``warm`` process everything is loaded and nothing of this step is compiled; ``cached``, Inductor's cache on disk
+has it. A ``second`` process finds it there too, and its time is that of the whole process: it starts Python, imports
+torch and transformers and loads the model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -36,7 +38,7 @@ BINDERS: Mapping[str, Callable[[StepInputs], Bound]] = {
 
 @dataclass(frozen=True)
 class CompileCase:
-    process: str  # warm or second
+    process: str  # warm, cached or second
     dtype: str = "fp32"
 
 
@@ -50,10 +52,10 @@ def tiny_inputs() -> StepInputs:
     return steps.make_inputs(StepCase(CONTEXT, "fp32", "compiled"), model.requires_grad_(False))
 
 
-def compiled_anew(inputs: StepInputs, bind: Callable[[StepInputs], Bound]) -> Bound:
+def compiled_anew(inputs: StepInputs, bind: Callable[[StepInputs], Bound], *, cached: bool) -> Bound:
     def first_step() -> Tensor:
         torch.compiler.reset()
-        with versions.without_caches():
+        with contextlib.nullcontext() if cached else versions.without_caches():
             return bind(inputs)()
 
     return first_step
@@ -79,7 +81,7 @@ def in_a_process(name: str) -> Bound:
 def bound(name: str, case: CompileCase) -> Callable[[StepInputs], Bound]:
     if case.process == "second":
         return lambda _: in_a_process(name)
-    return lambda inputs: compiled_anew(inputs, BINDERS[name])
+    return lambda inputs: compiled_anew(inputs, BINDERS[name], cached=case.process == "cached")
 
 
 def problem(case: CompileCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> Problem:
@@ -91,7 +93,7 @@ def problem(case: CompileCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> P
 
 
 def cases(quick: bool) -> list[CompileCase]:
-    return [CompileCase("warm")] if quick else [CompileCase("warm"), CompileCase("second")]
+    return [CompileCase(process) for process in (("warm",) if quick else ("warm", "cached", "second"))]
 
 
 PEERS = (Peer(INDUCTOR, "the model as it is, under Inductor alone", transformers_mla.bind_sdpa, missing=no_compiler),)
