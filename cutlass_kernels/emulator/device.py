@@ -35,6 +35,10 @@ class Model:
     cluster_limit: int = 1
     threads_per_sm: int = 2048
 
+    def resident(self, shared: int, threads: int) -> int:
+        """How many blocks a multiprocessor holds: two if they fit. More would only show what two show."""
+        return 2 if 2 * shared <= self.shared_per_sm and 2 * threads <= self.threads_per_sm else 1
+
 
 MODELS = {
     "sm_80": Model(8, 0, 108, 166_912, 167_936),
@@ -151,7 +155,9 @@ class Device:
         cluster = program.kernel.cluster or cluster or (1, 1, 1)
         self._check(program, grid, block, cluster, dynamic_shared, parameters)
         counters, hazards, sites, steps = Counters(), Counter[tuple[str, str, int, str]](), set[Site](), 0
+        shared = program.layout.shared_bytes(dynamic_shared)
         at_once = max(self.model.sm_count // volume(cluster), 1) * volume(cluster)
+        at_once *= self.model.resident(shared, volume(block))
         symbols = self._symbols[id(self._kernels[name])]
         for first in range(0, volume(grid), at_once):
             ctas = min(at_once, volume(grid) - first)
@@ -169,7 +175,7 @@ class Device:
             grid,
             block,
             cluster,
-            program.layout.shared_bytes(dynamic_shared),
+            shared,
             tuple(Hazard(*key, count) for key, count in hazards.items()),
             counters,
             tuple(sorted(sites)),

@@ -97,5 +97,6 @@ def mutation_cases(config: GemmConfig) -> list[Case]:
         return [Case(6 * m * config.cluster[0], n * config.cluster[1], 6 * k, sm_count=config.cluster[0])]
     cases = [Case(m, n, (config.stages or 6) * k * 2)]
     if config.stream_k:
-        cases += [Case(m, n, 32 * k)]  # enough for several blocks
+        # Enough for several blocks, and few enough blocks to look for races between them.
+        cases += [Case(m, n, 32 * k, sm_count=8)]
     return [*cases, Case(m, n, 4 * k, splits=2)] if config.splits else cases
