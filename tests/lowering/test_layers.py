@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 import lowering
 from tests.lowering.compiled import Compiled
@@ -22,6 +24,28 @@ def test_an_absorbed_layer_takes_fewer_generated_kernels_and_less_memory() -> No
     assert after.nbytes <= 0.6 * before.nbytes, explained
     assert after.missed == 0
     assert [step.name for step in after.steps if step.kind == "library"] == []
+
+
+class Frozen(torch.nn.Module):
+    """The absorbed layer with weights of its own, which freezing turns into constants."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(each, requires_grad=False) for each in weights])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return mla_layer(*inputs, *self.weights)
+
+
+def test_with_constant_weights_it_takes_fewer_steps_of_any_kind() -> None:
+    """The projections of queries and keys become one product."""
+    inputs = mla_inputs()
+    with torch.no_grad(), inductor_config.patch(freezing=True):
+        explained = lowering.explain(Frozen(inputs[4:]).eval(), *inputs[:4])
+    before, after = explained.before, explained.after
+    assert len(after.steps) <= 0.7 * len(before.steps), explained
+    assert after.kernels <= 0.7 * before.kernels, explained
+    assert after.nbytes <= 0.6 * before.nbytes, explained
 
 
 def test_a_grouped_query_layer_takes_no_more_of_either() -> None:
