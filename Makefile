@@ -26,7 +26,7 @@ test: kernels  ## run the tests, without the slow ones
 test-all: kernels  ## run every test
 	$(PY) -m pytest
 
-verify: $(INSTALLED)  ## build one CUDA kernel of each kind and run it in the emulator (20 minutes; needs nvcc, no GPU)
+verify: $(INSTALLED)  ## build one CUDA kernel of each kind and run it in the emulator (5 minutes; needs nvcc, no GPU)
 	$(PY) -m cutlass_kernels verify --list representatives
 
 lint: $(INSTALLED)  ## ruff, mypy --strict and clang-format; changes nothing

@@ -159,6 +159,7 @@ def quantize_rows(
     slots: Slots,
 ) -> None:
     cache.realize()
+    # Inductor has fixed their strides: the operator is tagged needs_exact_strides.
     placed = ir.TensorBox.create(ir.ExternKernel.realize_input(rows))
     scattered = scatter(QuantizedRowScatter, cache, placed, slots)
     for name, value in (

@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import sympy
-import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen import common
 from torch._inductor.codegen.common import KernelArgs
@@ -32,15 +31,10 @@ from torch._inductor.virtualized import V
 from lowering import versions
 from lowering.append import CHECKED, MODE, QuantizedRowScatter, RowScatter, Slots
 from lowering.registration import session
+from lowering.templates.decode import ELEMENTS
 from lowering.templates.source import header
 
 HELPERS = Path(__file__).parent / "templates" / "append.h"
-#: The library's types of rows to quantise.
-ELEMENTS = {
-    torch.float32: "float",
-    torch.bfloat16: "flashmla::generated::bf16",
-    torch.float16: "flashmla::generated::f16",
-}
 
 _original: Any = None
 
@@ -180,15 +174,16 @@ class AppendGroup(KernelGroup):
         source = f"{self.args.input(rows.source.name)} + {self.place(rows.source.offset)}"
         target = f"{self.args.output(buffer)} + {self.place(rows.target.offset)}"
         n, h_kv, _ = rows.ranges
+        element, _ = ELEMENTS[rows.source.dtype]
         arguments = [
-            f"reinterpret_cast<const {ELEMENTS[rows.source.dtype]}*>({source})",
+            f"reinterpret_cast<const {element}*>({source})",
             *map(self.place, (n, h_kv, *rows.source.stride)),
             f"reinterpret_cast<uint8_t*>({target})",
             *map(self.place, (rows.page_size, *rows.target.stride[:3])),
             self.args.live[rows.slots],
         ]
         self.ws.close()
-        self.loops_code.writeline(f"flashmla::generated::append_fp8_v32({', '.join(arguments)});")
+        self.loops_code.writeline(f"flashmla::FLASHMLA_ISA::append_fp8_v32({', '.join(arguments)});")
 
     def codegen_group(self, name: str | None = None) -> str:
         source: str = super().codegen_group(name)

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-from torch._inductor.scheduler import BaseSchedulerNode, FusedSchedulerNode, SchedulerNode
+from torch._inductor.scheduler import (
+    BaseSchedulerNode,
+    FusedSchedulerNode,
+    NopKernelSchedulerNode,
+    SchedulerNode,
+)
 
 from lowering import versions
 from lowering.registration import session
@@ -62,9 +68,9 @@ def grouped(nodes: Sequence[BaseSchedulerNode]) -> Nodes:
 
 
 def functions(nodes: Sequence[BaseSchedulerNode]) -> int:
-    """How many generated functions an order takes."""
-    kinds = [is_generated(node) for node in nodes]
-    return sum(kind and not before for before, kind in zip([False, *kinds], kinds, strict=False))
+    """How many generated functions an order takes. What generates nothing ends none."""
+    kinds = [is_generated(node) for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
+    return sum(kind and not before for before, kind in pairwise([False, *kinds]))
 
 
 def is_generated(node: BaseSchedulerNode) -> bool:

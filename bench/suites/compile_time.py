@@ -63,18 +63,16 @@ def compiled_anew(inputs: StepInputs, bind: Callable[[StepInputs], Bound], *, ca
 
 def in_a_process(name: str) -> Bound:
     """The first step of a process of its own; from the second on, with a full cache."""
-    folder = tempfile.TemporaryDirectory()
-    logits = Path(folder.name) / "logits.pt"
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder.name}/cache"}
-    words = [sys.executable, "-m", "bench.suites.compile_time", name, str(logits)]
+    folder = tempfile.TemporaryDirectory()  # as long as somebody may call
 
     def first_step() -> Tensor:
+        logits = Path(folder.name) / "logits.pt"
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder.name}/cache"}
+        words = [sys.executable, "-m", "bench.suites.compile_time", name, str(logits)]
         subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
         result: Tensor = torch.load(logits)
         return result
 
-    # The folder lives as long as the call.
-    first_step.__dict__["folder"] = folder
     return first_step
 
 

@@ -1,15 +1,11 @@
 // What a generated kernel calls to write rows into a cache of bytes: the library's own quantisation.
 #pragma once
 
-#ifndef FLASHMLA_ISA
 #define FLASHMLA_ISA generated
-#endif
 
 #include "flashmla/quantize.h"
 
 namespace flashmla::FLASHMLA_ISA {
-
-constexpr int64_t kSerialRows = 64;  // they are written in less time than waking a thread takes
 
 // rows: [n, h_kv, 576] of T, with strides in elements; cache: [n_pages, page_size, h_kv, 656 bytes]. `live` has a slot
 // for each row, none of them twice; rows with a negative one are skipped.

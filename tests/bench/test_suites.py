@@ -15,6 +15,7 @@ from bench.suite import Peer, clone_as_it_lies, copies_of, make_problem, rotatin
 from bench.suites import (
     SUITES,
     append,
+    compile_time,
     decode,
     decode_up,
     gqa_decode,
@@ -58,6 +59,16 @@ def test_every_implementation_is_right(name: str, case: Any) -> None:
     assert set(problem.calls) | set(problem.skipped) == {runner.OURS, *(peer.name for peer in peers)}
     for call in problem.calls.values():
         assert runner.row_error(problem.read(call()), problem.expected) <= problem.work.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", compile_time.cases(False), ids=str)
+def test_a_compiled_first_step_is_right(case: compile_time.CompileCase) -> None:
+    problem = compile_time.problem(case, compile_time.PEERS, 0)
+    assert set(problem.calls) == {runner.OURS, compile_time.INDUCTOR}
+    with torch.no_grad():
+        for call in problem.calls.values():
+            assert runner.row_error(call(), problem.expected) <= problem.work.tolerance
 
 
 def test_exact_is_the_reference() -> None:

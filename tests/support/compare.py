@@ -9,8 +9,9 @@ from torch import Tensor
 
 #: A cosine averages rounding errors over many elements; among fewer different values they are all the same error.
 _COSINE_MIN_VALUES = 64
-#: From so many on, the official bound; below, the average itself varies, and the bound with its standard error.
-_COSINE_ENOUGH_VALUES = 1024
+#: From so many on, the official bound; below, the average itself varies, and the bound with its standard error. Of 400
+#: cases each, the largest cosine was 1.72 of the bound for 64 bf16 values, 1.16 for 128, and 0.94 for more than 256.
+_COSINE_ENOUGH_VALUES = 256
 
 
 @dataclass(frozen=True)

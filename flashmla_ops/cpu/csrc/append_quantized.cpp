@@ -10,8 +10,6 @@ namespace {
 using namespace flashmla;
 using namespace flashmla::plain;
 
-constexpr int64_t kSerial = 64;  // rows that are written in less time than waking a thread takes
-
 struct Context {
   const FlashmlaAppend& tensor;
   FlashmlaDType dtype;
@@ -40,7 +38,7 @@ void write_share(const Context& c, int64_t share) {
 extern "C" int flashmla_append_fp8_v32(const FlashmlaAppend* tensor, FlashmlaDType dtype, const int64_t* slots,
                                        int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message) {
   if (check_slots(*tensor, slots, slot_stride, n, message)) return 1;
-  const bool alone = n * tensor->h_kv < kSerial || runtime->num_threads <= 1;
+  const bool alone = n * tensor->h_kv < kSerialRows || runtime->num_threads <= 1;
   Context context{*tensor, dtype, slots, slot_stride, n, alone ? 1 : runtime->num_threads};
   const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {
     const Context& c = *static_cast<Context*>(opaque);

@@ -12,6 +12,7 @@ struct Fp8V32 {
   static constexpr int64_t kValues = 512, kGroup = 128, kGroups = 4, kRope = 64;
   static constexpr int64_t kScalesAt = 512, kRopeAt = 528, kBytes = 656;
 };
+constexpr int64_t kSerialRows = 64;  // they are quantised in less time than waking a thread takes
 
 // The bits of the e4m3 number that is nearest to x, ties to even. |x| is at most 448, or no number.
 inline uint8_t to_e4m3(float x) {

@@ -80,6 +80,7 @@ struct BlockScores {
   __attribute__((always_inline)) F weigh(F old, F maximum, float* l, Each each) const {
     const F subtract = finite_maximum(maximum), rescale = exp2<Isa>(old - subtract);
     F total = Isa::load(l) * rescale;
+    static_assert(kExp == 4);
     for (int t = 0; t < n; t += kExp) {
       F p[kExp];
 #pragma GCC unroll 8
