@@ -48,7 +48,8 @@ public:
     pack_queries(parts_[0], queries_, 0);
     pack_queries(parts_[1], queries_ + parts_[0].groups * W, parts_[0].d);
     std::memset(zeros_, 0, size_t(call_.d_v) * sizeof(T));
-    maximum_ = Isa::set1(-INFINITY), total_ = F{};
+    std::fill(total_, total_ + W, 0.0f);
+    maximum_ = Isa::set1(-INFINITY);
     const bool found = call_.levels > 1 ? pass(begin, end, true, true)
                                         : pass(begin, end, true, false) && pass(begin, end, false, true);
     for (int64_t r = 0; r < item_.rows; r++) {
@@ -66,14 +67,16 @@ private:
   };
   static Part part(int64_t d, bool second) { return {d, (d + 2 * G - 1) / (2 * G), second}; }
 
-  // [group][W]; elements of the query from `first` on.
+  // [group][W]; elements of the query from `first` on, negated where the scale is negative.
   void pack_queries(const Part& part, uint32_t* to, int64_t first) const {
     std::memset(to, 0, size_t(part.groups * W) * sizeof(uint32_t));
     const int64_t stride = call_.q_stride[3];
+    const uint32_t sign = call_.softmax_scale < 0 ? 0x8000u : 0u;
     for (int64_t r = 0; r < item_.rows; r++) {
       const T* q = query<T>(call_, item_, item_.row + r) + first * stride;
-      for (int64_t i = 0; i < part.d; i++) {
-        to[i / 2 / G * W + r * G + i / 2 % G] |= uint32_t{q[i * stride].bits} << (i % 2 * 16);
+      const auto element = [&](int64_t i) { return i < part.d ? q[i * stride].bits ^ sign : 0u; };
+      for (int64_t u = 0; 2 * u < part.d; u++) {
+        to[u / G * W + r * G + u % G] = element(2 * u) | element(2 * u + 1) << 16;
       }
     }
   }
@@ -91,6 +94,7 @@ private:
       const auto each = [&] { prefetch.step(); };
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * R;
       if (scores) {
+        here.pad(kTokens);
         for (int first = 0; first < here.n; first += kTokens) score(here, first, each);
       }
       weigh(here.n, t, scores, values);
@@ -108,29 +112,28 @@ private:
     return (n + kTokens - 1) / kTokens * scored + tiles * steps((n + 1) / 2);
   }
 
-  // Scores [token][R] of the tokens from `first` on. Past the block's last token, that token is scored again.
+  // Scores [token][R] of the tokens from `first` on.
   template <class Each>
   void score(const Rows<T, kBlock>& rows, int first, Each each) {
     F sums[kTokens] = {};
     const uint32_t* queries = queries_;
     for (const Part& part : parts_) {
       if (part.d == 0) continue;
-      const T* keys[kTokens];
-      for (int i = 0; i < kTokens; i++) {
-        const int t = first + i < rows.n ? first + i : rows.n - 1;
-        keys[i] = part.second ? rows.k[t] : rows.kv[t] + call_.qk_start;
-      }
-      multiply(sums, keys, queries, part.d, each);
+      const T* const* keys = (part.second ? rows.k : rows.kv) + first;
+      multiply(sums, keys, part.second ? 0 : call_.qk_start, queries, part.d, each);
       queries += part.groups * W;
     }
     add_lanes<G, kTokens>(sums);
 #pragma GCC unroll 8
     for (int i = 0; i * G < kTokens; i++) Isa::store(scores_ + first * R + i * W, sums[i]);
   }
-  // sums[i] += keys[i] of d elements times the queries, lane by lane.
+  // sums[i] += the d elements of rows[i] from `offset` on times the queries, lane by lane.
   template <class Each>
-  static void multiply(F (&sums)[kTokens], const T* const (&keys)[kTokens], const uint32_t* queries, int64_t d,
-                       Each each) {
+  static __attribute__((always_inline)) void multiply(F (&sums)[kTokens], const T* const* rows, int64_t offset,
+                                                      const uint32_t* queries, int64_t d, Each each) {
+    const T* keys[kTokens];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; i++) keys[i] = rows[i] + offset;
     F c[kTokens][2] = {};
     const int64_t even = d / (4 * G) * 2;  // whole groups, two at a time
     for (int64_t g = 0; g < even;) {
@@ -167,18 +170,16 @@ private:
   }
 
   // Scores become weights, those of two tokens in one unit: [token pair][R]. A lane is row lane % R of one of G tokens.
-  void weigh(int n, int64_t first_token, bool scale_them, bool weigh_them) {
+  void weigh(int n, int64_t first_token, bool seek, bool weigh_them) {
     const F old = maximum_;
-    if (scale_them) maximum_ = of_rows<W / 2>(scale(n, first_token, old));
+    const BlockScores<Isa> block = scores_of(n, first_token);
+    if (seek) maximum_ = of_rows<W / 2>(block.maximum(old));
     if (!weigh_them) return;
-    const F subtract = finite_maximum(maximum_), rescale = exp2<Isa>(old - subtract);
-    total_ *= rescale;
+    const F rescale = block.weigh(old, maximum_, total_, [&](int t, const F(&p)[kExp]) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kExp; i++) Isa::template pack_neighbours<R>(weights_ + (t + i) * W / 2, p[i]);
+    });
     for (int r = 0; r < R; r++) rescale_[r] = rescale[r];
-    for (int t = 0; t < n; t += G) {
-      const F p = exp2<Isa>(Isa::load(scores_ + t * R) - subtract);
-      total_ += p;
-      Isa::template pack_neighbours<R>(weights_ + t / 2 * R, p);
-    }
   }
   // In every lane the largest of its row: of lanes that are a multiple of R apart.
   template <int LANES>
@@ -189,24 +190,17 @@ private:
       return x;
     }
   }
-  // Scales the block's scores, hides what a row does not see, and returns the larger of `maximum` and them.
-  F scale(int n, int64_t first_token, F maximum) {
+  // The block's scores as vectors of G tokens: lane t * R + r of the i-th is row r at token i * G + t.
+  BlockScores<Isa> scores_of(int n, int64_t first_token) const {
     float seen[W];
     bool all = n % G == 0;
     for (int r = 0; r < R; r++) {
       const int64_t row = visible(call_, item_, item_.row + (r < item_.rows ? r : item_.rows - 1)) - first_token;
       all &= row >= n;
-      for (int t = 0; t < G; t++) seen[t * R + r] = float(row < n ? row : n) - float(t);
+      for (int t = 0; t < G; t++) seen[t * R + r] = (float(row < n ? row : n) - float(t)) / G;
     }
-    const F scale = Isa::set1(call_.softmax_scale * kLog2E), minus_infinity = Isa::set1(-INFINITY);
-    const F visible = Isa::load(seen);
-    for (int t = 0; t < n; t += G) {
-      F s = Isa::load(scores_ + t * R) * scale;
-      if (!all) s = Isa::set1(float(t)) < visible ? s : minus_infinity;
-      Isa::store(scores_ + t * R, s);
-      maximum = Isa::max(maximum, s);
-    }
-    return maximum;
+    const F scale = Isa::set1(std::fabs(call_.softmax_scale) * kLog2E);
+    return {scores_, W, (n + G - 1) / G, scale, Isa::load(seen), all};
   }
 
   template <class Each>
@@ -277,7 +271,8 @@ private:
   float* all_scores_;
   float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
   float rescale_[R];
-  F maximum_, total_;  // lane t * R + r: of row r; the total's G lanes of a row are to be added up
+  F maximum_;       // lane t * R + r: of row r
+  float total_[W];  // likewise; the G lanes of a row are to be added up
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

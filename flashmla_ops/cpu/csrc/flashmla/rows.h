@@ -35,6 +35,11 @@ struct Rows {
     return true;
   }
 
+  // Repeats the last token's addresses up to a multiple of `tokens`, which divides N.
+  void pad(int tokens) {
+    for (int i = n; i % tokens; i++) kv[i] = kv[n - 1], k[i] = k[n - 1];
+  }
+
 private:
   static const T* at(const FlashmlaCache& cache, int64_t page, int64_t head) {
     return static_cast<const T*>(cache.data) + page * cache.page_stride + head * cache.head_stride;
@@ -56,7 +61,7 @@ public:
   }
 
   void step() {
-    for (due_ += rows_.n; due_ >= steps_ && row_ < rows_.n; due_ -= steps_, row_++) {
+    for (due_ += N; due_ >= steps_ && row_ < rows_.n; due_ -= steps_, row_++) {
       fetch(rows_.kv[row_], kv_bytes_);
       fetch(rows_.k[row_], k_bytes_);
     }
