@@ -37,8 +37,8 @@ DRAM_BUFFER_OF_L3 = 8  # a host may have more L3 than it shows
 LARGEST_DRAM_BUFFER = 2 << 30
 L3_SHARE = 2  # all threads together read 1 / L3_SHARE of the last-level cache
 SMALLEST_L3_BUFFER = 4 << 20
-#: The two ways to read DRAM: plainly, and with prefetches by software.
-DRAM = ("dram_read", "dram_read_prefetched")
+#: The ways to read DRAM: plainly, with prefetches by software, and in four places at once.
+DRAM = ("dram_read", "dram_read_prefetched", "dram_read_streams")
 
 #: By name of the measurement, in Hz, FLOP/s and bytes/s.
 Samples = dict[str, list[float]]
@@ -226,5 +226,5 @@ def limits_of(samples: Mapping[str, Sequence[float]], instruction_set: str, thre
 
 
 def dram_read_of(samples: Mapping[str, Sequence[float]]) -> float:
-    """Bytes/s: the faster of the two ways to read DRAM, by their medians."""
+    """Bytes/s: the fastest of the ways to read DRAM, by their medians."""
     return max(statistics.median(samples[name]) for name in DRAM)

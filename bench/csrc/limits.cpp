@@ -5,8 +5,8 @@
 //   DRAM_BYTES: the buffer for DRAM reads, several times the last-level cache
 //   L3_BYTES: what a thread reads from it, more than its L2 holds
 //   SECONDS: the time for each measurement
-//   NAME: what to measure, of hz fp32_flops bf16_flops l2_read l3_read dram_read dram_read_prefetched; else all that
-//         this machine has
+//   NAME: what to measure, of hz fp32_flops bf16_flops l2_read l3_read dram_read dram_read_prefetched
+//         dram_read_streams; else all that this machine has
 //
 // Every measurement is repeated until its time is up, and every repetition is printed: the caller takes medians and
 // rejects what cannot be. A repetition's time is that of the slowest thread, each timing its own work.
@@ -109,19 +109,23 @@ float bf16_dot_products(int64_t count) {
 }
 #endif
 
-// Reads every byte of [data, data + bytes), `bytes` a multiple of 8 vectors. kAhead: software prefetch distance, or 0.
-template <int kAhead>
+// Reads every byte of [data, data + bytes), `bytes` a multiple of 8 kStreams vectors. kAhead: software prefetch
+// distance, or 0. kStreams: parts that are read side by side.
+template <int kAhead, int kStreams = 1>
 uint64_t read(const char* data, size_t bytes) {
   constexpr int kStep = 8 * kVectorBytes;
   Words sum[8] = {};
-  for (size_t at = 0; at < bytes; at += kStep) {
-    if constexpr (kAhead > 0) {
+  for (size_t at = 0; at < bytes / kStreams; at += kStep) {
+    for (int stream = 0; stream < kStreams; ++stream) {
+      const char* from = data + stream * (bytes / kStreams) + at;
+      if constexpr (kAhead > 0) {
 #pragma GCC unroll 8
-      for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + at + kAhead + line);
+        for (int line = 0; line < kStep; line += 64) __builtin_prefetch(from + kAhead + line);
+      }
+      const Words* vectors = reinterpret_cast<const Words*>(from);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum[i] ^= vectors[i];
     }
-    const Words* vectors = reinterpret_cast<const Words*>(data + at);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) sum[i] ^= vectors[i];
   }
   for (int i = 1; i < 8; ++i) sum[0] ^= sum[i];
   return sum[0][0];
@@ -246,6 +250,9 @@ int main(int argc, char** argv) {
                   [&](int thread, int repetition) { word_sink = read<0>(chunk_of(thread, repetition), kChunk); });
   machine.measure("dram_read_prefetched", 1.0 * kChunk * threads,
                   [&](int thread, int repetition) { word_sink = read<2048>(chunk_of(thread, repetition), kChunk); });
+  // A processor's prefetchers stop at the end of a page; side by side, others are under way then.
+  machine.measure("dram_read_streams", 1.0 * kChunk * threads,
+                  [&](int thread, int repetition) { word_sink = read<0, 4>(chunk_of(thread, repetition), kChunk); });
   std::printf("}}\n");
   return 0;
 }

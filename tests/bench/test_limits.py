@@ -36,7 +36,7 @@ def test_instruction_set_by_flags(flags: str, name: str) -> None:
     assert limits.Cpu("", frozenset(flags.split()), 0).instruction_set[0] == name
 
 
-def test_limits_are_medians_and_dram_is_the_better_of_two_ways() -> None:
+def test_limits_are_medians_and_dram_is_the_best_of_the_ways() -> None:
     text = output(fp32_flops=[180e9, 190e9, 170e9], dram_read_prefetched=[45e9])
     found = limits.limits_of(limits.parse_output(text, 2), "AVX2 + FMA", 2)
     assert found.fp32_flops == 180e9
@@ -70,9 +70,11 @@ def test_mostly_impossible_samples_of_dram_alone_are_an_error(values: list[float
         limits.parse_output(printed(dram(*values)), 2, hz=3e9)
 
 
-@given(st.lists(st.floats(1e9, 400e9), min_size=1), st.floats(0.1, 10))
-def test_the_speed_of_dram_is_the_median_of_the_faster_way(plain: list[float], gain: float) -> None:
-    samples = {"dram_read": plain, "dram_read_prefetched": [gain * sample for sample in plain]}
+@given(st.lists(st.floats(1e9, 400e9), min_size=1), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_the_speed_of_dram_is_the_median_of_the_fastest_way(plain: list[float], gain: float, other: float) -> None:
+    samples = {
+        name: [by * sample for sample in plain] for name, by in zip(limits.DRAM, (1.0, gain, other), strict=True)
+    }
     assert limits.dram_read_of(samples) == max(map(statistics.median, samples.values()))
 
 
