@@ -2,6 +2,7 @@
 
 The measuring program (`csrc/limits.cpp`) is compiled on the spot for the instruction sets in /proc/cpuinfo. It is run
 again and again during a bench, so that limits and timings see the same machine; a limit is the median of all samples.
+The speed of DRAM changes within a run. It is measured alone too, beside each case, whose limit is the median of those.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ DRAM_BUFFER_OF_L3 = 8  # a host may have more L3 than it shows
 LARGEST_DRAM_BUFFER = 2 << 30
 L3_SHARE = 2  # all threads together read 1 / L3_SHARE of the last-level cache
 SMALLEST_L3_BUFFER = 4 << 20
+#: The ways to read DRAM: plainly, with prefetches by software, and in four places at once.
+DRAM = ("dram_read", "dram_read_prefetched", "dram_read_streams")
+
+#: By name of the measurement, in Hz, FLOP/s and bytes/s.
+Samples = dict[str, list[float]]
 
 
 class LimitsError(RuntimeError):
@@ -118,7 +124,7 @@ class LimitMeter:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.cpu = this_cpu()
-        self.samples: dict[str, list[float]] = {}
+        self.samples: Samples = {}
         self._folder = tempfile.TemporaryDirectory(prefix="flashmla-bench-")
         self._program = self._compile()
 
@@ -141,35 +147,57 @@ class LimitMeter:
 
     def measure(self, seconds: float = 0.12) -> None:
         """Take samples of every limit, ``seconds`` for each."""
+        self._take(seconds)
+
+    def measure_dram(self, seconds: float = 0.03) -> Samples:
+        """Take samples of the DRAM read speed alone, ``seconds`` for each way to read, and return them too."""
+        return self._take(seconds, DRAM)
+
+    def _take(self, seconds: float, names: Sequence[str] = ()) -> Samples:
+        hz = max(self.samples.get("hz", [HIGHEST_HZ]))
+        taken = parse_output(self.run_program(seconds, names), self.threads, hz)
+        add(self.samples, taken)
+        return taken
+
+    def run_program(self, seconds: float, names: Sequence[str]) -> str:
+        """What the measuring program, which has ended then, printed of the measurements named, or of all if none is."""
         buffer = min(max(SMALLEST_DRAM_BUFFER, DRAM_BUFFER_OF_L3 * self.cpu.l3_bytes), LARGEST_DRAM_BUFFER)
         shared = max(SMALLEST_L3_BUFFER, self.cpu.l3_bytes // (L3_SHARE * self.threads))
         # Not our environment's OpenMP settings: here threads should wait for each other without sleeping.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
         done = subprocess.run(
-            [self._program, str(self.threads), str(buffer), str(shared), str(seconds)],
+            [self._program, str(self.threads), str(buffer), str(shared), str(seconds), *names],
             capture_output=True,
             text=True,
             env=environment | {"OMP_WAIT_POLICY": "active", "OMP_DYNAMIC": "false"},
         )
         if done.returncode != 0:
             raise LimitsError(f"measuring the limits failed: {done.stderr.strip()}")
-        for name, values in parse_output(done.stdout, self.threads).items():
-            self.samples.setdefault(name, []).extend(values)
+        return done.stdout
 
     def limits(self) -> Limits:
         return limits_of(self.samples, self.cpu.instruction_set[0], self.threads)
 
 
-def parse_output(text: str, threads: int) -> dict[str, list[float]]:
-    """The samples that the measuring program printed, without those that no machine can show."""
+def add(samples: Samples, more: Mapping[str, Sequence[float]]) -> None:
+    for name, values in more.items():
+        samples.setdefault(name, []).extend(values)
+
+
+def parse_output(text: str, threads: int, hz: float = HIGHEST_HZ) -> Samples:
+    """The samples that the measuring program printed, without those that no machine can show.
+
+    ``hz``, the frequency of a core, counts if the program did not measure it.
+    """
     output: Mapping[str, Any] = json.loads(text)
-    samples: dict[str, list[float]] = output["samples"]
-    hz = max(possible("hz", samples["hz"], HIGHEST_HZ))
+    samples: Samples = output["samples"]
+    if "hz" in samples:
+        hz = max(possible("hz", samples["hz"], HIGHEST_HZ))
     cycles = hz * threads * SLACK
     fp32 = cycles * MULTIPLY_ADDS_PER_CYCLE * 2 * output["vector_bytes"] / 4
     bounds = {"hz": HIGHEST_HZ, "fp32_flops": fp32, "bf16_flops": 2 * fp32}
     # What lies behind a core's L2 comes through it. (Not the L2 samples beside: other load may have hit those alone.)
-    memory = ("l2_read", "l3_read", "dram_read", "dram_read_prefetched")
+    memory = ("l2_read", "l3_read", *DRAM)
     bounds |= dict.fromkeys(memory, cycles * L2_BYTES_PER_CYCLE)
     return {name: possible(name, samples[name], bound) for name, bound in bounds.items() if name in samples}
 
@@ -183,7 +211,7 @@ def possible(name: str, samples: Sequence[float], bound: float) -> list[float]:
 
 
 def limits_of(samples: Mapping[str, Sequence[float]], instruction_set: str, threads: int) -> Limits:
-    """The medians; of the two ways to read DRAM, the faster."""
+    """The medians of all samples."""
     median = {name: statistics.median(values) for name, values in samples.items()}
     return Limits(
         instruction_set=instruction_set,
@@ -193,5 +221,10 @@ def limits_of(samples: Mapping[str, Sequence[float]], instruction_set: str, thre
         bf16_flops=median.get("bf16_flops"),
         l2_read=median["l2_read"],
         l3_read=median["l3_read"],
-        dram_read=max(median["dram_read"], median["dram_read_prefetched"]),
+        dram_read=dram_read_of(samples),
     )
+
+
+def dram_read_of(samples: Mapping[str, Sequence[float]]) -> float:
+    """Bytes/s: the fastest of the ways to read DRAM, by their medians."""
+    return max(statistics.median(samples[name]) for name in DRAM)

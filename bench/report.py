@@ -97,7 +97,7 @@ def duration(timing: Mapping[str, Any] | None, unit: Unit) -> str:
     return f"{disturbed(timing)}{unit.show(timing['median'])} ± {unit.show(half, 1)}"
 
 
-def table(rows: Sequence[Row], dram_read: float) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Cases of one group as Markdown: a row for each, columns for what differs between them."""
     differing, constant = split_keys(rows)
     unit, peers = unit_of(rows), peers_of(rows)
@@ -113,7 +113,7 @@ def table(rows: Sequence[Row], dram_read: float) -> str:
         cells += [unit.show(limit_of(row)), limited_by(row)] if limited else []
         cells += [duration(ours, unit)]
         cells += [f"{mark}{ours['fraction_of_peak']:.0%}"] if computes else []
-        cells += [f"{mark}{row['bytes'] / ours['median'] / dram_read:.0%}"] if limited else []
+        cells += [f"{mark}{row['memory_limit'] / ours['median']:.0%}"] if limited else []
         cells += [duration(row["timings"].get(peer), unit) for peer in peers]
         if peers:
             cells.append("" if best is None else disturbed(ours, best) + f"{best['median'] / ours['median']:.2f}x")
@@ -143,13 +143,15 @@ def peaks(limits: Mapping[str, Any]) -> str:
 
 def heading(results: Mapping[str, Any]) -> str:
     host, versions = results["host"], results["versions"]
+    # Older results have one DRAM bandwidth, that of the run.
+    beside = " measured beside the case" if all("dram_read" in row for row in results["results"]) else ""
     return (
         f"`{results['suite']}`: time of a call, median ± half the interquartile range (`~`: CPU time of the busiest"
         f" thread, where other load disturbed the wall time). {host['cpu']}, {host['threads']} threads,"
         f" torch {versions['torch']}, commit {results['commit'][:12]}, {results['date'][:10]}."
         f" Limits measured in the same run: {peaks(results['limits'])}."
-        ' "limit" is the larger of FLOPs over peak and bytes over DRAM bandwidth, where bytes are what must be read'
-        ' once; "of peak" is of peak FLOP/s, "of DRAM" of its bandwidth.'
+        f' "limit" is the larger of FLOPs over peak and bytes over DRAM bandwidth{beside}, where bytes are what must be'
+        ' read once; "of peak" is of peak FLOP/s, "of DRAM" of its bandwidth.'
         f" Made by `{results['command']}`."
     )
 
@@ -176,7 +178,7 @@ def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES)
         parts += link(picture(results, kind, pictures), beside)
     for name, rows in groups(results).items():
         parts += [f"**{name}**"] if name else []
-        parts.append(table(rows, results["limits"]["dram_read"]))
+        parts.append(table(rows))
         parts += link(picture(results, bars_of(name), pictures), beside)
     if results.get("footprints"):
         parts.append(footprints.table(results["footprints"]))

@@ -1,4 +1,7 @@
-"""Runs problems: times every implementation in turns, checks every result, measures the limits in between."""
+"""Runs problems: times every implementation in turns, checks every result, measures the limits in between.
+
+The bytes/s that DRAM can be read with are measured between the turns too: that of a case is what was measured there.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import footprints, peers
-from bench.limits import LimitMeter, Limits
+from bench.limits import LimitMeter, Limits, Samples, add, dram_read_of
 from bench.timing import Budget, Timing, interleave, stolen
 from flashmla_ops import capability
 
@@ -61,6 +64,7 @@ class Solved:
     timings: Mapping[str, Timing]
     errors: Mapping[str, float]
     skipped: Mapping[str, str]  # the problem's, and implementations that failed
+    dram_read: float  # bytes/s, measured beside the case
 
     def correct(self, name: str) -> bool:
         return self.errors[name] <= self.work.tolerance
@@ -75,9 +79,10 @@ def row_error(result: Tensor, expected: Tensor) -> float:
     return float(error.nan_to_num(nan=float("inf")).max())
 
 
-def solve(problem: Problem, budget: Budget) -> Solved:
+def solve(problem: Problem, budget: Budget, measure_dram: Callable[[], Samples]) -> Solved:
     """Time the implementations and check what they return. One that fails is skipped, unless it is ours."""
     errors: dict[str, float] = {}
+    dram: Samples = {}
     skipped = dict(problem.skipped)
 
     def check(name: str, result: Tensor) -> None:
@@ -91,7 +96,8 @@ def solve(problem: Problem, budget: Budget) -> Solved:
                 raise
             skipped[name] = f"{type(error).__name__}: {first_line(error)}"
     working = {name: call for name, call in problem.calls.items() if name not in skipped}
-    return Solved(problem.work, interleave(working, budget, check), errors, skipped)
+    timings = interleave(working, budget, check, lambda: add(dram, measure_dram()))
+    return Solved(problem.work, timings, errors, skipped, dram_read_of(dram))
 
 
 def first_line(error: Exception) -> str:
@@ -104,7 +110,7 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
     solved = []
     for problem in problems:
         meter.measure()
-        solved.append(solve(problem, budget))
+        solved.append(solve(problem, budget, meter.measure_dram))
         del problem  # its tensors, before the next case makes its own
         print(one_line(solved[-1], meter.limits()), flush=True)
     meter.measure()
@@ -137,13 +143,14 @@ def as_dict(solved: Solved, limits: Limits) -> dict[str, Any]:
         "peak_flops": peak,
         "peak": limits.peak_name(work.dtype),
         "compute_limit": work.flops / peak,
-        "memory_limit": work.bytes / limits.dram_read,
+        "dram_read": solved.dram_read,
+        "memory_limit": work.bytes / solved.dram_read,
         "tolerance": work.tolerance,
         "timings": {
             name: {
                 **timing.as_dict(),
                 "fraction_of_peak": work.flops / timing.median / peak,
-                "fraction_of_dram": work.bytes / timing.median / limits.dram_read,
+                "fraction_of_dram": work.bytes / timing.median / solved.dram_read,
                 "error": solved.errors[name],
                 "correct": solved.correct(name),
             }
@@ -161,7 +168,7 @@ def one_line(solved: Solved, limits: Limits) -> str:
         mark = ("" if timing.clean else "~") + ("" if solved.correct(name) else " WRONG")
         cells.append(f"{name} {timing.median * 1e3:.3f} ms{mark}")
     seconds = solved.timings[OURS].median
-    peak, dram = work.flops / seconds / limits.peak(work.dtype), work.bytes / seconds / limits.dram_read
+    peak, dram = work.flops / seconds / limits.peak(work.dtype), work.bytes / seconds / solved.dram_read
     shares = f" ({peak:.0%} of peak, {dram:.0%} of DRAM)" if work.flops else ""
     return f"{work.title}{shares}: " + ", ".join(cells)
 

@@ -41,6 +41,8 @@ class Budget:
     max_delay: float = 0.03  # share of a block's wall time that our threads may have waited for a core
 
 
+#: At least so long does `interleave` time from one call of ``between`` to the next.
+BETWEEN_SECONDS = 2.0
 #: Calls that take longer run without one before to warm up: what the turn before left in the caches is nothing to them.
 LONG_CALL = 0.1
 
@@ -157,8 +159,13 @@ def interleave(
     calls: Mapping[str, Callable[[], Result]],
     budget: Budget,
     check: Callable[[str, Result], None],
+    between: Callable[[], None],
 ) -> dict[str, Timing]:
-    """Time ``calls`` in turns. ``check(name, result)`` sees the last result of every block, untimed."""
+    """Time ``calls`` in turns. ``check(name, result)`` sees the last result of every block, untimed.
+
+    ``between()`` is called, untimed too, before the first round of turns, after the last, and between two rounds if
+    `BETWEEN_SECONDS` have passed since it returned.
+    """
     blocks: dict[str, list[Block]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
 
@@ -170,7 +177,11 @@ def interleave(
             return spent[name] >= budget.most_seconds and len(taken) >= 2
         return spent[name] >= budget.seconds
 
+    last = float("-inf")
     while active := [name for name in calls if not done(name)]:
+        if time.perf_counter() - last >= BETWEEN_SECONDS:
+            between()
+            last = time.perf_counter()
         for name in active:
             start = time.perf_counter()
             if not blocks[name] or blocks[name][-1].wall < LONG_CALL:
@@ -179,4 +190,5 @@ def interleave(
             blocks[name].append(block)
             spent[name] += time.perf_counter() - start
             check(name, result)
+    between()
     return {name: summarize(taken, budget.max_delay) for name, taken in blocks.items()}

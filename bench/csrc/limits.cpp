@@ -1,8 +1,12 @@
 // What this machine can do: peak FLOP/s and read bandwidth, all threads at once. Prints one JSON object on stdout.
 //
-//   limits THREADS DRAM_BYTES L3_BYTES SECONDS   (DRAM_BYTES: the buffer for DRAM reads, several times the last-level
-//                                                 cache; L3_BYTES: what a thread reads from it, more than its L2 holds;
-//                                                 SECONDS: the time for each measurement)
+//   limits THREADS DRAM_BYTES L3_BYTES SECONDS [NAME...]
+//
+//   DRAM_BYTES: the buffer for DRAM reads, several times the last-level cache
+//   L3_BYTES: what a thread reads from it, more than its L2 holds
+//   SECONDS: the time for each measurement
+//   NAME: what to measure, of hz fp32_flops bf16_flops l2_read l3_read dram_read dram_read_prefetched
+//         dram_read_streams; else all that this machine has
 //
 // Every measurement is repeated until its time is up, and every repetition is printed: the caller takes medians and
 // rejects what cannot be. A repetition's time is that of the slowest thread, each timing its own work.
@@ -12,9 +16,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <omp.h>
@@ -105,19 +109,23 @@ float bf16_dot_products(int64_t count) {
 }
 #endif
 
-// Reads every byte of [data, data + bytes), `bytes` a multiple of 8 vectors. kAhead: software prefetch distance, or 0.
-template <int kAhead>
+// Reads every byte of [data, data + bytes), `bytes` a multiple of 8 kStreams vectors. kAhead: software prefetch
+// distance, or 0. kStreams: parts that are read side by side.
+template <int kAhead, int kStreams = 1>
 uint64_t read(const char* data, size_t bytes) {
   constexpr int kStep = 8 * kVectorBytes;
   Words sum[8] = {};
-  for (size_t at = 0; at < bytes; at += kStep) {
-    if constexpr (kAhead > 0) {
+  for (size_t at = 0; at < bytes / kStreams; at += kStep) {
+    for (int stream = 0; stream < kStreams; ++stream) {
+      const char* from = data + stream * (bytes / kStreams) + at;
+      if constexpr (kAhead > 0) {
 #pragma GCC unroll 8
-      for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + at + kAhead + line);
+        for (int line = 0; line < kStep; line += 64) __builtin_prefetch(from + kAhead + line);
+      }
+      const Words* vectors = reinterpret_cast<const Words*>(from);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum[i] ^= vectors[i];
     }
-    const Words* vectors = reinterpret_cast<const Words*>(data + at);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) sum[i] ^= vectors[i];
   }
   for (int i = 1; i < 8; ++i) sum[0] ^= sum[i];
   return sum[0][0];
@@ -135,14 +143,17 @@ void pin(int thread) {
 
 struct Machine {
   int threads;
-  double seconds;  // for each measurement
+  double seconds;                   // for each measurement
+  std::vector<std::string> wanted;  // names of measurements, or none for all
   bool first = true;
+  int repetition = 0;  // counted over all measurements: the second way to read DRAM goes on where the first stopped
 
-  // Prints the rate `work / time` of each repetition of body(thread, repetition).
+  // Prints the rate `work / time` of each repetition of body(thread, repetition), if it is wanted.
   void measure(const char* name, double work, const std::function<void(int, int)>& body) {
+    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), name) == wanted.end()) return;
     std::vector<double> rates, elapsed(threads);
     const double end = now() + seconds;
-    for (int repetition = 0; repetition < 5 || (now() < end && repetition < 1000); ++repetition) {
+    for (; rates.size() < 5 || (now() < end && rates.size() < 1000); ++repetition) {
 #pragma omp parallel num_threads(threads)
       {
         const int thread = omp_get_thread_num();
@@ -167,11 +178,11 @@ struct Free {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) {
-    std::fprintf(stderr, "usage: limits THREADS DRAM_BYTES L3_BYTES SECONDS\n");
+  if (argc < 5) {
+    std::fprintf(stderr, "usage: limits THREADS DRAM_BYTES L3_BYTES SECONDS [NAME...]\n");
     return 2;
   }
-  Machine machine{std::atoi(argv[1]), std::atof(argv[4])};
+  Machine machine{std::atoi(argv[1]), std::atof(argv[4]), {argv + 5, argv + argc}};
   const int threads = machine.threads;
   constexpr size_t kSmall = 128 << 10;  // in a core's L2, not in its L1
   constexpr size_t kChunk = 4 << 20;
@@ -188,12 +199,15 @@ int main(int argc, char** argv) {
 #pragma omp parallel num_threads(threads)
   {
     pin(omp_get_thread_num());
-    // Pages of equal bytes can be shared or compressed below us: fill with pseudo-random words.
-    uint64_t state = 0x9e3779b97f4a7c15ull * (omp_get_thread_num() + 1);
-#pragma omp for
-    for (int64_t i = 0; i < static_cast<int64_t>((bytes + kChunk) / 8); ++i) {
+    // Pages of equal bytes can be shared or compressed below us: fill with pseudo-random words. Every thread writes the
+    // chunks that it will read from DRAM, in that order: what the caches still hold of them is read last.
+    constexpr int kWords = kVectorBytes / 8;
+    Words state;
+    for (int i = 0; i < kWords; ++i) state[i] = 0x9e3779b97f4a7c15ull * (omp_get_thread_num() * kWords + i + 1);
+#pragma omp for schedule(static, kChunk / kVectorBytes)
+    for (int64_t i = 0; i < static_cast<int64_t>((bytes + kChunk) / kVectorBytes); ++i) {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-      std::memcpy(data + 8 * i, &state, 8);
+      reinterpret_cast<Words*>(data)[i] = state;
     }
   }
 
@@ -236,6 +250,9 @@ int main(int argc, char** argv) {
                   [&](int thread, int repetition) { word_sink = read<0>(chunk_of(thread, repetition), kChunk); });
   machine.measure("dram_read_prefetched", 1.0 * kChunk * threads,
                   [&](int thread, int repetition) { word_sink = read<2048>(chunk_of(thread, repetition), kChunk); });
+  // A processor's prefetchers stop at the end of a page; side by side, others are under way then.
+  machine.measure("dram_read_streams", 1.0 * kChunk * threads,
+                  [&](int thread, int repetition) { word_sink = read<0, 4>(chunk_of(thread, repetition), kChunk); });
   std::printf("}}\n");
   return 0;
 }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench import limits
-from tests.support.bench_runs import output
+from tests.support.bench_runs import dram, output, printed
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 3 GHz
@@ -32,7 +36,7 @@ def test_instruction_set_by_flags(flags: str, name: str) -> None:
     assert limits.Cpu("", frozenset(flags.split()), 0).instruction_set[0] == name
 
 
-def test_limits_are_medians_and_dram_is_the_better_of_two_ways() -> None:
+def test_limits_are_medians_and_dram_is_the_best_of_the_ways() -> None:
     text = output(fp32_flops=[180e9, 190e9, 170e9], dram_read_prefetched=[45e9])
     found = limits.limits_of(limits.parse_output(text, 2), "AVX2 + FMA", 2)
     assert found.fp32_flops == 180e9
@@ -58,3 +62,28 @@ def test_impossible_samples_are_dropped() -> None:
 def test_mostly_impossible_samples_are_an_error(name: str, values: list[float]) -> None:
     with pytest.raises(limits.LimitsError, match=name):
         limits.parse_output(output(**{name: values}), 2)
+
+
+@pytest.mark.parametrize("values", [[900e9, 900e9, 40e9], [0.0], []])
+def test_mostly_impossible_samples_of_dram_alone_are_an_error(values: list[float]) -> None:
+    with pytest.raises(limits.LimitsError, match="dram_read"):
+        limits.parse_output(printed(dram(*values)), 2, hz=3e9)
+
+
+@given(st.lists(st.floats(1e9, 400e9), min_size=1), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_the_speed_of_dram_is_the_median_of_the_fastest_way(plain: list[float], gain: float, other: float) -> None:
+    samples = {
+        name: [by * sample for sample in plain] for name, by in zip(limits.DRAM, (1.0, gain, other), strict=True)
+    }
+    assert limits.dram_read_of(samples) == max(map(statistics.median, samples.values()))
+
+
+def test_dram_is_measured_alone_or_with_the_others() -> None:
+    with limits.LimitMeter(threads=1) as meter:
+        alone = meter.measure_dram(seconds=0.0)
+        assert set(alone) == set(meter.samples) == set(limits.DRAM)
+        meter.measure(seconds=0.0)
+        assert {"hz", "fp32_flops", "l2_read", *limits.DRAM} < set(meter.samples)
+        for name, values in alone.items():
+            assert meter.samples[name][: len(values)] == values
+            assert len(meter.samples[name]) > len(values)

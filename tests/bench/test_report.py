@@ -21,7 +21,7 @@ def test_columns_are_what_differs_and_the_rest_is_said_once(monkeypatch: pytest.
     results = small_run(monkeypatch)
     (row,) = results["results"]
     other = row | {"case": row["case"] | {"h_q": 7}}
-    text = report.table([row, other], 40e9)
+    text = report.table([row, other])
     assert "In all cases: b 1, s_kv 3, dtype fp32." in text
     assert "| h_q | limit |" in text
     assert "broken: RuntimeError: this build has no such kernel." in text
@@ -36,9 +36,26 @@ def test_the_binding_limit_is_named() -> None:
 def test_cases_without_a_limit_show_none(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = small_run(monkeypatch)["results"]
     unlimited = row | {"flops": 0.0, "bytes": 0.0, "compute_limit": 0.0, "memory_limit": 0.0}
-    text = report.table([unlimited], 40e9)
+    text = report.table([unlimited])
     assert "limit" not in text
     assert "of peak" not in text
+
+
+def test_dram_is_that_of_the_case_or_in_older_results_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = small_run(monkeypatch, dram_reads=[20e9, 50e9])
+    for row in results["results"]:
+        row["timings"][runner.OURS] |= {"median": row["bytes"] / 10e9, "clean": True}
+    assert [line.split(" | ")[4] for line in report.table(results["results"]).splitlines()[-2:]] == ["50%", "20%"]
+    assert "DRAM bandwidth measured beside the case" in report.heading(results)
+
+    for row in results["results"]:
+        del row["dram_read"]
+        row["memory_limit"] = row["bytes"] / results["limits"]["dram_read"]
+    text = report.chapter(results, Path("."))
+    assert text.count(" | 25% | ") == 2
+    assert "beside the case" not in text
+    (line,) = summary.lines_of(results)
+    assert line.shares == [0.25, 0.25]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(2e-3, "2 ± 0.5"), (2e-6, "2 ± 0.5")])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from functools import partial
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,7 +51,10 @@ def test_turns_are_interleaved_and_every_block_is_checked() -> None:
 
     budget = timing.Budget(block_seconds=0.0, clean_blocks=3, seconds=0.0, min_blocks=3, max_delay=float("inf"))
     result = timing.interleave(
-        {"a": lambda: call("a"), "b": lambda: call("b")}, budget, lambda name, value: checked.append((name, value))
+        {"a": lambda: call("a"), "b": lambda: call("b")},
+        budget,
+        lambda name, value: checked.append((name, value)),
+        lambda: None,
     )
     assert calls == ["a", "a", "b", "b"] * 3  # a warm call and a block of one call each turn
     assert [name for name, _ in checked] == ["a", "b"] * 3
@@ -66,9 +71,37 @@ def test_slow_implementations_get_two_blocks_and_one_warm_call() -> None:
             time.sleep(1.1 * timing.LONG_CALL)
 
     budget = timing.Budget(block_seconds=0.0, clean_blocks=9, seconds=0.0, most_seconds=0.1, max_delay=float("inf"))
-    result = timing.interleave({name: partial(call, name) for name in counts}, budget, lambda name, value: None)
+    calls = {name: partial(call, name) for name in counts}
+    result = timing.interleave(calls, budget, lambda name, value: None, lambda: None)
     assert (result["slow"].blocks, counts["slow"]) == (2, 3)
     assert (result["fast"].blocks, counts["fast"]) == (timing.ENOUGH_CLEAN, 2 * timing.ENOUGH_CLEAN)
+
+
+@pytest.mark.parametrize(("seconds", "every_round"), [(0.0, True), (1e9, False)])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_between_is_called_around_the_rounds_and_never_in_one(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, every_round: bool, rounds: int
+) -> None:
+    events = ""
+
+    def event(name: str) -> None:
+        nonlocal events
+        events += name
+
+    def run_block(call: Callable[[], None], seconds: float) -> tuple[timing.Block, None]:
+        event("(")
+        call()
+        event(")")
+        return block(0.0), None
+
+    monkeypatch.setattr(timing, "run_block", run_block)
+    monkeypatch.setattr(timing, "BETWEEN_SECONDS", seconds)
+    budget = timing.Budget(clean_blocks=rounds, seconds=0.0, min_blocks=rounds)
+    calls = {name: partial(event, name) for name in "ab"}
+    timing.interleave(calls, budget, lambda name, result: None, partial(event, "|"))
+    turns = "a(a)b(b)"  # a warm call and a block each
+    expected = {True: ("|" + turns) * rounds + "|", False: "|" + turns * rounds + "|"}
+    assert events == expected[every_round]
 
 
 def test_a_block_counts_the_cpu_time_of_this_thread() -> None:
