@@ -155,7 +155,8 @@ private:
 
   // Weight rows [j, end) of a strip and M rows of a.
   template <int R, int M>
-  void run_tiles(const Strip& strip, int64_t j, int64_t end, const Fetch& fetch, const Packed* a, float* partial) const {
+  void run_tiles(const Strip& strip, int64_t j, int64_t end, const Fetch& fetch, const Packed* a,
+                 float* partial) const {
     for (; j + R <= end; j += R) tile<R, M>(strip, j, fetch, a, partial + j * Isa::W);
     for (; j < end; j++) tile<1, M>(strip, j, fetch, a, partial + j * Isa::W);
   }
