@@ -5,6 +5,7 @@ from bench.suites import (
     append,
     compile_time,
     decode,
+    decode_shapes,
     decode_up,
     end_to_end,
     gqa_decode,
@@ -19,6 +20,7 @@ SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
         decode.SUITE,
+        decode_shapes.SUITE,
         decode_up.SUITE,
         gqa_decode.SUITE,
         prefill.SUITE,

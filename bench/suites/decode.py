@@ -1,4 +1,4 @@
-"""Suite ``decode``: absorbed MLA decode over a paged cache: the grid, and the shapes beside it."""
+"""Suite ``decode``: absorbed MLA decode over a paged cache."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from bench.peers import torch_paged, vllm_cpu, zentorch
 from bench.suite import Suite
 
 NAME = "decode"
-ODD_HEADS = (1, 3, 8, 9, 63, 126)
-PAGE_SIZES = (1, 16, 61, 256)
 
 
 def grid(dtype: str) -> list[PagedCase]:
@@ -23,24 +21,13 @@ def grid(dtype: str) -> list[PagedCase]:
     return [PagedCase(*shape, dtype) for shape in sorted(shapes)]
 
 
-def shapes() -> list[PagedCase]:
-    """What the grid leaves out, each beside the case of the grid that it is compared with."""
-    shape = partial(PagedCase, b=4, s_kv=4096, dtype="bf16", group="shapes")
-    return [
-        *(shape(h_q=heads) for heads in (*ODD_HEADS, 16, 64, 128)),
-        *(shape(h_q=16, s_q=tokens) for tokens in (2, 4)),
-        *(shape(h_q=heads, b=16, varying=varying) for heads in (16, 128) for varying in (False, True)),
-        *(shape(h_q=heads, page_size=size) for heads in (16, 128) for size in (*PAGE_SIZES, 4096)),
-        *(shape(h_q=heads, cache="two tensors") for heads in (16, 128)),
-    ]
-
-
 def cases(quick: bool) -> list[PagedCase]:
     if quick:
         small = [c for dtype in ("bf16", "fp32") for c in grid(dtype) if c.b < 16 and c.h_q != 64 and c.s_kv == 1024]
-        return [*small, PagedCase(4, 16, 1024, "bf16", s_q=2, page_size=61, varying=True, group="shapes")]
+        return [*small, PagedCase(4, 16, 1024, "bf16", s_q=2, page_size=61, varying=True, group="speculative")]
     half = [PagedCase(4, h_q, 4096, "fp16", group="fp16") for h_q in (16, 128)]
-    return [*grid("bf16"), *grid("fp32"), *half, *shapes()]
+    speculative = [PagedCase(4, 16, 4096, "bf16", s_q=s_q, group="speculative") for s_q in (2, 4)]
+    return [*grid("bf16"), *grid("fp32"), *half, *speculative]
 
 
 PEERS = (*torch_paged.PEERS, zentorch.PAGED, vllm_cpu.PAGED)

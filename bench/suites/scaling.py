@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,31 +45,40 @@ class ScalingCase:
 
 
 def problem(case: ScalingCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> Problem:
-    """The problem of the other suite, on the case's threads."""
+    """The problem of the other suite, on the case's threads, and to see what these are worth, on fewer."""
     concrete = case.concrete
     if isinstance(concrete, PagedCase):
         made = paged.problem(NAME, concrete, (), cold_bytes)
     else:
         made = dense.problem(NAME, concrete, (), cold_bytes)
-    call = made.calls[OURS]
+    calls = {OURS: on_threads(case.threads, made.calls[OURS])}
+    if case.group == THREADS:
+        calls |= {with_threads(n): on_threads(n, made.calls[OURS]) for n in range(1, case.threads)}
+    work = replace(made.work, title=describe(case, NAME), case=asdict(case) | {"dtype": concrete.dtype})
+    return replace(made, work=work, calls=calls)
 
-    def on_threads() -> Tensor:
-        torch.set_num_threads(case.threads)
+
+def with_threads(threads: int) -> str:
+    """The name under which our call is timed on fewer threads than the case's."""
+    return f"on {threads}"
+
+
+def on_threads(threads: int, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        torch.set_num_threads(threads)
         return call()
 
-    work = replace(made.work, title=describe(case, NAME), case=asdict(case) | {"dtype": concrete.dtype})
-    return replace(made, work=work, calls={OURS: on_threads})
+    return run
 
 
 def cases(quick: bool) -> list[ScalingCase]:
     threads = torch.get_num_threads()
     decodes = [name for name, case in OPERATORS.items() if isinstance(case, PagedCase)]
     lengths = (4096, 8192) if quick else (4096, 8192, 16384, 32768, 65536, 131072)
-    counts = range(1, threads + 1)
     bound = ("MLA decode, h_q 16", "MLA decode, h_q 128", "prefill, 16 heads")
     return [
         *(ScalingCase(name, s_kv, threads, LENGTHS) for name, s_kv in itertools.product(decodes, lengths)),
-        *(ScalingCase(name, lengths[0], n, THREADS) for name, n in itertools.product(bound, counts)),
+        *(ScalingCase(name, lengths[0], threads, THREADS) for name in bound),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bench.suites import (
     append,
     compile_time,
     decode,
+    decode_shapes,
     decode_up,
     gqa_decode,
     merge,
@@ -57,8 +59,29 @@ def test_every_implementation_is_right(name: str, case: Any) -> None:
     peers = [peer for peer in suite.peers if peer.name not in COMPILED]
     (problem,) = suite.problems([case], peers, cold_bytes=0)
     assert set(problem.calls) | set(problem.skipped) == {runner.OURS, *(peer.name for peer in peers)}
-    for call in problem.calls.values():
-        assert runner.row_error(problem.read(call()), problem.expected) <= problem.work.tolerance
+    for implementation, call in problem.calls.items():
+        assert problem.error(implementation, call()) <= problem.work.tolerance
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"varying": True}, {"cache": "two tensors"}],
+    ids=str,
+)
+def test_a_shape_is_timed_beside_the_usual_one(change: dict[str, Any]) -> None:
+    problem = decode_shapes.problem(replace(TINY, b=4, page_size=64, **change), (), cold_bytes=0)
+    assert set(problem.calls) == {runner.OURS, decode_shapes.USUAL}
+    for name, call in problem.calls.items():
+        assert problem.error(name, call()) <= problem.work.tolerance
+    assert problem.calls[decode_shapes.USUAL]().size(2) == 16
+
+
+def test_shapes_are_compared_with_as_much_work() -> None:
+    for case in decode_shapes.cases(False):
+        usual = decode_shapes.usual(case)
+        assert usual != case
+        assert case.h_q <= usual.h_q < case.h_q + 16
+        assert sum(case.lengths) == sum(usual.lengths)
 
 
 @pytest.mark.slow
@@ -146,10 +169,10 @@ def test_the_decode_grid_is_the_documented_one() -> None:
         *itertools.product((1, 4), (16, 64, 128), (16384,)),
     }
     assert {(c.page_size, c.d_qk, c.d_v) for c in grid} == {(64, 576, 512)}
-    shapes = [case for case in decode.cases(False) if case.group == "shapes"]
+    assert {case.s_q for case in decode.cases(False)} == {1, 2, 4}
+    shapes = decode_shapes.cases(False)
     assert {1, 3, 9, 63, 126} <= {case.h_q for case in shapes}
     assert {1, 16, 61, 256, 4096} <= {case.page_size for case in shapes}
-    assert {case.s_q for case in shapes} == {1, 2, 4}
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
@@ -197,16 +220,16 @@ def test_conditions_that_no_case_meets_are_an_error(capsys: pytest.CaptureFixtur
 def test_scaling_runs_on_its_threads(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    problem = scaling.problem(scaling.ScalingCase(operator, 70, 1, scaling.THREADS), (), cold_bytes=0)
-    result = problem.calls[runner.OURS]()
-    assert chosen == [1]
-    assert runner.row_error(result, problem.expected) <= problem.work.tolerance
+    problem = scaling.problem(scaling.ScalingCase(operator, 70, 3, scaling.THREADS), (), cold_bytes=0)
+    assert list(problem.calls) == [runner.OURS, "on 1", "on 2"]
+    for name, call in problem.calls.items():
+        assert problem.error(name, call()) <= problem.work.tolerance
+    assert chosen == [3, 1, 2]
 
 
-def test_scaling_has_every_thread_count_and_both_ends_of_the_lengths() -> None:
+def test_scaling_has_all_threads_and_both_ends_of_the_lengths() -> None:
     cases = scaling.cases(False)
     lengths = {case.s_kv for case in cases if case.group == scaling.LENGTHS}
     assert (min(lengths), max(lengths)) == (4096, 131072)
-    assert {case.threads for case in cases if case.group == scaling.THREADS} == set(
-        range(1, torch.get_num_threads() + 1)
-    )
+    assert {case.threads for case in cases} == {torch.get_num_threads()}
+    assert {case.group for case in cases} == {scaling.LENGTHS, scaling.THREADS}
