@@ -11,6 +11,7 @@ namespace flashmla::FLASHMLA_ISA {
 
 constexpr int kGemmRows = 32;             // rows of a that one pass over the weights serves
 constexpr int64_t kGemmNear = 32 << 10;   // bytes of a that weights meet at a time, so that they stay near the core
+constexpr int64_t kPage = 4096;
 constexpr int64_t kGemmAhead = 16 << 10;  // bytes of weights between what is multiplied and what is fetched, at least
 
 // PAIRS: a in bf16, weights in bf16 or int8 (whose values bf16 holds exactly) and a processor that multiplies pairs, so
@@ -67,16 +68,16 @@ public:
   }
 
 private:
-  // A chunk of k of `columns` weight rows. What lies some rows further on is fetched, or past the last row that much
-  // further on from `next`, where the following chunk begins.
+  // A chunk of k of `columns` weight rows; the following one begins at `next`.
   struct Strip {
     const W *weight, *next;
     int64_t columns, depth;
     bool first, whole;  // whole: the chunk is all of k
   };
-  // Lines of weights to fetch: those `rows` ahead whose number, modulo mask + 1, is `turn` (none if that is larger).
+  // Lines of weights to fetch: of the tile that is `tiles` ahead, those whose number, modulo mask + 1, is `turn` (none
+  // if that is larger).
   struct Fetch {
-    int64_t rows, mask, turn;
+    int64_t tiles, mask, turn;
   };
 
   // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns).
@@ -96,9 +97,9 @@ private:
       } else {
         with_rows<Isa::gemm_m>(rows, [&](auto M) {
           constexpr int R = weight_rows(M());
-          const int64_t ahead = kGemmAhead / (depth * int64_t{sizeof(W)});
-          const Fetch fetch{ahead > R ? ahead : R, strip.whole ? 1 : 0, 0};
-          run_tiles<R, M()>(strip, 0, columns, fetch, a + k, partial);
+          const int64_t ahead = kGemmAhead / (R * depth * int64_t{sizeof(W)});
+          const Fetch fetch{ahead > 1 ? ahead : 1, strip.whole ? 1 : 0, 0};
+          run_tiles<R, M()>(strip, 0, columns / R, fetch, a + k, partial);
         });
       }
       k += depth;
@@ -137,14 +138,14 @@ private:
   // first two share the fetching, so that DRAM is busy while both multiply. Measured on Zen 4 against one group of 8
   // that meets three weight rows at a time, whose rows of a fill L1 alone: 8 rows take 7 to 20 % less time from DRAM.
   void run_groups(const Strip& strip, int64_t rows, const Packed* a, float* partial) const {
-    constexpr int R = weight_rows(Isa::gemm_group), kNear = 2 * R;
-    const int64_t groups = (rows + Isa::gemm_group - 1) / Isa::gemm_group;
-    for (int64_t begin = 0; begin < strip.columns; begin += kNear) {
-      const int64_t end = strip.columns < begin + kNear ? strip.columns : begin + kNear;
+    constexpr int R = weight_rows(Isa::gemm_group), kTiles = 2;
+    const int64_t groups = (rows + Isa::gemm_group - 1) / Isa::gemm_group, tiles = strip.columns / R;
+    for (int64_t begin = 0; begin == 0 || begin < tiles; begin += kTiles) {
+      const int64_t end = tiles < begin + kTiles ? tiles : begin + kTiles;
       for (int64_t group = 0, m = 0; group < groups; group++) {
         const int64_t count = (rows - m + groups - group - 1) / (groups - group);
         with_rows<Isa::gemm_group>(count, [&](auto M) {
-          const Fetch fetch = group < 2 ? Fetch{kNear, 1, group} : Fetch{kNear, 0, 1};
+          const Fetch fetch = group < 2 ? Fetch{kTiles, 1, group} : Fetch{kTiles, 0, 1};
           run_tiles<R, M()>(strip, begin, end, fetch, a + m * packed_stride(call_.k),
                             partial + m * kGemmColumns * Isa::W);
         });
@@ -153,28 +154,43 @@ private:
     }
   }
 
-  // Weight rows [j, end) of a strip and M rows of a.
+  // Tiles [begin, end) of a strip's columns / R, and after the last the weight rows that are left; M rows of a.
   template <int R, int M>
-  void run_tiles(const Strip& strip, int64_t j, int64_t end, const Fetch& fetch, const Packed* a,
+  void run_tiles(const Strip& strip, int64_t begin, int64_t end, const Fetch& fetch, const Packed* a,
                  float* partial) const {
-    for (; j + R <= end; j += R) tile<R, M>(strip, j, fetch, a, partial + j * Isa::W);
-    for (; j < end; j++) tile<1, M>(strip, j, fetch, a, partial + j * Isa::W);
+    const int64_t tiles = strip.columns / R, stride = call_.weight_stride;
+    // A tile's rows are neighbours, or, if a page holds more than one, as far apart as can be: DRAM is read faster where
+    // several pages are under way. Measured on Zen 4 with rows of 1 KB: a third less time.
+    const bool neighbours = stride * int64_t{sizeof(W)} > kPage;
+    const int64_t apart = neighbours ? 1 : tiles, step = neighbours ? R : 1;
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t ahead = t + fetch.tiles;
+      const W* next = ahead < tiles ? strip.weight + ahead * step * stride : strip.next + (ahead - tiles) * step * stride;
+      tile<R, M>(strip, t * step, apart, next, fetch, a, partial);
+    }
+    if (end < tiles) return;
+    for (int64_t j = tiles * R; j < strip.columns; j++) {
+      tile<1, M>(strip, j, 1, strip.next + j * stride, fetch, a, partial);
+    }
   }
 
+  // Weight rows first, first + apart, ... of a strip; `next`: the first of those to fetch.
   template <int R, int M>
-  __attribute__((noinline)) void tile(const Strip& strip, int64_t j, const Fetch& fetch, const Packed* a,
-                                      float* partial) const {
+  __attribute__((noinline)) void tile(const Strip& strip, int64_t first, int64_t apart, const W* next,
+                                      const Fetch& fetch, const Packed* a, float* partial) const {
     F c[R][M];
+    const auto for_sums = [&](auto f) __attribute__((always_inline)) {
+      float* at = partial + first * Isa::W;
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++, at += apart * Isa::W) {
+        __asm__("" : "+r"(at));  // or gcc 12 computes all addresses at once, and spills them
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        c[r][m] = strip.first ? F{} : Isa::load(partial + (m * kGemmColumns + r) * Isa::W);
+        for (int m = 0; m < M; m++) f(c[r][m], at + m * kGemmColumns * Isa::W);
       }
-    const int64_t stride = packed_stride(call_.k), w_stride = call_.weight_stride, depth = strip.depth;
-    const W* w = strip.weight + j * w_stride;
-    const int64_t ahead = j + fetch.rows, beyond = ahead - strip.columns;
-    const W* next = beyond < 0 ? strip.weight + ahead * w_stride : strip.next + beyond * w_stride;
+    };
+    for_sums([&](F& sum, const float* from) { sum = strip.first ? F{} : Isa::load(from); });
+    const int64_t stride = packed_stride(call_.k), w_stride = apart * call_.weight_stride, depth = strip.depth;
+    const W* w = strip.weight + first * call_.weight_stride;
     int64_t i = 0;
     for (; i + kLine <= depth; i += kLine) {
       // Into L2. Where whole rows follow one another the processor fetches the neighbours of every other line; fetching
@@ -193,10 +209,7 @@ private:
       for (int r = 0; r < R; r++) std::memcpy(part + r * kStep, w + r * w_stride + i, bytes);
       multiply_step<R, M>(c, part, kStep, a + i, stride);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) Isa::store(partial + (m * kGemmColumns + r) * Isa::W, c[r][m]);
+    for_sums([](F sum, float* to) { Isa::store(to, sum); });
   }
 
   // One vector of k. The operand of which there are fewer stays in registers.
