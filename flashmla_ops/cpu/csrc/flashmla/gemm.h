@@ -9,8 +9,8 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-constexpr int kGemmRows = 32;             // rows of a that one pass over the weights serves
-constexpr int64_t kGemmNear = 32 << 10;   // bytes of a that weights meet at a time, so that they stay near the core
+constexpr int kGemmRows = 32;            // rows of a that one pass over the weights serves
+constexpr int64_t kGemmNear = 32 << 10;  // bytes of a that weights meet at a time, so that they stay near the core
 constexpr int64_t kPage = 4096;
 constexpr int64_t kGemmAhead = 16 << 10;  // bytes of weights between what is multiplied and what is fetched, at least
 
@@ -159,13 +159,14 @@ private:
   void run_tiles(const Strip& strip, int64_t begin, int64_t end, const Fetch& fetch, const Packed* a,
                  float* partial) const {
     const int64_t tiles = strip.columns / R, stride = call_.weight_stride;
-    // A tile's rows are neighbours, or, if a page holds more than one, as far apart as can be: DRAM is read faster where
-    // several pages are under way. Measured on Zen 4 with rows of 1 KB: a third less time.
+    // A tile's rows are neighbours, or, if a page holds more than one, as far apart as can be: DRAM is read faster
+    // where several pages are under way. Measured on Zen 4 with rows of 1 KB: a third less time.
     const bool neighbours = stride * int64_t{sizeof(W)} > kPage;
     const int64_t apart = neighbours ? 1 : tiles, step = neighbours ? R : 1;
     for (int64_t t = begin; t < end; t++) {
       const int64_t ahead = t + fetch.tiles;
-      const W* next = ahead < tiles ? strip.weight + ahead * step * stride : strip.next + (ahead - tiles) * step * stride;
+      const W* next =
+          ahead < tiles ? strip.weight + ahead * step * stride : strip.next + (ahead - tiles) * step * stride;
       tile<R, M>(strip, t * step, apart, next, fetch, a, partial);
     }
     if (end < tiles) return;
