@@ -28,6 +28,8 @@ INSTRUCTION_SETS = (
     ("AVX2 + FMA", {"avx2", "fma"}, ("-mavx2", "-mfma")),
 )
 BASELINE = "baseline"  # what the compiler assumes when told nothing
+#: How many of them a value of FLASHMLA_CPU passes over, so that limits are of what our kernels may use.
+PASSED_OVER = {"avx512": 1, "avx2": 2, "generic": 3}
 MULTIPLY_ADDS_PER_CYCLE = 2  # no core issues more vector multiply-adds
 L2_BYTES_PER_CYCLE = 64  # no core reads more from its L2 cache
 HIGHEST_HZ = 8e9
@@ -83,11 +85,12 @@ class Cpu:
     model: str
     flags: frozenset[str]
     l3_bytes: int
+    passed_over: int = 0  # of the instruction sets
 
     @property
     def instruction_set(self) -> tuple[str, tuple[str, ...]]:
-        """Its best instruction set: name and compiler options."""
-        for name, needed, options in INSTRUCTION_SETS:
+        """The best instruction set that is not passed over: name and compiler options."""
+        for name, needed, options in INSTRUCTION_SETS[self.passed_over :]:
             if needed <= self.flags:
                 return name, options
         return BASELINE, ()
@@ -105,7 +108,7 @@ def parse_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
 
 def this_cpu() -> Cpu:
     model, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
-    return Cpu(model, flags, l3_bytes())
+    return Cpu(model, flags, l3_bytes(), PASSED_OVER.get(os.environ.get("FLASHMLA_CPU", ""), 0))
 
 
 def l3_bytes() -> int:

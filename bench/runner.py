@@ -185,8 +185,9 @@ def wrong(results: Mapping[str, Any], name: str = OURS) -> list[Mapping[str, Any
 
 
 def command() -> str:
-    """The command that started this process, as a user would type it."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    """The command that started this process, as a user would type it, with what chose the kernels."""
+    chosen = [f"{name}={os.environ[name]}" for name in ("FLASHMLA_CPU", "ATEN_CPU_CAPABILITY") if name in os.environ]
+    return shlex.join([*chosen, "python", *sys.orig_argv[1:]])
 
 
 def commit() -> str:

@@ -42,6 +42,8 @@ def missing() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if not hasattr(torch.ops._C, "decode_attention_cpu"):
+        return f"{path.name} lacks these kernels"
     return None
 
 

@@ -36,6 +36,18 @@ def test_instruction_set_by_flags(flags: str, name: str) -> None:
     assert limits.Cpu("", frozenset(flags.split()), 0).instruction_set[0] == name
 
 
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [("avx512_bf16", "AVX-512 BF16"), ("avx512", "AVX-512"), ("avx2", "AVX2 + FMA"), ("generic", limits.BASELINE)],
+)
+def test_instruction_sets_that_our_kernels_may_not_use_are_passed_over(
+    wanted: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHMLA_CPU", wanted)
+    monkeypatch.setattr(limits, "parse_cpuinfo", lambda _: ("", frozenset({"fma", "avx2", "avx512f", "avx512_bf16"})))
+    assert limits.this_cpu().instruction_set[0] == name
+
+
 def test_limits_are_medians_and_dram_is_the_best_of_the_ways() -> None:
     text = output(fp32_flops=[180e9, 190e9, 170e9], dram_read_prefetched=[45e9])
     found = limits.limits_of(limits.parse_output(text, 2), "AVX2 + FMA", 2)

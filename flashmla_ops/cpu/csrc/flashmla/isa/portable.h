@@ -24,10 +24,10 @@ struct Portable {
   // Register tiles: qk_m tokens x qk_n vectors of rows, and pv_m rows x pv_n vectors of columns. Eight accumulators
   // fill the sixteen 128-bit registers of the oldest x86-64 together with their operands.
   static constexpr int qk_m = 4, qk_n = 2, pv_m = 4, pv_n = 2;
-  static constexpr int pair_m = 4, pair_n = 2;      // pv_m and pv_n for pairs, whose vectors take work to make
+  static constexpr int pair_m = 4, pair_n = 2;  // pv_m and pv_n for pairs, whose vectors take work to make
   // Rows of a that weight rows meet at once, in how large groups more of them do, and sums kept for them.
   static constexpr int gemm_m = 4, gemm_group = 4, gemm_sums = 12;
-  static constexpr int block = 64;                  // tokens staged at a time
+  static constexpr int block = 64;  // tokens staged at a time
   // How often a tile's loop stops for prefetches; 0: never. With 16 registers, gcc 12 would spill the accumulators.
   static constexpr int step = 0;
 
