@@ -131,18 +131,13 @@ def lines(results: Mapping[str, Any]) -> Any:
     lengths.grid(which="both")
     most = 1
     for operator in operators:
-        for row in by_group.get(scaling.THREADS, []):
-            if row["case"]["operator"] != operator:
-                continue
-            names = {
-                **{n: scaling.with_threads(n) for n in range(1, row["case"]["threads"])},
-                row["case"]["threads"]: OURS,
-            }
-            seconds_of = {n: seconds for n, name in names.items() if (seconds := shown(row, name))}
-            if 1 in seconds_of:
-                speeds = [(n, seconds_of[1] / seconds) for n, seconds in seconds_of.items()]
-                threads.plot(*zip(*speeds, strict=True), "o-", color=palette[operator], label=operator, lw=1.6, ms=4)
-                most = max(most, *seconds_of)
+        rows = [row for row in by_group.get(scaling.THREADS, []) if row["case"]["operator"] == operator]
+        counts = ((row, *count) for row in rows for count in scaling.thread_counts(row["case"]["threads"]).items())
+        seconds_of = {n: seconds for row, name, n in counts if (seconds := shown(row, name))}
+        if 1 in seconds_of:
+            speeds = [(n, seconds_of[1] / seconds) for n, seconds in seconds_of.items()]
+            threads.plot(*zip(*speeds, strict=True), "o-", color=palette[operator], label=operator, lw=1.6, ms=4)
+            most = max(most, *seconds_of)
     threads.plot([1, most], [1, most], "k--", lw=1, label="as many times the speed")
     threads.set(
         xlabel="threads", ylabel="speed, one thread = 1", title="threads, 4096 tokens", xticks=range(1, most + 1)

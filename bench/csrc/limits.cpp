@@ -146,7 +146,7 @@ struct Machine {
   double seconds;                   // for each measurement
   std::vector<std::string> wanted;  // names of measurements, or none for all
   bool first = true;
-  int repetition = 0;  // counted over all measurements: the second way to read DRAM goes on where the first stopped
+  int repetition = 0;  // counted over all measurements: each way to read DRAM goes on where the one before stopped
 
   // Prints the rate `work / time` of each repetition of body(thread, repetition), if it is wanted.
   void measure(const char* name, double work, const std::function<void(int, int)>& body) {

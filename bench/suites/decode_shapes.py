@@ -1,4 +1,4 @@
-"""Suite ``decode_shapes``: what the shape of a decode costs, timed in turns with the usual shape of as much work."""
+"""Suite ``decode_shapes``: what the shape of a decode costs, timed in turns with the usual shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE_SIZES = (1, 16, 61, 256, 4096)
 
 
 def usual(case: PagedCase) -> PagedCase:
-    """As much work in the shape that kernels are made for."""
+    """The shape that kernels are made for, with as many tokens and no fewer heads."""
     full = -(-case.h_q // 16) * 16
     return replace(case, h_q=full, page_size=64, cache="one tensor", varying=False)
 

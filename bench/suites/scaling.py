@@ -51,16 +51,15 @@ def problem(case: ScalingCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> P
         made = paged.problem(NAME, concrete, (), cold_bytes)
     else:
         made = dense.problem(NAME, concrete, (), cold_bytes)
-    calls = {OURS: on_threads(case.threads, made.calls[OURS])}
-    if case.group == THREADS:
-        calls |= {with_threads(n): on_threads(n, made.calls[OURS]) for n in range(1, case.threads)}
+    counts = thread_counts(case.threads) if case.group == THREADS else {OURS: case.threads}
+    calls = {name: on_threads(threads, made.calls[OURS]) for name, threads in counts.items()}
     work = replace(made.work, title=describe(case, NAME), case=asdict(case) | {"dtype": concrete.dtype})
     return replace(made, work=work, calls=calls)
 
 
-def with_threads(threads: int) -> str:
-    """The name under which our call is timed on fewer threads than the case's."""
-    return f"on {threads}"
+def thread_counts(threads: int) -> dict[str, int]:
+    """The implementations of a case of `THREADS`: ours on fewer threads than the case's, and on all."""
+    return {**{f"on {n}": n for n in range(1, threads)}, OURS: threads}
 
 
 def on_threads(threads: int, call: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -43,7 +43,7 @@ def gemm_cases(draw: st.DrawFn) -> GemmCase:
     return GemmCase(
         m=draw(st.integers(0, 9) | st.sampled_from([31, 32, 33, 70])),
         n=draw(st.integers(1, 140)),
-        k=draw(st.integers(1, 70) | st.sampled_from([128, 1024, 1025, 2050])),
+        k=draw(st.integers(1, 70) | st.sampled_from([128, 1024, 1025, 2050, 4100])),
         dtype=dtype,
         weight_dtype=weight_dtype,
         out_dtype=draw(st.sampled_from([None, *FLOATS])),

@@ -9,9 +9,9 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-constexpr int kGemmRows = 32;            // rows of a that one pass over the weights serves
-constexpr int64_t kGemmNear = 32 << 10;  // bytes of a that weights meet at a time, so that they stay near the core
-constexpr int64_t kPage = 4096;
+constexpr int kGemmRows = 32;             // rows of a that one pass over the weights serves
+constexpr int64_t kGemmNear = 32 << 10;   // bytes of a that weights meet at a time, so that they stay near the core
+constexpr int64_t kPage = 4096;           // bytes; prefetchers of a processor stop at its end
 constexpr int64_t kGemmAhead = 16 << 10;  // bytes of weights between what is multiplied and what is fetched, at least
 
 // PAIRS: a in bf16, weights in bf16 or int8 (whose values bf16 holds exactly) and a processor that multiplies pairs, so
@@ -72,10 +72,12 @@ private:
   struct Strip {
     const W *weight, *next;
     int64_t columns, depth;
-    bool first, whole;  // whole: the chunk is all of k
+    bool first;
   };
-  // Lines of weights to fetch: of the tile that is `tiles` ahead, those whose number, modulo mask + 1, is `turn` (none
-  // if that is larger).
+  // Lines of weights to fetch into L2: of the tile that is `tiles` ahead, those whose number, modulo mask + 1, is
+  // `turn` (none if that is larger). Where whole rows follow one another the processor fetches the neighbours of every
+  // other line; fetching all takes up the few buffers for lines on their way that reads from L2 need too. Of parts of
+  // rows, which lie apart, it does not: there fetching all is faster by a tenth.
   struct Fetch {
     int64_t tiles, mask, turn;
   };
@@ -91,14 +93,14 @@ private:
       const bool last = k + depth >= call_.k;
       const W* following = after_ && n + columns == call_.n ? after_ : weight + columns * call_.weight_stride;
       const W* next = last ? following : weight + k + depth;
-      const Strip strip{weight + k, next, columns, last ? call_.k - k : depth, k == 0, depth >= call_.k};
+      const Strip strip{weight + k, next, columns, last ? call_.k - k : depth, k == 0};
       if (grouped) {
         run_groups(strip, rows, a + k, partial);
       } else {
         with_rows<Isa::gemm_m>(rows, [&](auto M) {
           constexpr int R = weight_rows(M());
           const int64_t ahead = kGemmAhead / (R * depth * int64_t{sizeof(W)});
-          const Fetch fetch{ahead > 1 ? ahead : 1, strip.whole ? 1 : 0, 0};
+          const Fetch fetch{ahead > 1 ? ahead : 1, depth < call_.k ? 0 : 1, 0};
           run_tiles<R, M()>(strip, 0, columns / R, fetch, a + k, partial);
         });
       }
@@ -140,7 +142,8 @@ private:
   void run_groups(const Strip& strip, int64_t rows, const Packed* a, float* partial) const {
     constexpr int R = weight_rows(Isa::gemm_group), kTiles = 2;
     const int64_t groups = (rows + Isa::gemm_group - 1) / Isa::gemm_group, tiles = strip.columns / R;
-    for (int64_t begin = 0; begin == 0 || begin < tiles; begin += kTiles) {
+    int64_t begin = 0;
+    do {  // with no tile too, for the weight rows that are left
       const int64_t end = tiles < begin + kTiles ? tiles : begin + kTiles;
       for (int64_t group = 0, m = 0; group < groups; group++) {
         const int64_t count = (rows - m + groups - group - 1) / (groups - group);
@@ -151,7 +154,8 @@ private:
         });
         m += count;
       }
-    }
+      begin += kTiles;
+    } while (begin < tiles);
   }
 
   // Tiles [begin, end) of a strip's columns / R, and after the last the weight rows that are left; M rows of a.
@@ -194,9 +198,6 @@ private:
     const W* w = strip.weight + first * call_.weight_stride;
     int64_t i = 0;
     for (; i + kLine <= depth; i += kLine) {
-      // Into L2. Where whole rows follow one another the processor fetches the neighbours of every other line; fetching
-      // all takes up the few buffers for lines on their way that reads from L2 need too. Of parts of rows, which lie
-      // apart, it does not: there fetching all is faster by a tenth.
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         if (((i / kLine + r) & fetch.mask) == fetch.turn) __builtin_prefetch(next + r * w_stride + i, 0, 2);

@@ -61,7 +61,7 @@ public:
   }
 
   void step() {
-    for (due_ += N; due_ >= steps_ && row_ < rows_.n; due_ -= steps_, row_++) {
+    for (due_ += rows_.n; due_ >= steps_ && row_ < rows_.n; due_ -= steps_, row_++) {
       fetch(rows_.kv[row_], kv_bytes_);
       fetch(rows_.k[row_], k_bytes_);
     }
