@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.runner import Problem, Work
 from bench.suite import DTYPES, TOLERANCE, Bound, Peer, copies_of, describe, make_problem
 from flashmla_ops import reference
+from flashmla_ops.kv_cache import as_cache, new_slab
 
 
 def row_widths(cache: str, d_qk: int, d_v: int) -> tuple[int, int, int]:
@@ -87,18 +88,25 @@ def make_inputs(case: PagedCase, cold_bytes: int, seed: int = 0) -> PagedInputs:
     d, qk_start, d_k = row_widths(case.cache, case.d_qk, case.d_v)
 
     def pages(width: int) -> Tensor:
-        stored = torch.randn((n_pages, case.h_kv, case.page_size, width), generator=generator).to(dtype)
-        return stored.transpose(1, 2)
+        slab = new_slab(n_pages, case.page_size, case.h_kv, width, dtype)
+        return as_cache(slab.copy_(torch.randn(slab.shape, generator=generator)))
 
     return PagedInputs(
         case=case,
         q=torch.randn((case.b, case.s_q, case.h_q, case.d_qk), generator=generator).to(dtype),
-        copies=copies_of((pages(d), pages(d_k) if d_k else None), cold_bytes),
+        copies=copies_of((pages(d), pages(d_k) if d_k else None), cold_bytes, clone_cache),
         block_table=torch.randperm(n_pages, generator=generator).view(case.b, max_pages).int(),
         cache_seqlens=torch.tensor(case.lengths, dtype=torch.int32),
         qk_start=qk_start,
         softmax_scale=case.d_qk**-0.5,
     )
+
+
+def clone_cache(cache: Tensor) -> Tensor:
+    """A copy in a slab of its own, on the memory that caches of this library have."""
+    n_pages, page_size, h_kv, d = cache.shape
+    clone = as_cache(new_slab(n_pages, page_size, h_kv, d, cache.dtype))
+    return clone.copy_(cache)
 
 
 def exact(inputs: PagedInputs) -> Tensor:

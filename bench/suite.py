@@ -81,18 +81,20 @@ def rotating(bound: Bound, copies: Sequence[tuple[Any, ...]]) -> Callable[[], Te
     return lambda: bound(*next(turn))
 
 
-def copies_of(tensors: tuple[Tensor | None, ...], cold_bytes: int) -> list[tuple[Any, ...]]:
-    """The tensors and as many equal copies, with the same strides, as it takes to reach ``cold_bytes``."""
-    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    count = min(MOST_COPIES, max(1, -(-cold_bytes // size)))
-    clones = [tuple(None if t is None else clone_as_it_lies(t) for t in tensors) for _ in range(count - 1)]
-    return [tensors, *clones]
-
-
 def clone_as_it_lies(tensor: Tensor) -> Tensor:
     """A copy of the whole storage: a view into it keeps its strides and its neighbours."""
     whole = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).clone()
     return torch.as_strided(whole, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def copies_of(
+    tensors: tuple[Tensor | None, ...], cold_bytes: int, clone: Callable[[Tensor], Tensor] = clone_as_it_lies
+) -> list[tuple[Any, ...]]:
+    """The tensors and as many equal copies, with the same strides, as it takes to reach ``cold_bytes``."""
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    count = min(MOST_COPIES, max(1, -(-cold_bytes // size)))
+    clones = [tuple(None if t is None else clone(t) for t in tensors) for _ in range(count - 1)]
+    return [tensors, *clones]
 
 
 def describe(case: Any, suite: str) -> str:

@@ -23,6 +23,7 @@
 
 #include <omp.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -195,6 +196,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   char* data = memory.get();
+  madvise(data, bytes + kChunk, MADV_HUGEPAGE);  // as the library's caches; fails where a kernel has none
 
 #pragma omp parallel num_threads(threads)
   {

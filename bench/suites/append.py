@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from bench.paged import clone_cache
 from bench.runner import Problem, Work
 from bench.suite import DTYPES, Bound, Peer, Suite, copies_of, describe, make_problem
+from flashmla_ops.kv_cache import as_cache, new_slab
 
 NAME = "append"
 
@@ -54,7 +56,7 @@ def problem(case: AppendCase, peers: Sequence[Peer[AppendInputs]], cold_bytes: i
     rows = torch.randn((case.rows, case.h_kv, case.d), generator=generator).to(dtype)
     slots = torch.randperm(case.n_pages * case.page_size, generator=generator)[: case.rows]
     pages, offsets = slots // case.page_size, slots % case.page_size
-    cache = torch.zeros((case.n_pages, case.h_kv, case.page_size, case.d), dtype=dtype).transpose(1, 2)
+    cache = as_cache(new_slab(case.n_pages, case.page_size, case.h_kv, case.d, dtype))
 
     def read(kv_cache: Tensor) -> Tensor:
         """The rows that were written. They are cleared: a call that writes nothing must not pass the next time."""
@@ -70,7 +72,7 @@ def problem(case: AppendCase, peers: Sequence[Peer[AppendInputs]], cold_bytes: i
         dtype=dtype,
         tolerance=0.0,
     )
-    copies = copies_of((cache,), cold_bytes)
+    copies = copies_of((cache,), cold_bytes, clone_cache)
     return make_problem(work, AppendInputs(case, rows, slots), copies, bind_ours, peers, rows.double(), read)
 
 

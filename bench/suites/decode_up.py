@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from bench.paged import PagedCase, PagedInputs, exact, make_inputs
+from bench.paged import PagedCase, PagedInputs, clone_cache, exact, make_inputs
 from bench.runner import Problem, Work
-from bench.suite import DTYPES, TOLERANCE, Bound, Peer, Suite, copies_of, describe, make_problem
+from bench.suite import DTYPES, TOLERANCE, Bound, Peer, Suite, clone_as_it_lies, copies_of, describe, make_problem
 
 NAME = "decode_up"
 D_NOPE, D_UP = 128, 128  # of a head: its part of kv_b_proj is [D_NOPE + D_UP, d_v]
@@ -55,7 +55,12 @@ def make_up(case: UpCase, cold_bytes: int) -> UpInputs:
     generator = torch.Generator().manual_seed(1)
     kv_b_proj = torch.randn((case.h_q, D_NOPE + case.d_up, case.decode.d_v), generator=generator)
     weight = kv_b_proj.to(DTYPES[case.dtype])[:, D_NOPE:].transpose(1, 2)
-    return UpInputs(case, inputs, copies_of((inputs.copies[0][0], weight), cold_bytes))
+    cache = inputs.copies[0][0]
+
+    def clone(tensor: Tensor) -> Tensor:
+        return clone_cache(tensor) if tensor is cache else clone_as_it_lies(tensor)
+
+    return UpInputs(case, inputs, copies_of((cache, weight), cold_bytes, clone))
 
 
 def bind_ours(inputs: UpInputs) -> Bound:

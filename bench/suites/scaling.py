@@ -1,4 +1,7 @@
-"""Suite ``scaling``: time per token as sequences grow, and what a second thread is worth where arithmetic limits."""
+"""Suite ``scaling``: time per token as sequences grow, and what a second thread is worth where arithmetic limits.
+
+Each is timed in turns with what it is compared with: short sequences of as many tokens together, and fewer threads.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from bench.suite import Peer, Suite, describe
 NAME = "scaling"
 #: Groups of cases.
 LENGTHS, THREADS = "lengths", "threads"
+SHORTEST = 4096
+#: The implementation that is not a peer: our kernel on the shortest sequences, as often as it takes.
+SHORT = f"{SHORTEST} tokens a call"
 #: What is timed, by name: a case of the other suites, but for its length.
 OPERATORS: dict[str, PagedCase | PrefillCase] = {
     "MLA decode, h_q 16": PagedCase(1, 16, 0, "bf16"),
@@ -45,16 +51,33 @@ class ScalingCase:
 
 
 def problem(case: ScalingCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> Problem:
-    """The problem of the other suite, on the case's threads, and to see what these are worth, on fewer."""
+    """The problem of the other suite, beside what the case is compared with."""
+    made = concrete_problem(case, cold_bytes)
+    work = replace(made.work, title=describe(case, NAME), case=asdict(case) | {"dtype": case.concrete.dtype})
+    if case.group == THREADS:
+        calls = {name: on_threads(n, made.calls[OURS]) for name, n in thread_counts(case.threads).items()}
+        return replace(made, work=work, calls=calls)
+    if case.s_kv == SHORTEST:
+        return replace(made, work=work)
+    short = concrete_problem(replace(case, s_kv=SHORTEST), cold_bytes)
+    calls = {**made.calls, SHORT: repeated(short.calls[OURS], case.s_kv // SHORTEST)}
+    return replace(made, work=work, calls=calls, others={SHORT: short.expected})
+
+
+def concrete_problem(case: ScalingCase, cold_bytes: int) -> Problem:
     concrete = case.concrete
     if isinstance(concrete, PagedCase):
-        made = paged.problem(NAME, concrete, (), cold_bytes)
-    else:
-        made = dense.problem(NAME, concrete, (), cold_bytes)
-    counts = thread_counts(case.threads) if case.group == THREADS else {OURS: case.threads}
-    calls = {name: on_threads(threads, made.calls[OURS]) for name, threads in counts.items()}
-    work = replace(made.work, title=describe(case, NAME), case=asdict(case) | {"dtype": concrete.dtype})
-    return replace(made, work=work, calls=calls)
+        return paged.problem(NAME, concrete, (), cold_bytes)
+    return dense.problem(NAME, concrete, (), cold_bytes)
+
+
+def repeated(call: Callable[[], Tensor], times: int) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        for _ in range(times - 1):
+            call()
+        return call()
+
+    return run
 
 
 def thread_counts(threads: int) -> dict[str, int]:
@@ -73,11 +96,11 @@ def on_threads(threads: int, call: Callable[[], Tensor]) -> Callable[[], Tensor]
 def cases(quick: bool) -> list[ScalingCase]:
     threads = torch.get_num_threads()
     decodes = [name for name, case in OPERATORS.items() if isinstance(case, PagedCase)]
-    lengths = (4096, 8192) if quick else (4096, 8192, 16384, 32768, 65536, 131072)
+    lengths = [SHORTEST << i for i in range(2 if quick else 6)]
     bound = ("MLA decode, h_q 16", "MLA decode, h_q 128", "prefill, 16 heads")
     return [
         *(ScalingCase(name, s_kv, threads, LENGTHS) for name, s_kv in itertools.product(decodes, lengths)),
-        *(ScalingCase(name, lengths[0], threads, THREADS) for name in bound),
+        *(ScalingCase(name, SHORTEST, threads, THREADS) for name in bound),
     ]
 
 
