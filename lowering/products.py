@@ -19,6 +19,7 @@ from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
+from flashmla_ops.panels import PANEL
 from lowering import choose, choose_product
 from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
 from lowering.passes.products import FROM_ATEN
@@ -66,7 +67,8 @@ def lower_gemm(
 ) -> TensorBox | None:
     if not _is_served(a):
         return None
-    n = weight.get_size()[0]
+    panels = len(weight.get_size()) == 3
+    n = weight.get_size()[0] * (PANEL if panels else 1)
     sizes = [*a.get_size()[:-1], n // 2 if activation == "silu_mul" else n]
     optional = {"bias": bias, "residual": residual, "weight_scale": weight_scale}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}

@@ -13,8 +13,10 @@ from bench.peers import vllm_cpu
 from bench.runner import Problem, Work
 from bench.suite import DTYPES, TOLERANCE, Bound, Peer, Suite, copies_of, describe, make_problem
 from flashmla_ops import reference
+from flashmla_ops.panels import to_panels
 
 NAME = "small_gemm"
+PANELS = "panels"  # the group of cases whose weights were converted beforehand
 HIDDEN, INTERMEDIATE = 2048, 10944
 D_NOPE, D_C, D_V = 128, 512, 128  # of a head: its part of kv_b_proj is [D_NOPE + D_V, D_C]
 
@@ -75,6 +77,9 @@ def make_bmm(case: GemmCase, cold_bytes: int) -> GemmInputs:
 def bind_ours(inputs: GemmInputs) -> Bound:
     if inputs.case.batch > 1:
         return lambda weight: torch.ops.flashmla.bmm(inputs.a, weight)
+    if inputs.case.group == PANELS:
+        panels = {weight.data_ptr(): to_panels(weight) for (weight,) in inputs.copies}
+        return lambda weight: torch.ops.flashmla.gemm(inputs.a, panels[weight.data_ptr()])
     return lambda weight: torch.ops.flashmla.gemm(inputs.a, weight, None, None, inputs.scale)
 
 
@@ -130,8 +135,12 @@ def cases(quick: bool) -> list[GemmCase]:
     kinds = (("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "int8"))
     per_head = (("W_UK", D_NOPE, D_C), ("W_UV", D_C, D_V))
     tokens = (1,) if quick else (1, 4, 16)
+    # In panels any number of rows is ours.
+    rows_of_panels = rows if quick else (*rows, 128, 512)
+    panels = itertools.product(("bf16", "fp32"), shapes, rows_of_panels)
     return [
         *(GemmCase(m, k, n, dtype, weights) for (dtype, weights), (k, n), m in itertools.product(kinds, shapes, rows)),
+        *(GemmCase(m, k, n, dtype, dtype, group=PANELS) for dtype, (k, n), m in panels),
         *(
             GemmCase(m, k, n, "bf16", name, heads, "bmm")
             for (name, k, n), heads, m in itertools.product(per_head, (16, 128), tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmla_ops.panels import as_rows
 from flashmla_ops.reference.gemm import ACTIVATIONS
 
 
@@ -24,7 +25,7 @@ def gemm(
     """As ``flashmla::gemm``; arguments have been checked."""
     dtype = a.dtype if out_dtype is None else out_dtype
     type_ = torch.float32 if dtype == torch.float32 else a.dtype
-    product = torch.nn.functional.linear(a.to(type_), weight.to(type_))
+    product = torch.nn.functional.linear(a.to(type_), as_rows(weight).to(type_))
     if bias is None and residual is None and weight_scale is None and activation == "none":
         return product.to(dtype)
     value = product.float()

@@ -15,6 +15,7 @@ from flashmla_ops.cuda import aten
 from flashmla_ops.cuda.launch import NAMES, Launcher, gemm_call, grouped_gemm_call
 from flashmla_ops.ops.gemm import bmm_fake, check
 from flashmla_ops.ops.grouped_gemm import grouped_gemm_fake
+from flashmla_ops.panels import as_rows
 
 
 def _rows(tensor: Tensor, columns: int) -> Tensor:
@@ -42,6 +43,7 @@ def gemm(
     out = a.new_empty(shape, dtype=dtype)
     if out.numel() == 0:
         return out
+    weight = as_rows(weight)  # panels are for the CPU's kernels
     left, flat = _rows(a, a.size(-1)), out.view(-1, shape[-1])
     added = None if residual is None else _rows(residual, shape[-1])
     run = _gated if activation == "silu_mul" else _single

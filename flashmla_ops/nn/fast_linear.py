@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
+
+from flashmla_ops.panels import PANEL, from_panels, to_panels
 
 
 class FastLinear(nn.Linear):
@@ -13,33 +20,110 @@ class FastLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if needs_grad or torch.is_autocast_enabled(input.device.type) or input.dtype != self.weight.dtype:
+        weight = self._stored()
+        needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        if needs_grad or torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype:
             return super().forward(input)
-        out: Tensor = torch.ops.flashmla.gemm(input, self.weight, self.bias)
+        out: Tensor = torch.ops.flashmla.gemm(input, weight, self.bias)
         return out
 
+    def _stored(self) -> Tensor:
+        return self.weight
 
-def fast_linear(model: nn.Module) -> int:
+
+class PanelLinear(FastLinear):
+    """A `FastLinear` whose weight is kept in panels, for inference: a buffer, which is no parameter.
+
+    state_dict is that of the original, and ``weight`` a copy in its shape, made at each access.
+    """
+
+    panels: Tensor  # [out_features / 16, in_features, 16]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return from_panels(self.panels)
+
+    def _stored(self) -> Tensor:
+        return self.panels
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with _unpacked(self):
+            nn.Linear._load_from_state_dict(self, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with _unpacked(self):
+            nn.Linear._apply(self, fn, recurse)
+        return self
+
+
+def fast_linear(model: nn.Module, *, panels: bool = False, keep: Collection[str] = ("kv_b_proj",)) -> int:
     """Swap every plain ``nn.Linear`` of ``model`` for `FastLinear`, in place; returns how many.
 
     Only layers whose class is exactly ``nn.Linear``, with floating weights on the CPU, are touched. No weight is copied
     or packed, so tied weights stay tied and ``state_dict`` is unchanged. `restore_linear` undoes it.
+
+    With ``panels``, for inference with four sequences or more at once, weights are moved into panels
+    (`flashmla_ops.panels`), layer by layer; ``state_dict`` stays what it was. Not those of a number of rows that is no
+    multiple of 16, those that have a second owner, and those of layers named in ``keep``, whose weights are read by
+    others (absorbed attention reads ``kv_b_proj``).
     """
-    return _swap(model, nn.Linear, FastLinear)
+    swapped = _swap(model, nn.Linear, FastLinear)
+    if panels:
+        owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+        for name, layer in model.named_modules():
+            if not isinstance(layer, FastLinear) or name.rpartition(".")[2] in keep:
+                continue
+            if owners[id(layer.weight)] == 1:
+                _pack(layer)
+    return swapped
 
 
 def restore_linear(model: nn.Module) -> int:
     """Undo `fast_linear`; returns how many layers were swapped back."""
+    for layer in model.modules():
+        if isinstance(layer, PanelLinear):
+            _unpack(layer)
     return _swap(model, FastLinear, nn.Linear)
 
 
 def _swap(model: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> int:
-    layers = [
-        layer
-        for layer in model.modules()
-        if type(layer) is old and layer.weight.is_floating_point() and layer.weight.device.type == "cpu"
-    ]
+    layers = [layer for layer in model.modules() if type(layer) is old and _is_served(layer.weight)]
     for layer in layers:
         layer.__class__ = new
     return len(layers)
+
+
+def _is_served(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.device.type == "cpu"
+
+
+def _pack(layer: nn.Linear) -> None:
+    weight = layer.weight
+    if not _is_served(weight) or weight.size(0) % PANEL != 0:
+        return
+    panels = to_panels(weight.detach())
+    del layer._parameters["weight"]
+    layer.__class__ = PanelLinear
+    layer.register_buffer("panels", panels, persistent=False)
+
+
+def _unpack(layer: nn.Linear) -> None:
+    weight = layer.weight
+    del layer._buffers["panels"]
+    layer._non_persistent_buffers_set.discard("panels")
+    layer.__class__ = FastLinear
+    # First, as in the layer that it was.
+    layer._parameters = {"weight": nn.Parameter(weight), **layer._parameters}
+
+
+@contextmanager
+def _unpacked(layer: nn.Linear) -> Iterator[None]:
+    _unpack(layer)
+    try:
+        yield
+    finally:
+        _pack(layer)

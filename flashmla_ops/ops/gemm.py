@@ -1,7 +1,9 @@
 """``flashmla::gemm`` and ``flashmla::bmm``: the products around attention, for the few rows of a decode step.
 
-``weight`` lies as in ``torch.nn.Linear``, [n, k]. Every weight is read once; scale, bias, activation and residual are
-applied before the result is rounded. With many rows torch's own product runs, followed by the same epilogue.
+``weight`` lies as in ``torch.nn.Linear``, [n, k], or in panels, [n / 16, k, 16], which are faster from four rows on
+(`flashmla_ops.panels.to_panels`). Every weight is read once; scale, bias, activation and residual are applied before
+the result is rounded. With many rows and a weight that is not in panels torch's own product runs, followed by the same
+epilogue.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.panels import PANEL
 
 OP = "gemm"
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
 WEIGHT_NAMES = "float32, bfloat16, float16 or int8"
+PANELS = f"[n / {PANEL}, k, {PANEL}]"
 
 
 def check(
@@ -44,15 +48,22 @@ def check(
     require(OP, "activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", activation)
     require(OP, "a", a.dim() >= 1, "shape [..., k]", f"{a.dim()} dimensions")
     require_float(OP, "a", a)
-    require_dims(OP, "weight", weight, "[n, k]")
+    panels = weight.dim() == 3
+    require(OP, "weight", weight.dim() == 2 or panels, f"shape [n, k] or {PANELS}", f"{weight.dim()} dimensions")
     known = weight.dtype in (*FLOATS, torch.int8)
     require(OP, "weight", known, WEIGHT_NAMES, dtype_name(weight.dtype))
     require_device(OP, "weight", weight, a.device)
-    require_contiguous_rows(OP, "weight", weight)
-    rows, k = weight.shape
+    if panels:
+        shaped = weight.size(2) == PANEL and weight.is_contiguous()
+        require(OP, "weight", shaped, f"contiguous {PANELS}", f"{list(weight.shape)}, strides {list(weight.stride())}")
+    else:
+        require_contiguous_rows(OP, "weight", weight)
+    rows, k = weight.size(0) * (PANEL if panels else 1), weight.size(1)
     require(OP, "a", a.size(-1) == k, f"rows of {k} elements, as weight", a.size(-1))
     gated = activation == "silu_mul"
-    require(OP, "weight", not gated or rows % 2 == 0, "an even number of rows with silu_mul", rows)
+    halves = weight.size(0) % 2 == 0
+    kind = "panels" if panels else "rows"
+    require(OP, "weight", not gated or halves, f"an even number of {kind} with silu_mul", weight.size(0))
     require(OP, "weight", weight_scale is not None or weight.dtype != torch.int8, "weight_scale with int8", "none")
     if weight_scale is not None:
         require_dims(OP, "weight_scale", weight_scale, "[n]")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmla_ops.panels import as_rows
+
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": torch.relu,
@@ -15,14 +17,14 @@ ACTIVATIONS = {
 
 def gemm(
     a: Tensor,  # [..., k]
-    weight: Tensor,  # [n, k]; [2 n, k] with silu_mul
+    weight: Tensor,  # [n, k] or in panels; with silu_mul of 2 n rows
     bias: Tensor | None = None,  # [n]; [2 n] with silu_mul
     residual: Tensor | None = None,  # [..., n]
     weight_scale: Tensor | None = None,  # [n]; [2 n] with silu_mul: a factor for each row of weight
     activation: str = "none",
 ) -> Tensor:  # [..., n] float64
     """activation(a weight^T * weight_scale + bias) + residual. silu_mul is silu(first half) * second half."""
-    product = a.double() @ weight.double().T
+    product = a.double() @ as_rows(weight).double().T
     if weight_scale is not None:
         product = product * weight_scale.double()
     if bias is not None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
 
-from flashmla_ops.nn import FastLinear, fast_linear, restore_linear
+from flashmla_ops.nn import FastLinear, PanelLinear, fast_linear, restore_linear
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 40), nn.SiLU(), nn.Linear(40, 8, bias=False)).to(dtype)
+    return nn.Sequential(nn.Linear(24, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("panels", [False, True])
 @torch.no_grad()
-def test_the_same_output(dtype: torch.dtype, rows: int) -> None:
+def test_the_same_output(dtype: torch.dtype, rows: int, panels: bool) -> None:
     model, x = mlp(dtype), torch.randn(2, rows, 24).to(dtype)
     expected = model(x)
-    assert fast_linear(model) == 2
+    assert fast_linear(model, panels=panels) == 2
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(model(x), expected, atol=rounding, rtol=rounding)
 
@@ -48,10 +52,11 @@ def test_training_goes_through_the_original() -> None:
     assert torch.equal(model[0].weight.grad, expected)
 
 
+@pytest.mark.parametrize("panels", [False, True])
 @torch.no_grad()
-def test_one_graph_for_any_number_of_rows() -> None:
+def test_one_graph_for_any_number_of_rows(panels: bool) -> None:
     model = mlp()
-    fast_linear(model)
+    fast_linear(model, panels=panels)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -59,3 +64,43 @@ def test_one_graph_for_any_number_of_rows() -> None:
         x = torch.randn(rows, 24)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_panels_leave_the_state_as_it_was() -> None:
+    model, x = mlp(), torch.randn(3, 24)
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    assert fast_linear(model, panels=True) == 2
+    assert type(model[0]) is type(model[2]) is PanelLinear
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    for assign in (False, True):
+        model.load_state_dict({name: 2 * tensor for name, tensor in state.items()}, assign=assign)
+        assert torch.equal(model[2].weight, 2 * state["2.weight"])
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state | {"2.weight": torch.ones(3, 3)})
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double().float()):
+        assert type(same[0]) is PanelLinear
+        torch.testing.assert_close(same(x), expected)
+    assert restore_linear(model) == 2
+    assert type(model[0]) is nn.Linear
+    assert list(model.state_dict()) == [name for name, _ in model.named_parameters()] == list(state)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_what_has_a_second_reader_is_not_packed() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(32, 8), "head": nn.Linear(8, 32, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    model["kv_b_proj"], model["odd"] = nn.Linear(8, 16), nn.Linear(8, 17)
+    assert fast_linear(model, panels=True) == 3
+    assert {type(model[name]) for name in ("head", "kv_b_proj", "odd")} == {FastLinear}
+    assert model["head"].weight is model["embedding"].weight
+
+
+def test_panels_pass_gradients_to_their_input() -> None:
+    model, x = mlp(), torch.randn(3, 24, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    fast_linear(model, panels=True)
+    (actual,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(actual, expected)

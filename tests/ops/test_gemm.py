@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from flashmla_ops import cpu, reference
-from flashmla_ops.errors import from_message
+from flashmla_ops.errors import ArgumentError, from_message
+from flashmla_ops.panels import from_panels, to_panels
 
 FLOATS = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
@@ -33,6 +34,7 @@ class GemmCase:
     bias: bool = False
     residual: bool = False
     strided: bool = False
+    panels: bool = False
     seed: int = 0
 
 
@@ -40,9 +42,10 @@ class GemmCase:
 def gemm_cases(draw: st.DrawFn) -> GemmCase:
     dtype = draw(st.sampled_from(FLOATS))
     weight_dtype = draw(st.sampled_from([None, "float32", "bfloat16", "int8"]))
+    panels = draw(st.booleans())
     return GemmCase(
-        m=draw(st.integers(0, 9) | st.sampled_from([31, 32, 33, 70])),
-        n=draw(st.integers(1, 140)),
+        m=draw(st.integers(0, 18) | st.sampled_from([31, 32, 33, 70, 129])),
+        n=draw(st.integers(1, 12).map(lambda panel: 16 * panel) if panels else st.integers(1, 140)),
         k=draw(st.integers(1, 70) | st.sampled_from([128, 1024, 1025, 2050, 4100])),
         dtype=dtype,
         weight_dtype=weight_dtype,
@@ -52,6 +55,7 @@ def gemm_cases(draw: st.DrawFn) -> GemmCase:
         bias=draw(st.booleans()),
         residual=draw(st.booleans()),
         strided=draw(st.booleans()),
+        panels=panels,
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 
@@ -76,7 +80,7 @@ def build(case: GemmCase) -> dict[str, Tensor | str | torch.dtype | None]:
         weight = normal(rows, case.k).to(getattr(torch, case.weight_dtype or case.dtype))
     return {
         "a": wide(normal(case.m, case.k).to(dtype), case.strided),
-        "weight": wide(weight, case.strided),
+        "weight": to_panels(weight) if case.panels else wide(weight, case.strided),
         "bias": normal(rows).to(dtype) if case.bias else None,
         "residual": wide(normal(case.m, case.n).to(out_dtype or dtype), case.strided) if case.residual else None,
         "weight_scale": torch.rand(rows, generator=generator) / 64 if case.scale else None,
@@ -98,7 +102,7 @@ def check(case: GemmCase) -> None:
         size = parts[..., : case.n] * parts[..., case.n :]
     else:
         size = reference.gemm(**magnitudes | {"activation": "none"}) + 3
-    many = 2 * UNIT[case.dtype] if case.m > 32 else 0.0
+    many = 2 * UNIT[case.dtype] if case.m > 32 and not case.panels else 0.0
     bound = (2.0**-21 + many) * size + 1.01 * UNIT[str(out_dtype).removeprefix("torch.")] * expected.abs() + 2.0**-24
     error = (actual.double() - expected).abs()
     assert (error <= bound).all(), f"error {(error / bound).max():.3g} of the bound: {case!r}"
@@ -118,6 +122,9 @@ def test_every_instruction_set(isa: str, dtype: str, weight_dtype: str | None) -
         for m in (1, 2, 3, 4, 5, 8, 32):
             check(GemmCase(m, 70, 1100, dtype, weight_dtype, None, "silu_mul", True, True, True, True))
             check(GemmCase(m, 3, 33, dtype, weight_dtype, None, "silu", True))
+        for m in (*range(1, 10), 12, 17, 31, 130):
+            check(GemmCase(m, 144, 1101, dtype, weight_dtype, None, "silu_mul", True, True, True, True, panels=True))
+            check(GemmCase(m, 16, 33, dtype, weight_dtype, None, "silu", True, panels=True))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -130,6 +137,8 @@ def test_small_integers_are_exact(dtype: str, m: int) -> None:
     expected = (a.long() @ weight.long().T).double()
     assert torch.equal(torch.ops.flashmla.gemm(a, weight).double(), expected)
     assert torch.equal(torch.ops.flashmla.gemm(a, weight, out_dtype=torch.float32).double(), expected)
+    panels = torch.ops.flashmla.gemm(a, to_panels(weight[:64]), out_dtype=torch.float32)
+    assert torch.equal(panels.double(), expected[:, :64])
     stacked = torch.ops.flashmla.bmm(torch.stack([a, a]), torch.stack([weight.T, weight.T]))
     assert torch.equal(stacked.double(), torch.stack([expected, expected]))
 
@@ -171,6 +180,7 @@ def test_opcheck(dtype: torch.dtype, m: int) -> None:
     residual = torch.randn(m, 12, dtype=dtype)
     opcheck(torch.ops.flashmla.gemm.default, (a, weight, bias, residual), {"activation": "silu_mul"})
     opcheck(torch.ops.flashmla.gemm.default, (a[None], weight), {"out_dtype": torch.float32})
+    opcheck(torch.ops.flashmla.gemm.default, (a, to_panels(weight[:16]), bias[:16]))
     opcheck(torch.ops.flashmla.bmm.default, (a.expand(3, m, 16), weight.T.expand(3, 16, 24)))
 
 
@@ -179,6 +189,10 @@ BAD = {
     "activation": ({"activation": "swish"}, "one of none, relu, gelu, silu, silu_mul"),
     "a": ({"a": torch.randn(2, 7)}, "rows of 8 elements, as weight"),
     "weight": ({"weight": torch.ones(6, 8, dtype=torch.int8)}, "weight_scale with int8"),
+    "dimensions of weight": ({"weight": torch.ones(8)}, "shape [n, k] or [n / 16, k, 16]"),
+    "panels": ({"weight": torch.ones(2, 8, 15)}, "contiguous [n / 16, k, 16]"),
+    "strides of panels": ({"weight": torch.ones(2, 16, 8).mT}, "contiguous [n / 16, k, 16]"),
+    "gates": ({"weight": torch.ones(3, 8, 16), "activation": "silu_mul"}, "an even number of panels with silu_mul"),
     "weight_scale": ({"weight_scale": torch.ones(5)}, "6 elements, as weight"),
     "bias": ({"bias": torch.ones(6, dtype=torch.bfloat16)}, "float32"),
     "residual": ({"residual": torch.ones(2, 5)}, "shape [2, 6]"),
@@ -195,7 +209,7 @@ def test_a_bad_argument_is_named(argument: str, device: str) -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.ops.flashmla.gemm(**inputs)
     error = from_message(str(raised.value))
-    assert (error.argument, error.expected) == (argument, expected)
+    assert (error.argument, error.expected) == (argument if argument in changed else "weight", expected)
 
 
 def test_a_gradient_is_refused() -> None:
@@ -204,3 +218,19 @@ def test_a_gradient_is_refused() -> None:
         torch.ops.flashmla.gemm(A, weight)
     with torch.no_grad():
         torch.ops.flashmla.gemm(A, weight)
+
+
+@given(st.integers(0, 4), st.integers(0, 9), st.sampled_from(["float32", "bfloat16", "int8"]))
+def test_panels_and_back(panels: int, k: int, dtype: str) -> None:
+    weight = torch.arange(16 * panels * k).view(16 * panels, k).to(getattr(torch, dtype))
+    packed = to_panels(weight)
+    assert packed.shape == (panels, k, 16)
+    assert packed.is_contiguous()
+    assert torch.equal(from_panels(packed), weight)
+
+
+def test_what_is_no_panel_is_named() -> None:
+    with pytest.raises(ArgumentError, match="a multiple of 16, got shape"):
+        to_panels(torch.ones(17, 3))
+    with pytest.raises(ArgumentError, match="argument 'panels': expected shape"):
+        from_panels(torch.ones(2, 3, 15))

@@ -49,8 +49,9 @@ extern "C" int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* ru
   const Kernels& active = kernels();
   char* packed = arena.reserve(size_t(active.gemm_packed_bytes(*call)));
   if (packed == nullptr) return out_of_memory("gemm", message);
-  for (int64_t row = 0; row < call->m; row += active.gemm_rows) {
-    GemmPass pass{active, *call, row, std::min(active.gemm_rows, call->m - row), packed};
+  const int64_t rows = active.gemm_rows(*call);
+  for (int64_t row = 0; row < call->m; row += rows) {
+    GemmPass pass{active, *call, row, std::min(rows, call->m - row), packed};
     active.gemm_pack(*call, pass.row, pass.rows, packed);
     const FlashmlaBody body = [](int64_t begin, int64_t end, void* context) {
       const GemmPass& p = *static_cast<const GemmPass*>(context);

@@ -9,6 +9,7 @@
 #include "flashmla/attend.h"
 #include "flashmla/bmm.h"
 #include "flashmla/finish.h"
+#include "flashmla/gemm_panels.h"
 #if defined(__AVX512F__)
 #include "flashmla/isa/avx512.h"
 #elif defined(__AVX2__)
@@ -33,22 +34,31 @@ using Isa = Emulated;
 using Isa = Portable<4, false>;
 #endif
 
+template <template <class, class, bool> class Product, class F>
+auto with_types(const FlashmlaGemm& call, F f) {
+  if constexpr (Isa::pairs) {
+    if (call.a_dtype == FLASHMLA_BF16 && call.weight_dtype == FLASHMLA_BF16) return f(Product<Isa, bf16, true>(call));
+    if (call.a_dtype == FLASHMLA_BF16 && call.weight_dtype == FLASHMLA_I8) return f(Product<Isa, i8, true>(call));
+  }
+  if (call.weight_dtype == FLASHMLA_I8) return f(Product<Isa, i8, false>(call));
+  return with_element(call.weight_dtype, [&](auto w) { return f(Product<Isa, decltype(w), false>(call)); });
+}
 template <class F>
 auto with_gemm(const FlashmlaGemm& call, F f) {
-  if constexpr (Isa::pairs) {
-    if (call.a_dtype == FLASHMLA_BF16 && call.weight_dtype == FLASHMLA_BF16) return f(Gemm<Isa, bf16, true>(call));
-    if (call.a_dtype == FLASHMLA_BF16 && call.weight_dtype == FLASHMLA_I8) return f(Gemm<Isa, i8, true>(call));
-  }
-  if (call.weight_dtype == FLASHMLA_I8) return f(Gemm<Isa, i8, false>(call));
-  return with_element(call.weight_dtype, [&](auto w) { return f(Gemm<Isa, decltype(w), false>(call)); });
+  return call.weight_panels ? with_types<PanelGemm>(call, f) : with_types<Gemm>(call, f);
 }
 
+int64_t gemm_rows(const FlashmlaGemm& call) {
+  return with_gemm(call, [](auto gemm) { return gemm.kRows; });
+}
 int64_t gemm_packed_bytes(const FlashmlaGemm& call) {
-  return with_gemm(call, [&](auto gemm) { return gemm.packed_bytes(call); });
+  return with_gemm(
+      call, [&](auto gemm) { return decltype(gemm)::Rows::bytes(call.m < gemm.kRows ? call.m : gemm.kRows, call.k); });
 }
 void gemm_pack(const FlashmlaGemm& call, int64_t row, int64_t rows, char* packed) {
   with_gemm(call, [&](auto gemm) {
-    with_element(call.a_dtype, [&](auto a) { gemm.template pack<decltype(a)>(row, rows, packed); });
+    with_element(call.a_dtype,
+                 [&](auto a) { decltype(gemm)::Rows::template pack<decltype(a)>(call, row, rows, packed); });
   });
 }
 void gemm_run(const FlashmlaGemm& call, int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) {
@@ -93,7 +103,7 @@ const Kernels FLASHMLA_CONCAT(kernels_, FLASHMLA_ISA) = {
     .attend = FLASHMLA_ISA::attend,
     .finish = FLASHMLA_ISA::finish,
     .merge = FLASHMLA_ISA::merge,
-    .gemm_rows = FLASHMLA_ISA::kGemmRows,
+    .gemm_rows = FLASHMLA_ISA::gemm_rows,
     .gemm_packed_bytes = FLASHMLA_ISA::gemm_packed_bytes,
     .gemm_pack = FLASHMLA_ISA::gemm_pack,
     .gemm_run = FLASHMLA_ISA::gemm_run,

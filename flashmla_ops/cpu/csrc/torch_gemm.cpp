@@ -42,15 +42,25 @@ std::vector<int64_t> check_gemm(const GemmArguments& g) {
   const bool gated = activation_of(check, g.activation) == FLASHMLA_SILU_MUL;
   if (g.a.dim() < 1) check.fail("a", "shape [..., k]", "0 dimensions");
   check.floating("a", g.a);
-  check.dims("weight", g.weight, 2, "[n, k]");
+  const bool panels = g.weight.dim() == 3;
+  if (g.weight.dim() != 2 && !panels) {
+    check.fail("weight", "shape [n, k] or [n / 16, k, 16]", text(g.weight.dim(), " dimensions"));
+  }
   if (g.weight.scalar_type() != ScalarType::Char && !is_floating(g.weight.scalar_type())) {
     check.fail("weight", "float32, bfloat16, float16 or int8", name_of(g.weight.scalar_type()));
   }
   check.on_cpu("weight", g.weight);
-  check.contiguous_rows("weight", g.weight);
-  const int64_t rows = g.weight.size(0), k = g.weight.size(1);
+  if (!panels) check.contiguous_rows("weight", g.weight);
+  if (panels && (g.weight.size(2) != FLASHMLA_PANEL || !g.weight.is_contiguous())) {
+    const std::string strides = text("[", g.weight.stride(0), ", ", g.weight.stride(1), ", ", g.weight.stride(2), "]");
+    check.fail("weight", "contiguous [n / 16, k, 16]", text(shape_of(g.weight), ", strides ", strides));
+  }
+  const int64_t rows = g.weight.size(0) * (panels ? FLASHMLA_PANEL : 1), k = g.weight.size(1);
   if (g.a.size(-1) != k) check.fail("a", text("rows of ", k, " elements, as weight"), text(g.a.size(-1)));
-  if (gated && rows % 2 != 0) check.fail("weight", "an even number of rows with silu_mul", text(rows));
+  if (gated && g.weight.size(0) % 2 != 0) {
+    check.fail("weight", text("an even number of ", panels ? "panels" : "rows", " with silu_mul"),
+               text(g.weight.size(0)));
+  }
   if (!g.weight_scale && g.weight.scalar_type() == ScalarType::Char) {
     check.fail("weight", "weight_scale with int8", "none");
   }
@@ -111,6 +121,7 @@ Tensor gemm_in(const GemmArguments& g, const std::vector<int64_t>& shape, const 
   call.a_dtype = dtype_of(a), call.weight_dtype = dtype_of(weight), call.out_dtype = dtype_of(out);
   call.a = rows.tensor.const_data_ptr(), call.a_stride = rows.stride;
   call.weight = weight.const_data_ptr(), call.weight_stride = weight.stride(0);
+  call.weight_panels = weight.dim() == 3;
   call.weight_scale = weight_scale ? weight_scale->const_data_ptr<float>() : nullptr;
   call.bias = bias ? bias->const_data_ptr() : nullptr;
   call.residual = added ? added->tensor.const_data_ptr() : nullptr, call.residual_stride = added ? added->stride : 0;
@@ -119,7 +130,7 @@ Tensor gemm_in(const GemmArguments& g, const std::vector<int64_t>& shape, const 
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
   const bool epilogue = call.activation != FLASHMLA_NONE || bias || residual || weight_scale;
-  if (call.m <= FLASHMLA_SMALL_ROWS) {
+  if (call.m <= FLASHMLA_SMALL_ROWS || call.weight_panels) {
     raise_if(flashmla_gemm(&call, &threads, message), message);
     return out;
   }

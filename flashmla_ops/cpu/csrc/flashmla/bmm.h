@@ -25,7 +25,7 @@ public:
 
   // Scratch of one thread.
   static int64_t scratch_bytes(const FlashmlaBmm& call) {
-    if (call.weight_along_k) return AlongK::packed_bytes(along_k(call, 0));
+    if (call.weight_along_k) return AlongK::Rows::bytes(call.m < AlongK::kRows ? call.m : AlongK::kRows, call.k);
     return round_up(call.m, kRows) * Bmm(call).units_ * int64_t{sizeof(Unit)};
   }
 
@@ -49,9 +49,9 @@ private:
   void run_along_k(int64_t index, char* scratch) const {
     const FlashmlaGemm gemm = along_k(call_, index);
     const AlongK product(gemm, static_cast<const T*>(gemm.weight) + call_.weight_stride[0]);
-    for (int64_t m = 0; m < call_.m; m += kGemmRows) {
-      const int64_t rows = call_.m - m < kGemmRows ? call_.m - m : kGemmRows;
-      product.template pack<T>(m, rows, scratch);
+    for (int64_t m = 0; m < call_.m; m += AlongK::kRows) {
+      const int64_t rows = call_.m - m < AlongK::kRows ? call_.m - m : AlongK::kRows;
+      AlongK::Rows::template pack<T>(gemm, m, rows, scratch);
       product.run(m, rows, scratch, 0, call_.n);
     }
   }

@@ -2,14 +2,11 @@
 // the work is divided by weight rows; a few of them at a time, each read along itself, meet rows of a in registers.
 #pragma once
 
-#include <type_traits>
-
 #include "flashmla/gemm_epilogue.h"
-#include "flashmla/scratch.h"
+#include "flashmla/gemm_rows.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
-constexpr int kGemmRows = 32;             // rows of a that one pass over the weights serves
 constexpr int64_t kGemmNear = 32 << 10;   // bytes of a that weights meet at a time, so that they stay near the core
 constexpr int64_t kPage = 4096;           // bytes; prefetchers of a processor stop at its end
 constexpr int64_t kGemmAhead = 16 << 10;  // bytes of weights between what is multiplied and what is fetched, at least
@@ -18,9 +15,14 @@ constexpr int64_t kGemmAhead = 16 << 10;  // bytes of weights between what is mu
 // that a stays as it is.
 template <class Isa, class W, bool PAIRS>
 class Gemm {
+public:
+  using Rows = GemmRows<Isa, PAIRS>;
+  static constexpr int64_t kRows = 32;  // rows of a that one pass over the weights serves
+
+private:
   using F = typename Isa::F;
   static constexpr bool pairs = PAIRS;
-  using Packed = std::conditional_t<pairs, bf16, float>;
+  using Packed = typename Rows::Packed;
   static constexpr int kStep = pairs ? 2 * Isa::W : Isa::W;  // elements of k in a vector
   static constexpr int kLine = 64 / sizeof(W);               // and in a cache line of weights
   static constexpr int kVectors = kLine / kStep;
@@ -29,34 +31,11 @@ public:
   // after: the weights that are read when these have been, if they do not follow in memory.
   explicit Gemm(const FlashmlaGemm& call, const W* after = nullptr) : call_(call), after_(after) {}
 
-  // A vector more than k needs: rows of a, at multiples of 4 KB, would all fall into the same set of L1.
-  static int64_t packed_stride(int64_t k) { return round_up(k, 2 * Isa::W) + 2 * Isa::W; }
-  static int64_t packed_bytes(const FlashmlaGemm& call) {
-    return (call.m < kGemmRows ? call.m : kGemmRows) * packed_stride(call.k) * int64_t{sizeof(Packed)};
-  }
-
-  // Rows [row, row + rows) of a in the type they are multiplied in, padded with zeros.
-  template <class A>
-  void pack(int64_t row, int64_t rows, char* memory) const {
-    Packed* to = reinterpret_cast<Packed*>(memory);
-    for (int64_t m = 0; m < rows; m++, to += packed_stride(call_.k)) {
-      const A* from = static_cast<const A*>(call_.a) + (row + m) * call_.a_stride;
-      int64_t i = 0;
-      if constexpr (pairs) {
-        std::memcpy(to, from, size_t(call_.k) * sizeof(A)), i = call_.k;
-      } else {
-        for (; i + Isa::W <= call_.k; i += Isa::W) Isa::store(to + i, Isa::load(from + i));
-        for (; i < call_.k; i++) to[i] = to_float(from[i]);
-      }
-      for (; i < packed_stride(call_.k); i++) to[i] = Packed{};
-    }
-  }
-
   // Columns [begin, end) of out, for rows [row, row + rows).
   void run(int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) const {
     const bool gated = call_.activation == FLASHMLA_SILU_MUL;
     const Epilogue<Isa> epilogue(call_);
-    float sums[2][kGemmRows * kGemmColumns];
+    float sums[2][kRows * kGemmColumns];
     for (int64_t n = begin; n < end; n += kGemmColumns) {
       const int64_t columns = end - n < kGemmColumns ? end - n : kGemmColumns;
       multiply(reinterpret_cast<const Packed*>(packed), rows, n, columns, sums[0]);
@@ -84,7 +63,7 @@ private:
 
   // sums [rows, kGemmColumns] = packed rows x weight rows [n, n + columns).
   void multiply(const Packed* a, int64_t rows, int64_t n, int64_t columns, float* sums) const {
-    alignas(64) float partial[kGemmRows * kGemmColumns * Isa::W];  // a vector for each sum
+    alignas(64) float partial[kRows * kGemmColumns * Isa::W];  // a vector for each sum
     const bool grouped = rows > Isa::gemm_m;
     const int64_t depth = depth_of(grouped ? Isa::gemm_group : rows);
     const W* weight = static_cast<const W*>(call_.weight) + n * call_.weight_stride;
@@ -149,7 +128,7 @@ private:
         const int64_t count = (rows - m + groups - group - 1) / (groups - group);
         with_rows<Isa::gemm_group>(count, [&](auto M) {
           const Fetch fetch = group < 2 ? Fetch{kTiles, 1, group} : Fetch{kTiles, 0, 1};
-          run_tiles<R, M()>(strip, begin, end, fetch, a + m * packed_stride(call_.k),
+          run_tiles<R, M()>(strip, begin, end, fetch, a + m * Rows::stride(call_.k),
                             partial + m * kGemmColumns * Isa::W);
         });
         m += count;
@@ -194,7 +173,7 @@ private:
       }
     };
     for_sums([&](F& sum, const float* from) { sum = strip.first ? F{} : Isa::load(from); });
-    const int64_t stride = packed_stride(call_.k), w_stride = apart * call_.weight_stride, depth = strip.depth;
+    const int64_t stride = Rows::stride(call_.k), w_stride = apart * call_.weight_stride, depth = strip.depth;
     const W* w = strip.weight + first * call_.weight_stride;
     int64_t i = 0;
     for (; i + kLine <= depth; i += kLine) {

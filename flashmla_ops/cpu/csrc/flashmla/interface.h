@@ -98,7 +98,8 @@ struct FlashmlaGemm {
   const void* a;
   int64_t a_stride;  // between rows; the last dimension is contiguous, here and below
   const void* weight;
-  int64_t weight_stride;
+  int64_t weight_stride;      // unless in panels: between rows
+  int weight_panels;          // weight is [n / 16, k, 16], contiguous: 16 rows at a time, transposed
   const float* weight_scale;  // a factor for each row of weight, or null
   const void* bias;           // of a's type, or null
   const void* residual;       // [m, n] of out's type, or null
@@ -139,6 +140,7 @@ struct FlashmlaRuntime {
 };
 
 enum {
+  FLASHMLA_PANEL = 16,       // rows of weight in a panel of a gemm
   FLASHMLA_MESSAGE = 512,    // bytes of an error message, the final zero included
   FLASHMLA_SMALL_ROWS = 32,  // more rows than this are left to a general product
   FLASHMLA_MAX_PARTS = 1024  // parts of a schedule, and states of one merge: their factors lie on the stack

@@ -39,10 +39,10 @@ struct Kernels {
   // Merge rows [begin, end) of the flattened [b, s_q, h_q].
   void (*merge)(const FlashmlaMerge& call, int64_t begin, int64_t end);
   // Rows [row, row + rows) of a, as gemm_run wants them: at most gemm_rows at a time.
-  int64_t gemm_rows;
+  int64_t (*gemm_rows)(const FlashmlaGemm& call);
   int64_t (*gemm_packed_bytes)(const FlashmlaGemm& call);
   void (*gemm_pack)(const FlashmlaGemm& call, int64_t row, int64_t rows, char* packed);
-  // Columns [begin, end) of those rows of out.
+  // Columns [begin, end) of those rows of out; begin is a multiple of 16, end too if it is not n.
   void (*gemm_run)(const FlashmlaGemm& call, int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end);
   void (*gemm_epilogue)(const FlashmlaGemm& call, const void* product, FlashmlaDType dtype, int64_t begin, int64_t end);
   int64_t (*bmm_scratch_bytes)(const FlashmlaBmm& call);

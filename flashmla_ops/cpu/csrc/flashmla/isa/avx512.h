@@ -62,7 +62,13 @@ struct Avx512 : Portable<16, PAIRS> {
   static U interleave(const bf16* first, const bf16* second) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
-    return (U)_mm512_permutex2var_epi16(_mm512_castsi256_si512(a), (__m512i)alternating(), _mm512_castsi256_si512(b));
+    return (U)_mm512_permutex2var_epi16(_mm512_castsi256_si512(a), (__m512i)alternating<32>(),
+                                        _mm512_castsi256_si512(b));
+  }
+
+  static U interleave(const i8* first, const i8* second) {
+    const __m512i words = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(second), (__m512)load(first));
+    return (U)_mm512_permutexvar_epi16((__m512i)alternating<16>(), words);
   }
 
   template <int N>
@@ -105,9 +111,13 @@ private:
     return x;
   }
   using Words = typename VectorOf<uint16_t, 32>::type;
-  static Words alternating() {  // 0, 32, 1, 33, ...: word i of the first operand, then word i of the second
-    return Words{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  // Word i of the first operand, then word i of what begins DISTANCE words later.
+  template <int DISTANCE>
+  static Words alternating() {
+    Words order;
+#pragma GCC unroll 32
+    for (int i = 0; i < 32; i++) order[i] = uint16_t(i / 2 + i % 2 * DISTANCE);
+    return order;
   }
 #endif
 

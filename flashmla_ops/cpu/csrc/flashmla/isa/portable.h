@@ -102,6 +102,8 @@ struct Portable {
   // Pairs (first[i], second[i]): what a product over two tokens takes.
   static U interleave(const bf16* first, const bf16* second) { return widen(first) | (widen(second) << 16); }
 
+  static U interleave(const i8* first, const i8* second) { return pack(load(first), load(second)); }
+
   // N units from p on, again and again.
   template <int N>
   static U repeated(const bf16* p) {

@@ -1,0 +1,194 @@
+// Products with weights in panels of 16 weight rows, transposed: [n / 16, k, 16]. Lanes are columns of out, and
+// elements of a are broadcast, so that a weight is loaded once for all rows of a and nothing is added up across lanes:
+// eight rows compute half as fast again as with weights that lie along k, and any number of rows can be served.
+#pragma once
+
+#include "flashmla/gemm_epilogue.h"
+#include "flashmla/gemm_rows.h"
+#include "flashmla/tiles.h"
+
+namespace flashmla::FLASHMLA_ISA {
+
+// PAIRS: a in bf16, weights in bf16 or int8 and a processor that multiplies pairs, as in Gemm.
+template <class Isa, class W, bool PAIRS>
+class PanelGemm {
+public:
+  using Rows = GemmRows<Isa, PAIRS>;
+  static constexpr int64_t kRows = 128;  // rows of a that one pass over the weights serves
+
+private:
+  using F = typename Isa::F;
+  using Packed = typename Rows::Packed;
+  using M = Mac<Isa, Packed>;
+  using V = typename M::V;
+  static constexpr int kPerUnit = PAIRS ? 2 : 1;      // elements of k that a lane takes at once
+  static constexpr int kColumns = FLASHMLA_PANEL;     // of a panel
+  static constexpr int kVectors = kColumns / Isa::W;  // of a row of a panel
+  static constexpr int kStep = kPerUnit * kColumns;   // weights of a panel that are multiplied at once
+  static constexpr int kLine = 64 / (kStep * sizeof(W)) > 1 ? 64 / (kStep * sizeof(W)) : 1;  // units in a cache line
+  static constexpr int kTileRows = Isa::qk_m;  // rows of a, at most, whose sums stay in registers
+  static constexpr int64_t kAhead = 2 << 10;   // bytes of a panel between what is multiplied and fetched
+  static constexpr int64_t kChunk = 32 << 10;  // bytes of a panel that stay near for several tiles of rows
+
+  // Panels that meet `rows` rows of a at once: as many as there are accumulators for.
+  static constexpr int panels(int rows) {
+    const int most = Isa::qk_m * Isa::qk_n / (rows * kVectors);
+    return most > 8 ? 8 : most > 1 ? most : 1;
+  }
+
+public:
+  explicit PanelGemm(const FlashmlaGemm& call) : call_(call) {}
+
+  // Columns [begin, end) of out, multiples of 16, for rows [row, row + rows), at most kRows.
+  void run(int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) const {
+    const Packed* a = reinterpret_cast<const Packed*>(packed);
+    if (rows > kTileRows) {
+      run_columns<panels(kTileRows)>(
+          begin, end,
+          [&](auto N, const W* weight, const W* next, float* sums) {
+            multiply_groups<N()>(a, rows, weight, next, sums);
+          },
+          row, rows);
+    } else {
+      with_rows<kTileRows>(rows, [&](auto R) {
+        run_columns<panels(R())>(
+            begin, end,
+            [&](auto N, const W* weight, const W* next, float* sums) {
+              tile<R(), N()>(a, weight, call_.k, true, Fetch{kAhead / int64_t{sizeof(W)}, next, 1, 0}, sums);
+            },
+            row, rows);
+      });
+    }
+  }
+
+private:
+  // What to fetch into L2 while a chunk is multiplied: what lies `ahead` weights ahead while that is in the chunk, then
+  // what follows from `next` on; of its lines those whose number, modulo `shares`, a power of two, is `turn`.
+  struct Fetch {
+    int64_t ahead;
+    const W* next;
+    int64_t shares, turn;
+  };
+
+  // Calls f(rows) with a constant.
+  template <int R, class Call>
+  static void with_rows(int64_t rows, Call f) {
+    if constexpr (R > 1) {
+      if (rows < R) return with_rows<R - 1>(rows, f);
+    }
+    f(std::integral_constant<int, R>{});
+  }
+
+  // multiply(panels, weight, the weights read next, sums) for N panels at a time, then one by one.
+  template <int N, class Multiply>
+  void run_columns(int64_t begin, int64_t end, Multiply multiply, int64_t row, int64_t rows) const {
+    int64_t n = begin;
+    for (; n + N * kColumns <= end; n += N * kColumns) finish<N>(n, multiply, row, rows);
+    if constexpr (N > 1) {
+      for (; n < end; n += kColumns) finish<1>(n, multiply, row, rows);
+    }
+  }
+  template <int N, class Multiply>
+  void finish(int64_t n, Multiply multiply, int64_t row, int64_t rows) const {
+    constexpr int64_t kSums = int64_t{kColumns} * (kRows * panels(kTileRows) > 8 ? kRows * panels(kTileRows) : 8);
+    alignas(64) float sums[2][kSums];
+    const std::integral_constant<int, N> count;
+    const W *weight = panel(n), *next = panel(n + N * kColumns);
+    if (call_.activation == FLASHMLA_SILU_MUL) {
+      const W* gates = panel(call_.n + n);
+      multiply(count, weight, gates, sums[0]);
+      multiply(count, gates, next, sums[1]);
+    } else {
+      multiply(count, weight, next, sums[0]);
+    }
+    const Epilogue<Isa> epilogue(call_);
+    for (int64_t m = 0; m < rows; m++) {
+      const int64_t at = m * N * kColumns;
+      epilogue.finish(row + m, n, N * kColumns, sums[0] + at, sums[1] + at);
+    }
+  }
+  const W* panel(int64_t column) const { return static_cast<const W*>(call_.weight) + column * call_.k; }
+
+  // More rows than a tile has: in groups as even as can be, which meet a chunk of the panels in turns and share the
+  // fetching of the next, so that DRAM is busy while they multiply.
+  template <int N>
+  void multiply_groups(const Packed* a, int64_t rows, const W* weight, const W* next, float* sums) const {
+    constexpr int64_t kDepth = kChunk / (kColumns * int64_t{sizeof(W)});
+    const int64_t groups = (rows + kTileRows - 1) / kTileRows, shares = groups < 4 ? 2 : 4;
+    for (int64_t k = 0; k < call_.k || k == 0; k += kDepth) {
+      const bool last = k + kDepth >= call_.k;
+      const W* w = weight + k * kColumns;
+      const int64_t depth = last ? call_.k - k : kDepth;
+      for (int64_t group = 0, m = 0; group < groups; group++) {
+        const int64_t count = (rows - m + groups - group - 1) / (groups - group);
+        const Fetch fetch{0, last ? next : w + kDepth * kColumns, shares, group};
+        with_rows<kTileRows>(count, [&](auto R) {
+          tile<R(), N>(a + m * Rows::stride(call_.k) + k, w, depth, k == 0, fetch, sums + m * N * kColumns);
+        });
+        m += count;
+      }
+    }
+  }
+
+  // sums [R, N panels] (+)= R rows of a x N panels, over `depth` elements of k.
+  template <int R, int N>
+  __attribute__((noinline)) void tile(const Packed* a, const W* weight, int64_t depth, bool first, const Fetch& fetch,
+                                      float* sums) const {
+    constexpr int kN = N * kVectors;
+    const int64_t stride = call_.k * kColumns;  // between panels
+    F c[R][kN];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int n = 0; n < kN; n++) c[r][n] = first ? F{} : Isa::load(sums + (r * kN + n) * Isa::W);
+    Cursor<typename M::Unit, R> at(a, Rows::stride(call_.k) * int64_t{sizeof(Packed)});
+    const auto step = [&](auto load) __attribute__((always_inline)) {
+      V v[kN];
+#pragma GCC unroll 16
+      for (int n = 0; n < kN; n++) v[n] = load(n);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int n = 0; n < kN; n++) c[r][n] = M::template mac<kN == 1>(c[r][n], v[n], at.row(r));
+      at.advance();
+    };
+    const W *w = weight, *const whole = weight + depth / kPerUnit * kStep;
+    // First the part whose distant weights are in the chunk, then the rest.
+    const W* stop = fetch.ahead > 0 && fetch.ahead < whole - weight ? whole - fetch.ahead : weight;
+    int64_t distance = fetch.ahead, u = 0;
+    const int64_t mask = fetch.shares * kLine - 1, turn = fetch.turn * kLine;
+    for (;;) {
+      for (; w < stop; w += kStep, u++) {
+        if ((u & mask) == turn) {
+#pragma GCC unroll 8
+          for (int n = 0; n < N; n++) __builtin_prefetch(w + n * stride + distance, 0, 2);
+        }
+        step([&](int n) __attribute__((always_inline)) {
+          const W* row = w + n / kVectors * stride + n % kVectors * Isa::W;
+          return value(row, row + kColumns);
+        });
+      }
+      if (w == whole) break;
+      stop = whole, distance = fetch.next - w;
+    }
+    if (depth % kPerUnit != 0) {  // pairs, and an odd k
+      static constexpr W kZeros[kColumns] = {};
+      step([&](int n) { return value(w + n / kVectors * stride + n % kVectors * Isa::W, kZeros); });
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int n = 0; n < kN; n++) Isa::store(sums + (r * kN + n) * Isa::W, c[r][n]);
+  }
+
+  static V value(const W* one, const W* two) {
+    if constexpr (PAIRS) {
+      return Isa::interleave(one, two);
+    } else {
+      return Isa::load(one);
+    }
+  }
+  const FlashmlaGemm& call_;
+};
+
+}  // namespace flashmla::FLASHMLA_ISA
