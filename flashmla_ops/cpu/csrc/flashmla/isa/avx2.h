@@ -10,7 +10,7 @@ namespace flashmla::FLASHMLA_ISA {
 struct Avx2 : Portable<8, false> {
   // 12 accumulators each: 2 FMA a cycle with a latency of 4 need at least 8. 6 x 2 leaves 2 registers for the rows and
   // 1 for the broadcast; 4 x 3 leaves 3 and 1, and 4 divides every padded number of rows.
-  static constexpr int qk_m = 6, qk_n = 2, pv_m = 4, pv_n = 3;
+  static constexpr int qk_m = 6, qk_n = 2, pv_m = 4, pv_n = 3, panel_m = 6, panel_n = 2;
   // 72 is a multiple of qk_m, and 72 rows of 576 floats (166 KB) stay in a 512 KB L2 beside the accumulators.
   static constexpr int block = 72;
 

@@ -14,7 +14,7 @@ struct Avx512 : Portable<16, PAIRS> {
   using typename Base::F, typename Base::U, typename Base::I;
   // At least 12 accumulators: 2 products a cycle with a latency of 6. 16 tokens a tile divide every usual page size.
   static constexpr int qk_m = 8, qk_n = 2, pv_m = 8, pv_n = 3, pair_m = 16, pair_n = 1;
-  static constexpr int gemm_m = 6, gemm_group = 4, gemm_sums = 24;
+  static constexpr int gemm_m = 6, gemm_group = 4, gemm_sums = 24, panel_m = 12, panel_n = 2;
   static constexpr int block = 128, step = 24;  // step: at 16 heads 8 is no better, 48 is 4 % worse
 
   using Base::load, Base::max, Base::store;

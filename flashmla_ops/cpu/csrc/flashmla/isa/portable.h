@@ -27,6 +27,8 @@ struct Portable {
   static constexpr int pair_m = 4, pair_n = 2;  // pv_m and pv_n for pairs, whose vectors take work to make
   // Rows of a that weight rows meet at once, in how large groups more of them do, and sums kept for them.
   static constexpr int gemm_m = 4, gemm_group = 4, gemm_sums = 12;
+  // Rows of a that panels of weights meet at once, and vectors of columns for so many.
+  static constexpr int panel_m = 4, panel_n = 4;
   static constexpr int block = 64;  // tokens staged at a time
   // How often a tile's loop stops for prefetches; 0: never. With 16 registers, gcc 12 would spill the accumulators.
   static constexpr int step = 0;
