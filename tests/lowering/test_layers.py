@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 import lowering
+from flashmla_ops.nn import fast_linear
+from lowering.program import Program
 from tests.lowering.compiled import Compiled
 from tests.lowering.layers import gqa_inputs, gqa_layer, mla_inputs, mla_layer
 
@@ -76,3 +78,17 @@ def test_no_part_of_an_absorbed_query_is_copied() -> None:
     assert len(pieces) == 3
     assert sum(line.strip().startswith("torch.ops.flashmla.bmm.out(") for line in writes) == 1
     assert len(writes) == 2, writes
+
+
+@pytest.mark.parametrize("panels", [False, True])
+def test_fast_linears_are_calls_of_the_library(panels: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 64), torch.nn.SiLU(), torch.nn.Linear(64, 32, bias=False))
+    fast_linear(model, panels=panels)
+    compiled = Compiled(model)
+    with torch.no_grad():
+        for rows in (4, 40):
+            x = torch.randn(rows, 24)
+            torch.testing.assert_close(compiled(x), model(x))
+    program = Program.joined(compiled.sources[:1])
+    assert [step.name for step in program.steps if step.kind != "kernel"] == ["flashmla.gemm.out"] * 2
