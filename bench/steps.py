@@ -21,6 +21,7 @@ from bench.suite import DTYPES, Bound, Peer, describe, make_problem
 PAGE_SIZE = 64
 #: The query weights are enlarged by this, so that attention picks tokens and a wrong one shows in the logits.
 SHARPNESS = 5.0
+PANELS = "panels"  # the group of cases whose linear layers have their weights in panels
 #: Largest relative error of the logits. Four products follow each other in every layer, each rounded to bf16.
 TOLERANCE = {"bf16": 6e-2, "fp32": 1e-3}
 
@@ -31,6 +32,7 @@ class StepCase:
     dtype: str
     mode: str  # eager or compiled
     b: int = 1
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class StepInputs:
         return cache
 
     def step(self, forward: Callable[..., Any], cache: Any, undo: Callable[[], object]) -> Bound:
-        """A step of one token that forgets the token again: every call finds the cache as it was. Returns logits."""
-        token, position = torch.tensor([[5]]), torch.tensor([[self.case.s_kv]])
+        """A step of a token a sequence that forgets it again: every call finds the cache as it was. Returns logits."""
+        token, position = torch.full((self.case.b, 1), 5), torch.full((self.case.b, 1), self.case.s_kv)
 
         def step() -> Tensor:
             logits: Tensor = forward(token, past_key_values=cache, position_ids=position).logits
@@ -94,6 +96,10 @@ def exact(inputs: StepInputs) -> Tensor:
 
 
 def bind_ours(inputs: StepInputs) -> Bound:
+    return bind_flashmla(inputs, panels=inputs.case.group == PANELS)
+
+
+def bind_flashmla(inputs: StepInputs, *, panels: bool = False) -> Bound:
     """Absorbed attention over a paged cache, and linears on `flashmla::gemm`; compiled by our backend, or eager."""
     from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, enable
     from flashmla_ops.nn import fast_linear
@@ -101,7 +107,7 @@ def bind_ours(inputs: StepInputs) -> Bound:
 
     model = inputs.sharing_weights()
     enable(model)
-    fast_linear(model)
+    fast_linear(model, panels=panels)
     if inputs.case.mode == "eager":
         n_pages = inputs.case.b * (inputs.case.s_kv // PAGE_SIZE + 1)
         cache = inputs.fill(PagedLatentCache(model, n_pages=n_pages, page_size=PAGE_SIZE))

@@ -7,8 +7,8 @@ from functools import partial
 
 from bench import steps
 from bench.peers import transformers_mla
-from bench.steps import StepCase
-from bench.suite import Suite
+from bench.steps import StepCase, StepInputs
+from bench.suite import Peer, Suite
 
 NAME = "end_to_end"
 
@@ -17,7 +17,19 @@ def cases(quick: bool) -> list[StepCase]:
     if quick:
         return [StepCase(1024, "bf16", "eager")]
     shapes = itertools.product(("bf16", "fp32"), ("eager", "compiled"), (1024, 4096, 16384))
-    return [StepCase(s_kv, dtype, mode) for dtype, mode, s_kv in shapes]
+    batches = itertools.product(("bf16", "fp32"), ("eager", "compiled"))
+    return [
+        *(StepCase(s_kv, dtype, mode) for dtype, mode, s_kv in shapes),
+        *(StepCase(1024, dtype, mode, 8, steps.PANELS) for dtype, mode in batches),
+    ]
 
 
-SUITE = Suite(NAME, "a decode step of a whole model", cases, partial(steps.problem, NAME), transformers_mla.PEERS)
+def rows_already(inputs: StepInputs) -> str | None:
+    return None if inputs.case.group == steps.PANELS else "the case itself"
+
+
+PEERS = (
+    *transformers_mla.PEERS,
+    Peer("flashmla, no panels", "weights as they were", steps.bind_flashmla, unfair=rows_already),
+)
+SUITE = Suite(NAME, "a decode step of a whole model", cases, partial(steps.problem, NAME), PEERS)

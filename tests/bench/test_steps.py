@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bench import runner, steps
-from bench.peers import transformers_mla
 from bench.steps import StepCase
 from bench.suites import end_to_end
 from tests.integrations.models import tiny_model
@@ -21,10 +20,12 @@ def small(dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("b", "group"), [(1, ""), (3, steps.PANELS)])
 @pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_every_implementation_is_right_again_and_again(dtype: str, mode: str) -> None:
-    problem = steps.problem("end_to_end", StepCase(100, dtype, mode), transformers_mla.PEERS, 0, model=small)
-    assert set(problem.calls) | set(problem.skipped) == {runner.OURS, *(peer.name for peer in transformers_mla.PEERS)}
+def test_every_implementation_is_right_again_and_again(dtype: str, mode: str, b: int, group: str) -> None:
+    case = StepCase(100, dtype, mode, b, group)
+    problem = steps.problem("end_to_end", case, end_to_end.PEERS, 0, model=small)
+    assert set(problem.calls) | set(problem.skipped) == {runner.OURS, *(peer.name for peer in end_to_end.PEERS)}
     for call in problem.calls.values():
         for _ in range(3):  # a step forgets its token
             assert runner.row_error(call(), problem.expected) <= problem.work.tolerance

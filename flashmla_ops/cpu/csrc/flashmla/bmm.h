@@ -10,7 +10,7 @@ namespace flashmla::FLASHMLA_ISA {
 // of out stay in registers while weight rows pass by. A tile reads a few columns of every row, which no processor's
 // prefetcher follows, so the first pass over an entry fetches the same columns of the next entry into L2. Measured on
 // Emerald Rapids with 128 heads of 128 x 512 in bf16 and cold weights, against rows added to sums in L1: 1.8 times
-// faster at 16 rows, 1.4 times at 4, but a sixth slower at 1 (21 against 24 GB/s).A tile that is a line wide fetches
+// faster at 16 rows, 1.4 times at 4, but a sixth slower at 1 (21 against 24 GB/s). A tile that is a line wide fetches
 // in the order of rows instead: on Zen 4, 8 to 32 rows take 4 to 15 % less time so, while wider tiles, of fewer rows,
 // would take 3 to 9 % more.
 template <class Isa, class T>

@@ -101,14 +101,6 @@ private:
     return chunks < 2 ? round_up(call_.k + 1, kLine) : round_up((call_.k + chunks - 1) / chunks, kLine * kVectors);
   }
 
-  // Calls f(rows) with a constant.
-  template <int M, class Call>
-  static void with_rows(int64_t rows, Call f) {
-    if constexpr (M > 1) {
-      if (rows < M) return with_rows<M - 1>(rows, f);
-    }
-    f(std::integral_constant<int, M>{});
-  }
   // Weight rows that M rows of a meet at once: as many as there are accumulators for.
   static constexpr int weight_rows(int m) {
     const int most = Isa::gemm_sums / m;

@@ -69,15 +69,6 @@ private:
     int64_t shares, turn;
   };
 
-  // Calls f(rows) with a constant.
-  template <int R, class Call>
-  static void with_rows(int64_t rows, Call f) {
-    if constexpr (R > 1) {
-      if (rows < R) return with_rows<R - 1>(rows, f);
-    }
-    f(std::integral_constant<int, R>{});
-  }
-
   // multiply(panels, weight, the weights read next, sums) for N panels at a time, then one by one.
   template <int N, class Multiply>
   void run_columns(int64_t row, int64_t rows, int64_t begin, int64_t end, Multiply multiply) const {

@@ -8,6 +8,15 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
+// Calls f(rows), at most R, with a constant.
+template <int R, class Call>
+void with_rows(int64_t rows, Call f) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<R - 1>(rows, f);
+  }
+  f(std::integral_constant<int, R>{});
+}
+
 // PAIRS: bf16, of which the processor multiplies two at a time; else float.
 template <class Isa, bool PAIRS>
 struct GemmRows {
