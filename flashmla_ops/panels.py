@@ -1,7 +1,7 @@
 """Panels: weights of ``flashmla::gemm`` as its kernel for a few rows reads them best.
 
 A panel is 16 rows of a weight, transposed: one load brings the weights of 16 columns of the result, which all rows of
-``a`` meet. Weights that lie as in ``torch.nn.Linear`` are loaded as fast, but multiplied slower, from four rows on.
+``a`` meet. From four rows on products take less time so than with weights that lie as in ``torch.nn.Linear``.
 """
 
 from __future__ import annotations
