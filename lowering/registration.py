@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lowering import cache_key, versions
-from lowering.passes import PASSES, Record
+from lowering.passes import PASSES, Record, run_passes
 from lowering.settings import Settings
 
 BACKEND = "flashmla"
@@ -54,14 +54,9 @@ class RunPasses(versions.CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         current = session()
-        record = Record(current.settings if current is not None else Settings())
+        record = run_passes(graph, current.settings if current is not None else Settings())
         if current is not None:
             current.rewrites.append(record)
-        versions.remove_noop_ops(graph)
-        for rewrite in PASSES:
-            rewrite(graph, record)
-        graph.eliminate_dead_code()
-        graph.lint()
 
     def uuid(self) -> str:
         names = ",".join(f"{p.__module__}.{getattr(p, '__qualname__', type(p).__qualname__)}" for p in PASSES)

@@ -9,10 +9,12 @@ expansion of the whole cache, and every head reads the same rows. For short quer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.fx import Node
 
+from lowering.passes.attempt import attempt
 from lowering.passes.attend import (
     block_table,
     cache_seqlens,
@@ -24,7 +26,7 @@ from lowering.passes.attend import (
     refuse_gradient,
     require_rows,
 )
-from lowering.passes.attention import Attention, candidates, match
+from lowering.passes.attention import Attention, Candidate, candidates, match
 from lowering.passes.elements import Access, Axis, Digit, aten, inputs, known, pieces, replaced, resolve, shape, whole
 from lowering.passes.masks import Refusal
 from lowering.passes.record import Record
@@ -43,22 +45,21 @@ def absorb_latents(graph: torch.fx.Graph, record: Record) -> None:
     """
     writer = Writer(graph)
     for candidate in candidates(graph):
-        try:
-            attention = match(candidate)
-        except Refusal:
-            continue  # `rewrite_attention` says why
-        if not is_short(attention.i.size) or not _is_joined(attention):
-            continue
-        try:
-            refuse_gradient(graph)
-            if known(attention.i.size == attention.j.size):
-                raise Refusal("there are no keys but the queries' own, so that expanding them is no dearer")
-            rewrite(writer, attention, expanded(attention))
-        except Refusal as refusal:
-            record.refused(PATTERN, candidate.node, str(refusal))
-        else:
-            record.rewrote(f"{PATTERN}, {candidate.pattern} -> absorbed flashmla::decode", candidate.node)
-    graph.eliminate_dead_code()
+        attempt(writer, record, PATTERN, candidate.node, partial(_serve, writer, candidate))
+
+
+def _serve(writer: Writer, candidate: Candidate) -> str | None:
+    try:
+        attention = match(candidate)
+    except Refusal:
+        return None  # `rewrite_attention` says why
+    if not is_short(attention.i.size) or not _is_joined(attention):
+        return None
+    refuse_gradient(writer.graph)
+    if known(attention.i.size == attention.j.size):
+        raise Refusal("there are no keys but the queries' own, so that expanding them is no dearer")
+    rewrite(writer, attention, expanded(attention))
+    return f"{PATTERN}, {candidate.pattern} -> absorbed flashmla::decode"
 
 
 def _is_joined(attention: Attention) -> bool:

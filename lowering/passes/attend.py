@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.fx import Node
 
-from lowering.passes.attention import Attention, candidates, match
+from lowering.passes.attempt import attempt
+from lowering.passes.attention import Attention, Candidate, candidates, match
 from lowering.passes.elements import Access, Axis, Entry, Size, aten, known, prims, shape, whole
 from lowering.passes.masks import Refusal, Visible
 from lowering.passes.record import Record
@@ -32,15 +34,12 @@ def rewrite_attention(graph: torch.fx.Graph, record: Record) -> None:
     """Replace every attention that is proven to be one by `flashmla::decode` or `flashmla::prefill`."""
     writer = Writer(graph)
     for candidate in candidates(graph):
-        try:
-            refuse_gradient(graph)
-            attention = match(candidate)
-            served_by = rewrite(writer, attention)
-        except Refusal as refusal:
-            record.refused(candidate.pattern, candidate.node, str(refusal))
-        else:
-            record.rewrote(f"{candidate.pattern} -> flashmla::{served_by}", candidate.node)
-    graph.eliminate_dead_code()
+        attempt(writer, record, candidate.pattern, candidate.node, partial(_serve, writer, candidate))
+
+
+def _serve(writer: Writer, candidate: Candidate) -> str:
+    refuse_gradient(writer.graph)
+    return f"{candidate.pattern} -> flashmla::{rewrite(writer, match(candidate))}"
 
 
 def refuse_gradient(graph: torch.fx.Graph) -> None:

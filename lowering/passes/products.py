@@ -10,17 +10,18 @@ when compiling. Weights that are arguments would have to be copied in every call
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from lowering import versions
+from lowering.passes.attempt import attempt
 from lowering.passes.attend import flashmla, refuse_gradient
 from lowering.passes.attention import FLOATS
-from lowering.passes.elements import Access, Axis, arguments, aten, inputs, known, resolve, shape, whole
+from lowering.passes.elements import Access, Axis, access, arguments, aten, inputs, known, resolve, shape, whole
 from lowering.passes.epilogues import VIEWS, gate_of, residual_of
 from lowering.passes.masks import Refusal
 from lowering.passes.record import Record
@@ -37,11 +38,15 @@ LINEAR, BY_HEAD, SHARED = "linear", "product by head", "products of one input"
 
 @dataclass(frozen=True)
 class Product:
-    """``node`` is ``a [m, k]`` times the transpose of ``weight [n, k]``, plus ``bias [n]``; by head, a batch of it."""
+    """``node`` is ``a [m, k]`` times ``right [k, n]``, the transpose of a weight, plus ``bias [n]``.
+
+    ``weight``: the node that puts it together from the weights of several products, if any does.
+    """
 
     node: Node
-    weight: Node
+    right: Node
     bias: Node | None = None
+    weight: Node | None = None
 
     @property
     def a(self) -> Node:
@@ -49,38 +54,37 @@ class Product:
         left: Node = arguments(self.node)["mat1" if self.node.target == aten.addmm.default else "self"]
         return left
 
+    def write_weight(self, writer: Writer) -> Node:
+        """A view ``[n, k]`` of the weight. Raises `Refusal` if the product does not read it by rows."""
+        if self.weight is not None:
+            return self.weight
+        k, n = (Axis(name, size) for name, size in zip("kn", shape(self.right), strict=True))
+        weight = _view_of_weight(writer, Access(self.right, (whole(k), whole(n))), [[n], [k]])
+        if not known(weight.meta["val"].stride(1) == 1) and not known(k.size == 1):
+            raise Refusal("the weight lies along its columns: [k, n], not [n, k]")
+        return weight
+
 
 def serve_products(graph: torch.fx.Graph, record: Record) -> None:
     """Let `flashmla::gemm` and `flashmla::bmm` compute the products with few rows whose right side is a weight."""
     if record.settings.gemm is False:
         return
-    graph.eliminate_dead_code()  # what nobody reads is no user of a product
     writer = Writer(graph)
-    linear = list(_recorded(graph, record, writer, LINEAR, (aten.mm.default, aten.addmm.default), _linear))
-    for product in _joined(linear, graph, record, writer):
-        _write_linear(Writer(graph), record, product)  # not in the order of the graph, so that they share no sizes
-    for by_head in _recorded(graph, record, writer, BY_HEAD, (aten.bmm.default,), _by_head):
-        writer.before = by_head.node
-        writer.replace(by_head.node, writer.call(flashmla.bmm.default, by_head.a, by_head.weight))
-        record.rewrote(f"{BY_HEAD} -> flashmla::bmm", by_head.node)
-    graph.eliminate_dead_code()
-
-
-def _recorded(
-    graph: torch.fx.Graph, record: Record, writer: Writer, pattern: str, targets: tuple[Any, ...], read: Any
-) -> Iterator[Product]:
-    """The products that are served; of the others, the record says why they are not."""
+    linear: list[Product] = []
     for node in list(graph.nodes):
-        if node.target not in targets:
-            continue
-        writer.before = node
-        try:
-            refuse_gradient(graph)
-            timed = record.settings.gemm == "autotune" and versions.generates_python()
-            _require_few_rows(node, always=timed or record.settings.gemm is True)
-            yield read(writer, node)
-        except Refusal as refusal:
-            record.refused(pattern, node, str(refusal))
+        if node.target in (aten.mm.default, aten.addmm.default):
+            attempt(writer, record, LINEAR, node, partial(_find_linear, writer, record, node, linear))
+    for product in _joined(linear, record, writer):
+        attempt(writer, record, LINEAR, product.node, partial(_write_linear, writer, product))
+    for node in list(graph.nodes):
+        if node.target == aten.bmm.default:
+            attempt(writer, record, BY_HEAD, node, partial(_write_by_head, writer, record, node))
+
+
+def _require_served(record: Record, node: Node) -> None:
+    refuse_gradient(node.graph)
+    timed = record.settings.gemm == "autotune" and versions.generates_python()
+    _require_few_rows(node, always=timed or record.settings.gemm is True)
 
 
 def _require_few_rows(node: Node, *, always: bool) -> None:
@@ -95,37 +99,42 @@ def _require_few_rows(node: Node, *, always: bool) -> None:
         raise Refusal(f"{rows} rows: with more than {MAX_ROWS}, torch's product is as fast")
 
 
-def _linear(writer: Writer, node: Node) -> Product:
+def _find_linear(writer: Writer, record: Record, node: Node, found: list[Product]) -> None:
+    """Add the product to those found. Raises `Refusal` unless it is served; what is written to see it is undone."""
+    _require_served(record, node)
     bound = arguments(node)
     if node.target == aten.mm.default:
-        return Product(node, _transposed_weight(writer, bound["mat2"]))
-    if bound["alpha"] != 1 or bound["beta"] != 1:
-        raise Refusal(f"a product scaled by {bound['alpha']} and a bias by {bound['beta']}")
-    bias, weight = bound["self"], _transposed_weight(writer, bound["mat2"])
-    if len(shape(bias)) != 1 or not known(shape(bias)[0] == shape(node)[1]):
+        product = Product(node, bound["mat2"])
+    else:
+        product = Product(node, bound["mat2"], bound["self"])
+        _require_bias(product, bound["alpha"], bound["beta"])
+    writer.before = node
+    product.write_weight(writer)
+    found.append(product)
+
+
+def _require_bias(product: Product, alpha: Any, beta: Any) -> None:
+    bias = product.bias
+    assert bias is not None
+    if alpha != 1 or beta != 1:
+        raise Refusal(f"a product scaled by {alpha} and a bias by {beta}")
+    if len(shape(bias)) != 1 or not known(shape(bias)[0] == shape(product.node)[1]):
         raise Refusal(f"a bias of shape {shape(bias)}, not one number for each column")
     if not known(bias.meta["val"].stride(0) == 1):
         raise Refusal("the bias is not contiguous")
-    return Product(node, weight, bias)
 
 
-def _transposed_weight(writer: Writer, right: Node) -> Node:
-    """A view ``[n, k]`` of the weight that ``right [k, n]`` is the transpose of."""
-    k, n = (Axis(name, size) for name, size in zip("kn", shape(right), strict=True))
-    weight = _view_of_weight(writer, Access(right, (whole(k), whole(n))), [[n], [k]])
-    if not known(weight.meta["val"].stride(1) == 1) and not known(k.size == 1):
-        raise Refusal("the weight lies along its columns: [k, n], not [n, k]")
-    return weight
-
-
-def _by_head(writer: Writer, node: Node) -> Product:
-    _, right = inputs(node)
+def _write_by_head(writer: Writer, record: Record, node: Node) -> str:
+    _require_served(record, node)
+    a, right = inputs(node)
+    writer.before = node
     h, k, n = (Axis(name, size) for name, size in zip("hkn", shape(right), strict=True))
     weight = _view_of_weight(writer, Access(right, (whole(h), whole(k), whole(n))), [[h], [k], [n]])
     strides = weight.meta["val"].stride()
     if not known(strides[1] == 1) and not known(strides[2] == 1):
         raise Refusal("the weight of a head has no contiguous dimension")
-    return Product(node, weight)
+    writer.replace(node, writer.call(flashmla.bmm.default, a, weight))
+    return f"{BY_HEAD} -> flashmla::bmm"
 
 
 def _view_of_weight(writer: Writer, element: Access, groups: list[list[Axis]]) -> Node:
@@ -141,18 +150,22 @@ def _view_of_weight(writer: Writer, element: Access, groups: list[list[Axis]]) -
     return view
 
 
-def _joined(products: list[Product], graph: torch.fx.Graph, record: Record, writer: Writer) -> list[Product]:
+def _joined(products: list[Product], record: Record, writer: Writer) -> list[Product]:
     """The products, with those of one input put together where their weights are constants."""
     by_input: dict[Node, list[Product]] = {}
     for product in products:
         by_input.setdefault(_source(product.a), []).append(product)
-    frozen = versions.frozen_inputs(graph)
+    frozen = versions.frozen_inputs(writer.graph)
     served: list[Product] = []
     for group in by_input.values():
         reason = _why_apart(group, frozen)
+        nodes = ", ".join(str(product.node) for product in group)
         if len(group) > 1 and reason:
-            record.refused(SHARED, ", ".join(str(product.node) for product in group), reason)
-        served += group if reason else [_put_together(writer, record, group)]
+            record.refused(SHARED, nodes, reason)
+        together: list[Product] = []
+        if not reason:
+            attempt(writer, record, SHARED, nodes, partial(_put_together, writer, group, together))
+        served += together or group
     return served
 
 
@@ -171,44 +184,37 @@ def _why_apart(group: list[Product], frozen: set[Node]) -> str:
         return "they read their input in rows of different lengths"
     if any(product.bias is not None for product in group):
         return "one of them has a bias"
-    if not all(_root(product.weight) in frozen for product in group):
+    if not all(_root(product.right) in frozen for product in group):
         return "the weights are arguments, which it would copy in every call: set torch._inductor.config.freezing"
     return ""
 
 
-def _root(node: Node) -> Node:
-    while node.op == "call_function":
-        node = node.all_input_nodes[0]
-    return node
+def _root(right: Node) -> Node:
+    """The input of the graph that is read."""
+    return resolve(access(right, [Axis(name, size) for name, size in zip("kn", shape(right), strict=True)])).node
 
 
-def _put_together(writer: Writer, record: Record, group: list[Product]) -> Product:
+def _put_together(writer: Writer, group: list[Product], together: list[Product]) -> str:
     """One product with the weights of all, which become one constant, and slices of its result."""
-    first = min(group, key=lambda product: list(writer.graph.nodes).index(product.node))
-    writer.before = first.node
-    weights = [_moved(writer, product.weight) for product in group]
-    weight = writer.call(aten.cat.default, weights, 0)
+    first = min(product.node for product in group)
+    a = next(product.a for product in group if product.node is first)
+    writer.before = first
+    weight = writer.call(aten.cat.default, [product.write_weight(writer) for product in group], 0)
     right = writer.call(aten.permute.default, weight, [1, 0])
-    together = writer.call(aten.mm.default, first.a, right)
-    start = 0
-    for product in group:
-        stop = start + shape(product.node)[1]
-        writer.before = product.node
-        writer.replace(product.node, writer.call(aten.slice.Tensor, together, 1, start, stop))
+    product = writer.call(aten.mm.default, a, right)
+    slices, start = [], 0
+    for each in group:
+        stop = start + shape(each.node)[1]
+        writer.before = each.node
+        slices.append(writer.call(aten.slice.Tensor, product, 1, start, stop))
         start = stop
-    record.rewrote(f"{SHARED} -> one product", ", ".join(str(product.node) for product in group))
-    return Product(together, weight)
+    for each, part in zip(group, slices, strict=True):
+        writer.replace(each.node, part)
+    together.append(Product(product, right, weight=weight))
+    return f"{SHARED} -> one product"
 
 
-def _moved(writer: Writer, view: Node) -> Node:
-    """The same view of an input, written where ``writer`` writes now."""
-    if view.op != "call_function":
-        return view
-    source, *rest = inputs(view)
-    return writer.call(view.target, _moved(writer, source), *rest)
-
-
-def _write_linear(writer: Writer, record: Record, product: Product) -> None:
+def _write_linear(writer: Writer, product: Product) -> str:
     """One call for the product and its epilogue."""
     parts, last, activation = ["linear"], product.node, "none"
     if (gated := gate_of(last)) is not None:
@@ -223,7 +229,8 @@ def _write_linear(writer: Writer, record: Record, product: Product) -> None:
         residual = None
     writer.before = last
     added = None if residual is None else writer.view(residual.added, [m, n])
-    out = writer.call(flashmla.gemm.default, product.a, product.weight, product.bias, added, None, activation)
+    weight = product.write_weight(writer)
+    out = writer.call(flashmla.gemm.default, product.a, weight, product.bias, added, None, activation)
     out.meta[FROM_ATEN] = True
     writer.replace(last, writer.view(out, shape(last)))
-    record.rewrote(f"{' + '.join(parts)} -> flashmla::gemm", product.node)
+    return f"{' + '.join(parts)} -> flashmla::gemm"

@@ -9,10 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.fx import Node
 
+from lowering.passes.attempt import attempt
 from lowering.passes.attend import entry, first_result, flashmla, refuse_gradient
 from lowering.passes.elements import (
     STEPS,
@@ -49,10 +51,7 @@ MOVES = (
 
 def form_decode_up(graph: torch.fx.Graph, record: Record) -> None:
     """Replace every `decode` whose result goes into one product for each head, and nowhere else."""
-    from lowering.registration import session  # it imports the passes
-
-    current = session()
-    wanted = "auto" if current is None else current.settings.decode_up
+    wanted = record.settings.decode_up
     if wanted is False:
         return
     writer = Writer(graph)
@@ -60,17 +59,17 @@ def form_decode_up(graph: torch.fx.Graph, record: Record) -> None:
         if attention.target != flashmla.decode.default:
             continue
         for product in dict.fromkeys(products(attention)):
-            try:
-                refuse_gradient(graph)
-                if wanted == "auto" and (device := product.meta["val"].device.type) != "cpu":
-                    raise Refusal(f"one operator is known to be faster on the CPU only, not on {device}")
-                rewrite(writer, match(attention, product))
-            except Refusal as refusal:
-                record.refused(PATTERN, product, str(refusal))
-            else:
-                record.rewrote(f"{PATTERN} -> flashmla::decode_up", product)
+            serve = partial(_serve, writer, attention, product, always=wanted is True)
+            if attempt(writer, record, PATTERN, product, serve):
                 break
-    graph.eliminate_dead_code()
+
+
+def _serve(writer: Writer, attention: Node, product: Node, *, always: bool) -> str:
+    refuse_gradient(writer.graph)
+    if not always and (device := product.meta["val"].device.type) != "cpu":
+        raise Refusal(f"one operator is known to be faster on the CPU only, not on {device}")
+    rewrite(writer, match(attention, product))
+    return f"{PATTERN} -> flashmla::decode_up"
 
 
 def result(attention: Node, position: int) -> Node | None:
@@ -190,12 +189,14 @@ def rewrite(writer: Writer, up: Up) -> None:
         raise Refusal(f"the weight has strides {tuple(tensor.stride())}: contiguous along neither d_v nor its columns")
     tensors = [attention.pop(name) for name in ("q", "kv_cache", "k_cache", "block_table", "cache_seqlens")]
     call = writer.call(flashmla.decode_up.default, *tensors, weight, *attention.values())
-    values = first_result(writer, call)
-    if (lse := result(up.attention, 1)) is not None:
-        writer.replace(lse, writer.call(operator.getitem, call, 1))
+    values, lse = first_result(writer, call), result(up.attention, 1)
+    new_lse = None if lse is None else writer.call(operator.getitem, call, 1)
     writer.before = up.result
     index = (*up.attended.index[:2], entry(up.heads), tuple(d for axis in up.columns for d in whole(axis)))
-    writer.replace(up.result, writer.lay_out(Access(values, index), [[axis] for axis in up.axes]))
+    moved = writer.lay_out(Access(values, index), [[axis] for axis in up.axes])
+    if lse is not None and new_lse is not None:
+        writer.replace(lse, new_lse)
+    writer.replace(up.result, moved)
 
 
 def _require_view(node: Node, source: Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._guards import detect_fake_mode
@@ -17,12 +17,22 @@ from lowering.passes.masks import Refusal
 Group = Sequence[Axis]
 
 
+class Mark(NamedTuple):
+    """What a writer had written at some time."""
+
+    written: int
+    replaced: int
+    shared: dict[tuple[str, ...], Node]
+
+
 class Writer:
     """Writes before a node. What it writes for one attention, a later one of the same graph may use: see `shared`."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.graph = graph
         self.before: Node | None = None
+        self._written: list[Node] = []
+        self._replaced = 0
         self._shared: dict[tuple[str, ...], Node] = {}
         values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
         self.fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
@@ -31,8 +41,24 @@ class Writer:
         assert self.before is not None
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
+        self._written.append(node)
         node.meta["val"] = self.run(node)
         return node
+
+    def mark(self) -> Mark:
+        return Mark(len(self._written), self._replaced, dict(self._shared))
+
+    def has_replaced(self, mark: Mark) -> bool:
+        """Whether users of an older node were changed since."""
+        return self._replaced > mark.replaced
+
+    def undo(self, mark: Mark) -> None:
+        """Take back what was written since, of which nothing may have replaced an older node."""
+        assert not self.has_replaced(mark)
+        for node in reversed(self._written[mark.written :]):
+            self.graph.erase_node(node)
+        del self._written[mark.written :]
+        self._shared = mark.shared
 
     def run(self, node: Node) -> Any:
         """What a call gives for the fake values of its arguments."""
@@ -42,9 +68,11 @@ class Writer:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def shared(self, *key: object) -> tuple[tuple[str, ...], Node | None]:
-        """A key for something that all layers can use, and the node if it was written before."""
+        """A key for something that all layers can use, and the node if it stands before what is written now."""
         text = tuple(str(part) for part in key)
-        return text, self._shared.get(text)
+        found = self._shared.get(text)
+        assert self.before is not None
+        return text, found if found is not None and found < self.before else None
 
     def share(self, key: tuple[str, ...], node: Node) -> Node:
         self._shared[key] = node
@@ -92,9 +120,9 @@ class Writer:
         raise Refusal(f"the size {symbol} has no node in the graph")
 
     def _earlier(self) -> list[Node]:
-        nodes = list(self.graph.nodes)
-        assert self.before is not None
-        return nodes[: nodes.index(self.before)]
+        before = self.before
+        assert before is not None
+        return [node for node in self.graph.nodes if node < before]
 
     def view(self, node: Node, sizes: Sequence[Size]) -> Node:
         """The elements in another shape; copied only if their strides leave no other way."""
@@ -166,6 +194,7 @@ class Writer:
         A call that ``old`` is a result of goes at once: SDPA has a dropout, for which it counts as impure, and no
         removal of dead code would touch it.
         """
+        self._replaced += 1
         call = inputs(old)[0] if old.target is operator.getitem else old
         old.replace_all_uses_with(new)
         for result in [user for user in call.users if not user.users]:

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lowering.passes import PASSES, Record
+from lowering.passes import Record, run_passes
 from lowering.settings import Settings
 
 Function = Callable[..., Any]
@@ -32,11 +32,7 @@ ATTENTION_ALONE = Settings(gemm=False)
 
 def rewrite(graph: torch.fx.GraphModule, settings: Settings = ATTENTION_ALONE) -> Record:
     """Run the passes as the backend does."""
-    record = Record(settings)
-    for each in PASSES:
-        each(graph.graph, record)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
+    record = run_passes(graph.graph, settings)
     graph.recompile()
     return record
 
