@@ -12,8 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
+
+NEEDED = 77  # the first that knows the licence fields of pyproject.toml, as build-system.requires has it
+if int(setuptools.__version__.split(".")[0]) < NEEDED:
+    found = f"setuptools {setuptools.__version__} is installed"
+    sys.exit(f"flashmla-ops: {found}, building needs {NEEDED} or newer: pip install -U setuptools")
 
 
 class BuildKernels(build_py):
@@ -26,4 +31,4 @@ class BuildKernels(build_py):
             subprocess.run([sys.executable, "-m", "flashmla_ops", "build"], cwd=Path(__file__).parent, check=False)
 
 
-setup(cmdclass={"build_py": BuildKernels})
+setuptools.setup(cmdclass={"build_py": BuildKernels})

@@ -1,6 +1,8 @@
 """FlashMLA: Multi-head Latent Attention over one paged latent cache, as ``torch.ops.flashmla.*``."""
 
-from flashmla_ops import cpu, cuda, ops
+import torch
+
+from flashmla_ops import cpu, cuda, ops, versions
 from flashmla_ops.api import (
     FlashMLASchedMeta,
     flash_attn_varlen_func,
@@ -23,5 +25,6 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+versions.warn_if_untested("torch", torch.__version__)
 cpu.load()
 cuda.load()

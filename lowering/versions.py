@@ -1,4 +1,4 @@
-"""Every place where torch 2.11 to 2.14 differ, and every private name of Inductor that the package needs.
+"""Every place where torch 2.11 to 2.15 differ, and every private name of Inductor that the package needs.
 
 Developed and tested with 2.13.0. What a version lacks is found by looking for it, never by comparing numbers, and then
 either has a fallback here or raises `UnsupportedTorchError` that names it.

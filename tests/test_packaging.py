@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -10,12 +11,16 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+
+from flashmla_ops.versions import TESTED, warn_if_untested
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flashmla_ops", "cutlass_kernels", "lowering")
@@ -77,10 +82,61 @@ def test_tests_and_bench_are_not_installed(shipped: dict[str, set[str]]) -> None
     assert not [name for name in shipped["wheel"] if name.split("/")[0] in {"tests", "bench", "setup.py"}]
 
 
+def test_an_old_setuptools_is_told_in_one_sentence() -> None:
+    """Its own words, about the licence fields that it does not know, are a page long."""
+    code = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (requirement,) = map(Requirement, PYPROJECT["build-system"]["requires"])
+    needed = str(requirement.specifier).removeprefix(">=")
+    assert done.stderr.strip() == (
+        f"flashmla-ops: setuptools 65.5.0 is installed, building needs {needed} or newer: pip install -U setuptools"
+    )
+
+
 def test_torch_is_a_dependency_but_no_build_requirement() -> None:
     assert not [r for r in PYPROJECT["build-system"]["requires"] if "torch" in r]
-    assert [r for r in PYPROJECT["project"]["dependencies"] if r.startswith("torch")] == ["torch>=2.11,<2.15"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"transformers", "cutlass", "bench", "dev"}
+    assert [r for r in PYPROJECT["project"]["dependencies"] if r.startswith("torch")] == ["torch>=2.11"]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set(extras) == {"transformers", "cutlass", "demo", "bench", "dev"}
+
+
+def test_no_newer_torch_or_transformers_is_refused() -> None:
+    """A bound would make pip replace what is installed by something older."""
+    project = PYPROJECT["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    bounded = [Requirement(r) for r in wanted if r.startswith(("torch", "transformers"))]
+    assert bounded
+    assert all(str(r.specifier) == f">={TESTED[r.name][0]}" for r in bounded)
+
+
+def untested_warnings(package: str, version: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            warn_if_untested(package, version)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.15.1", "2.15.0a0+git1234"])
+def test_a_tested_version_is_not_warned_about(version: str) -> None:
+    assert untested_warnings("torch", version) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("torch", "2.16.0+cpu"), ("torch", "3.0.0"), ("torch", "2.10.1"), ("transformers", "6.0.0")],
+)
+def test_another_version_is_warned_about_once(package: str, version: str) -> None:
+    (message,) = untested_warnings(package, version)
+    assert message.startswith(f"flashmla: {package} {version} has not been tested")
+
+
+def test_a_newer_torch_imports_with_one_warning() -> None:
+    code = "import torch; torch.__version__ = '9.1.0'; import flashmla_ops, flashmla_ops.cpu"
+    environment = os.environ | {"FLASHMLA_CPU": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("torch 9.1.0 has not been tested") == 1
 
 
 def test_development_pins_are_inside_the_supported_ranges() -> None:

@@ -8,12 +8,17 @@ import warnings
 from pathlib import Path
 
 import torch
-import transformers
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from flashmla_ops import capability
-from flashmla_ops.demo import report, steps, text
 from flashmla_ops.demo.timing import read_bandwidth, sleep_when_idle
+
+try:
+    import transformers
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from flashmla_ops.demo import report, steps, text
+except ModuleNotFoundError as error:
+    sys.exit(f"demo: FAILED {error.name} is not installed: pip install 'flashmla-ops[demo]'")
 
 CHART = Path("demo_output") / "decode_step.png"
 STAGES = 12

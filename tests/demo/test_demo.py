@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +77,16 @@ def test_an_error_is_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     assert run_demo(monkeypatch, fail, step_result()) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "demo: FAILED RuntimeError: no kernel"
+
+
+@pytest.mark.parametrize("missing", ["transformers", "tqdm", "matplotlib"])
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_holds_it(missing: str) -> None:
+    run = "runpy.run_module('flashmla_ops.demo', run_name='__main__')"
+    code = f"import sys, runpy; sys.modules[{missing!r}] = None; {run}"
+    environment = os.environ | {"FLASHMLA_CPU": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"demo: FAILED {missing} is not installed: pip install 'flashmla-ops[demo]'"
 
 
 def test_the_trained_model_writes_the_same_text_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
