@@ -30,8 +30,9 @@ from lowering.passes.elements import (
     value,
     whole,
 )
-from lowering.passes.masks import Refusal, Visible, hidden_unless, hides, visible_keys
-from lowering.passes.values import Affine, Condition, evaluate, operand
+from lowering.passes.forms import Affine, Condition
+from lowering.passes.masks import Refusal, Visible, hidden_unless, hides, seen_if, visible_keys
+from lowering.passes.values import evaluate, operand
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,14 +99,18 @@ def match(candidate: Candidate) -> Attention:
     """What the candidate computes. Raises `Refusal` with the reason why it is not proven to be attention."""
     found = _match_sdpa(candidate.node) if candidate.pattern == "sdpa" else _match_softmax(candidate.node)
     found = _before_widening(found)
-    if found.dtype not in FLOATS:
-        raise Refusal(f"{_name(found.dtype)} is not a type of the operators")
+    _require_type(found.dtype)
     for name, read in (("q", found.q), ("k", found.k), ("v", found.v)):
         if (dtype := read.node.meta["val"].dtype) != found.dtype:
             raise Refusal(f"mixed dtypes: {name} is {_name(dtype)}, the output {_name(found.dtype)}")
     if not isinstance(found.e.size, int) or not isinstance(found.x.size, int):
         raise Refusal("the size of a key or a value is not static")
     return found
+
+
+def _require_type(dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise Refusal(f"{_name(dtype)} is not a type of the operators")
 
 
 def _before_widening(found: Attention) -> Attention:
@@ -139,6 +144,7 @@ def _match_sdpa(node: Node) -> Attention:
     if value(bound["dropout_p"]) != 0:
         raise Refusal(f"dropout {bound['dropout_p']}")
     *outer_sizes, s_q, d_qk = shape(query)
+    _require_shape(output, [*outer_sizes, s_q, shape(val)[-1]])
     outer = tuple(Axis(name, n) for name, n in zip(_outer_names(len(outer_sizes)), outer_sizes, strict=True))
     i, j = Axis("i", s_q), Axis("j", shape(key)[-2])
     e, x = Axis("e", d_qk), Axis("x", shape(val)[-1])
@@ -150,9 +156,9 @@ def _match_sdpa(node: Node) -> Attention:
     _check_scale(scale)
     conditions = []
     _tie(shape(val)[-2], j.size)
-    if mask is not None:
+    if mask is not None and not known(shape(mask)[-1] == 1):
         _tie(shape(mask)[-1], j.size)
-        conditions.append(hidden_unless(operand(access(output, [*outer, i, j]), mask)))
+        conditions.append(seen_if(operand(access(output, [*outer, i, j]), mask)))
     if bound["is_causal"]:
         conditions.append(Condition((Affine(0, ((j, 1), (i, -1))),)))
     k_axes, v_axes = (_kv_axes(outer, shape(tensor)[:-2]) for tensor in (key, val))
@@ -163,12 +169,18 @@ def _match_sdpa(node: Node) -> Attention:
     return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(conditions, i, j, node.graph))
 
 
+def _require_shape(node: Node, sizes: list[Size]) -> None:
+    """Raise `Refusal` if a node has another shape, because torch broadcast something on the way."""
+    if len(shape(node)) != len(sizes) or not all(known(n == m) for n, m in zip(shape(node), sizes, strict=True)):
+        raise Refusal(f"{node} has shape {shape(node)}, not {sizes}: something is broadcast")
+
+
 def _tie(size: Size, other: Size) -> None:
-    """Of two sizes that the operator requires to be equal or the first to be 1: a guard, where the graph does not say.
+    """Of two sizes that the operator requires to be equal: a guard, where the graph does not say.
 
     Caches of one model have a symbol each for a length that they share; the attention is an error if it is not shared.
     """
-    if known(size == other) or known(size == 1):
+    if known(size == other):
         return
     hints = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else None for n in (size, other)]
     if None in hints or hints[0] != hints[1] or not bool(size == other):
@@ -222,6 +234,7 @@ def _check_scale(scale: Any) -> None:
 class _Chain:
     """What was met between the product with v and the product of q and k."""
 
+    dtype: torch.dtype  # of the product with v
     nodes: list[Node] = field(default_factory=list)  # whose only users must be one another
     conditions: list[Condition] = field(default_factory=list)
     scale: float = 1.0
@@ -250,7 +263,8 @@ def _match_softmax(product: Node) -> Attention:
     left, right = inputs(product)
     j = Axis("j", shape(left)[2])
     seen = (Access(left, (batch, row, whole(j))), Access(right, (batch, whole(j), column)))
-    chain = _Chain([product])
+    chain = _Chain(product.meta["val"].dtype, [product])
+    _require_type(chain.dtype)
     probabilities = _skip_conversions(chain, chain.follow(seen[0]))
     scores = _softmax_input(chain, probabilities, j)
     scores = _unmask(chain, scores)
@@ -286,8 +300,11 @@ def _is(entry: Any, axis: Axis) -> bool:
 
 
 def _skip_conversions(chain: _Chain, element: Access) -> Access:
-    """Past conversions between floating types, which only round."""
+    """Past conversions between floating types, which only round. To a type that holds less than q, k and v is more."""
     while element.node.target in CONVERSIONS and value(inputs(element.node)[0]).dtype.is_floating_point:
+        dtype = element.node.meta["val"].dtype
+        if dtype not in (*FLOATS, torch.float64) or torch.promote_types(dtype, chain.dtype) != dtype:
+            raise Refusal(f"{element.node} rounds to {_name(dtype)}, which is less than {_name(chain.dtype)}")
         chain.nodes.append(element.node)
         element = chain.follow(Access(inputs(element.node)[0], element.index))
     return element
@@ -386,8 +403,7 @@ def _unmask(chain: _Chain, element: Access) -> Access:
             chain.conditions.append(_condition_of_where(element, side))
         else:
             raise Refusal(f"{node.target} between the scores and the softmax")
-        if len(shape(side)) != len(element.index):
-            raise Refusal(f"{node} broadcasts the scores")
+        _require_shape(side, shape(node))
         chain.nodes.append(node)
         element = chain.follow(Access(side, element.index))
     return element

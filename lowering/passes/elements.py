@@ -266,15 +266,30 @@ def _squeeze(element: Access) -> Access:
 
 def _slice(element: Access) -> Access | None:
     bound = arguments(element.node)
-    if bound["step"] != 1:
+    start = slice_start(bound["start"], shape(bound["self"])[bound["dim"]])
+    if bound["step"] != 1 or start is None:
         return None
-    return _shift(element, bound["self"], bound["dim"], _start(bound["start"], shape(bound["self"])[bound["dim"]]))
+    return _shift(element, bound["self"], bound["dim"], start)
 
 
-def _start(start: Any, size: Size) -> Size:
-    """The first element of a slice, not counted from the end."""
-    first: Size = 0 if start is None else value(start)
-    return first + size if known(first < 0) else first
+def slice_start(start: Any, size: Size) -> Size | None:
+    """The first element of a slice, as Python counts it: from the end where negative, and within the dimension.
+
+    None where symbolic sizes leave it open.
+    """
+    first = _from_the_front(0 if start is None else value(start), size)
+    if first is None:
+        return None
+    for bound, beyond in ((0, first <= 0), (size, first >= size)):
+        if known(beyond):
+            return bound
+    return first if known(first >= 0) and known(first <= size) else None
+
+
+def _from_the_front(place: Size, size: Size) -> Size | None:
+    if known(place < 0):
+        return place + size
+    return place if known(place >= 0) else None
 
 
 def _shift(element: Access, source: Any, dim: int, start: Size) -> Access | None:
@@ -299,10 +314,13 @@ def replaced(index: Index, dim: int, entry: Entry) -> Index:
     return (*index[:dim], entry, *index[dim + 1 :])
 
 
-def _select(element: Access) -> Access:
-    source, dim, position = inputs(element.node)
+def _select(element: Access) -> Access | None:
+    source, dim, place = inputs(element.node)
     dim %= len(shape(source))
-    entry = constant(_start(position, shape(source)[dim]), shape(source)[dim])
+    first = _from_the_front(value(place), shape(source)[dim])
+    if first is None:
+        return None
+    entry = constant(first, shape(source)[dim])
     return Access(source, (*element.index[:dim], entry, *element.index[dim:]))
 
 
@@ -325,24 +343,27 @@ class Piece(NamedTuple):
 
 
 def pieces(node: Node) -> tuple[int, list[Piece]] | None:
-    """The dimension in which a node puts tensors together, and its parts in order."""
+    """The dimension in which a node puts tensors of its own type together, and its parts in order."""
     if node.target == aten.cat.default:
         bound = arguments(node)
+        if any(value(source).dtype != value(node).dtype for source in bound["tensors"]):
+            return None
         dim = bound["dim"] % len(shape(node))
-        parts, start = [], 0
+        parts: list[Piece] = []
+        stop: Size = 0
         for source in bound["tensors"]:
             if len(shape(source)) != len(shape(node)):  # an empty tensor, which cat skips
                 return None
-            parts.append(Piece(start, shape(source)[dim], source, 0))
-            start += shape(source)[dim]
+            parts.append(Piece(stop, shape(source)[dim], source, 0))
+            stop += shape(source)[dim]
         return dim, parts
     if node.target == aten.slice_scatter.default:
         bound = arguments(node)
         dim, (base, source) = bound["dim"] % len(shape(node)), (bound["self"], bound["src"])
         size, width = shape(base)[dim], shape(source)[dim]
-        if bound["step"] != 1 or value(base).dtype != value(source).dtype:
+        start = slice_start(bound["start"], size)
+        if bound["step"] != 1 or start is None or value(base).dtype != value(source).dtype:
             return None
-        start = _start(bound["start"], size)
         stop = start + width
         parts = [Piece(0, start, base, 0), Piece(start, width, source, 0), Piece(stop, size - stop, base, stop)]
         return dim, [part for part in parts if not known(part.size == 0)]

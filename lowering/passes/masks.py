@@ -29,7 +29,8 @@ from lowering.passes.elements import (
     shape,
     whole,
 )
-from lowering.passes.values import Affine, Choice, Condition, Negated, Opaque, Value, evaluate
+from lowering.passes.forms import Affine, Choice, Condition, Negated, Opaque, Value
+from lowering.passes.values import evaluate
 
 
 class Refusal(Exception):
@@ -47,29 +48,40 @@ class Visible:
     causal: bool = False
 
 
-def hidden_unless(mask: Value) -> Condition:
-    """The condition under which a mask does not hide a key. Raises `Refusal` if it does anything else than hide."""
-    if isinstance(mask, Condition):
-        return mask
-    if isinstance(mask, Affine) and not mask.terms and mask.constant == 0:
+def seen_if(mask: Value) -> Condition:
+    """The condition under which the mask of an operator does not hide a key. Raises `Refusal` as `hidden_unless`."""
+    return mask if isinstance(mask, Condition) else hidden_unless(mask)
+
+
+def hidden_unless(bias: Value) -> Condition:
+    """The condition under which what is added to scores does not hide a key.
+
+    Raises `Refusal` if it does anything else than hide. A bool that is added is 1 where it is true, which is a bias.
+    """
+    if isinstance(bias, Affine) and _is_zero(bias):
         return Condition()
-    if isinstance(mask, Opaque):
-        raise Refusal(f"the mask is not proven: {mask.reason}")
-    if isinstance(mask, Choice):
-        if _is_zero(mask.then) and hides(mask.other):
-            return mask.condition
-        if _is_zero(mask.other) and hides(mask.then):
-            return mask.condition.negated()
-        raise Refusal(f"the mask adds {mask.then} or {mask.other}, not 0 or -inf")
-    raise Refusal(f"the mask adds {mask}, which is a bias and no mask")
+    if isinstance(bias, Opaque):
+        raise Refusal(f"the mask is not proven: {bias.reason}")
+    if isinstance(bias, Choice):
+        if _is_zero(bias.then) and hides(bias.other):
+            return bias.condition
+        if _is_zero(bias.other) and hides(bias.then):
+            return bias.condition.negated()
+        raise Refusal(f"the mask adds {bias.then} or {bias.other}, not 0 or -inf")
+    raise Refusal(f"the mask adds {bias}, which is a bias and no mask")
 
 
 def hides(form: Affine) -> bool:
-    """Whether a number added to a score leaves nothing of its weight: -inf, or the least number of a float type."""
+    """Whether a number added to a score, or written in its place, leaves nothing of its weight.
+
+    -inf does. So does the least number of float32 and of bfloat16, about -3.4e38: it is below every score by more than
+    the 104 at which float32's exp is 0, unless scores are of that size themselves, where sums of products overflow. The
+    least number of float16, -65504, does not: scores of 1e5 are nothing unusual in float32, and those of float16 may be
+    as far apart as that.
+    """
     if form.terms or not isinstance(form.constant, (int, float)):
         return False
-    least = [torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    return form.constant == -math.inf or form.constant in least
+    return form.constant in (-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min)
 
 
 def _is_zero(form: Affine) -> bool:

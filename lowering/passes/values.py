@@ -1,18 +1,15 @@
 """What the elements of masks and positions are, as formulas over indices.
 
 A mask is proven causal by what it says, not by how it was written: `evaluate` turns one symbolic element of a node into
-an affine form of the indices ("arange(n)[j] + start" is ``j + start``), a condition ("``j - i - start <= 0``") or a
-choice between two numbers under a condition ("0 where it holds, else -inf"). Whatever it does not understand stays an
-opaque value that names its node, and proves nothing.
+a formula ("arange(n)[j] + start" is ``j + start``). Whatever it does not understand, or a dtype does not hold exactly,
+stays an opaque value that names its node, and proves nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -20,172 +17,36 @@ from torch.fx import Node
 
 from lowering.passes.elements import (
     Access,
-    Axis,
     Entry,
     arguments,
     aten,
     broadcast,
     inputs,
-    known,
     prims,
     resolve,
     value,
 )
-
-#: An int, a float or a symbolic size.
-Number: TypeAlias = Any
-
-
-@dataclass(frozen=True, eq=False)
-class Load:
-    """One element of an integer tensor that the graph does not say more about."""
-
-    element: Access
-
-    @property
-    def key(self) -> str:
-        return f"{self.element.node.name}{[[str(d.axis or d.offset) for d in e] for e in self.element.index]}"
-
-
-Atom: TypeAlias = Axis | Load
-
-
-def _key(atom: Atom) -> object:
-    return atom.key if isinstance(atom, Load) else id(atom)
-
-
-@dataclass(frozen=True)
-class Affine:
-    """``constant`` plus integer multiples of axes and loads."""
-
-    constant: Number
-    terms: tuple[tuple[Atom, int], ...] = ()
-
-    def __add__(self, other: Affine) -> Affine:
-        terms = {_key(atom): (atom, factor) for atom, factor in self.terms}
-        for atom, factor in other.terms:
-            terms[_key(atom)] = atom, factor + terms.get(_key(atom), (atom, 0))[1]
-        kept = tuple((atom, factor) for atom, factor in terms.values() if factor != 0)
-        return Affine(self.constant + other.constant, kept)
-
-    def scaled(self, factor: int) -> Affine:
-        return Affine(self.constant * factor, tuple((atom, n * factor) for atom, n in self.terms if factor != 0))
-
-    def factor(self, axis: Axis) -> int:
-        return next((n for atom, n in self.terms if atom is axis), 0)
-
-    def loads(self) -> list[tuple[Load, int]]:
-        return [(atom, n) for atom, n in self.terms if isinstance(atom, Load)]
-
-    def axes(self) -> list[Axis]:
-        return [atom for atom, _ in self.terms if isinstance(atom, Axis)]
-
-    def largest(self) -> Number | None:
-        """Its largest value over all indices; None if it depends on a load."""
-        top = self.constant
-        for atom, n in self.terms:
-            if isinstance(atom, Load):
-                return None
-            top = top + (n * (atom.size - 1) if n > 0 else 0)
-        return top
-
-    def __str__(self) -> str:
-        names = [f"{n} {atom.key if isinstance(atom, Load) else atom}" for atom, n in self.terms]
-        return " + ".join([*names, str(self.constant)])
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """A value that proves nothing, and why."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Negated:
-    """That one of several conditions does not hold."""
-
-    condition: Condition
-
-    def __str__(self) -> str:
-        return f"not all of {', '.join(map(str, self.condition.literals))}"
-
-
-Literal: TypeAlias = Affine | Opaque | Negated
-
-
-@dataclass(frozen=True)
-class Condition:
-    """That every literal holds: an affine form is at most 0, an opaque boolean is true. No literals: always true."""
-
-    literals: tuple[Literal, ...] = ()
-
-    def both(self, other: Condition) -> Condition:
-        return Condition(self.literals + other.literals)
-
-    def negated(self) -> Condition:
-        if self.never():
-            return Condition()
-        if len(self.literals) != 1:
-            return Condition((Negated(self),)) if self.literals else NEVER
-        (literal,) = self.literals
-        if isinstance(literal, Negated):
-            return literal.condition
-        if isinstance(literal, Opaque):
-            return Condition((Opaque(f"not ({literal.reason})"),))
-        return Condition((literal.scaled(-1) + Affine(1),))
-
-    def never(self) -> bool:
-        return any(isinstance(x, Affine) and not x.terms and known(x.constant > 0) for x in self.literals)
-
-    def simplified(self) -> Condition:
-        """Without the literals that hold for all indices."""
-
-        def always(literal: Literal) -> bool:
-            top = literal.largest() if isinstance(literal, Affine) else None
-            return top is not None and known(top <= 0)
-
-        literals = [part for x in self.literals for part in _simplified(x)]
-        kept = {str(x): x for x in literals if not always(x)}
-        return Condition(tuple(kept.values()))
-
-
-def _simplified(literal: Literal) -> tuple[Literal, ...]:
-    """A negation of what is but one literal, as that literal's negation."""
-    if isinstance(literal, Negated):
-        inner = literal.condition.simplified()
-        return inner.negated().literals if len(inner.literals) <= 1 else (Negated(inner),)
-    return (literal,)
-
-
-NEVER = Condition((Affine(1),))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """``then`` where the condition holds, else ``other``; both are numbers."""
-
-    condition: Condition
-    then: Affine
-    other: Affine
-
-
-Value: TypeAlias = Affine | Condition | Choice | Opaque
+from lowering.passes.exact import INTEGERS, common_dtype, holds, represented
+from lowering.passes.forms import NEVER, Affine, Choice, Condition, Load, Opaque, Value
 
 
 def evaluate(element: Access) -> Value:
     """One symbolic element of an integer, boolean or mask tensor."""
     found = resolve(element)
-    if found.node.op == "get_attr":
-        return _attribute(found)
-    return RULES.get(found.node.target, _unknown)(found)
+    rule = _attribute if found.node.op == "get_attr" else RULES.get(found.node.target, _unknown)
+    formula, dtype = rule(found), found.node.meta["val"].dtype
+    if (exact := represented(formula, dtype)) is not None:
+        return exact
+    if dtype.is_floating_point:
+        return Opaque(f"{found.node.name} is not exactly {formula} in {dtype}")
+    return _unknown(found)
 
 
 def _unknown(element: Access) -> Value:
     dtype = element.node.meta["val"].dtype
     if dtype == torch.bool:
         return Condition((Opaque(f"{element.node.name} is true, a condition on data"),))
-    if dtype in (torch.int64, torch.int32):
+    if dtype in INTEGERS:
         return Affine(0, ((Load(element), 1),))
     return Opaque(f"the values of {element.node.name} are not known")
 
@@ -233,21 +94,19 @@ def _plus(x: Value, y: Value) -> Value:
         return _map(lambda other: other + added, y)
     if isinstance(y, Affine):
         return _plus(y, x)
-    return next(side for side in (x, y, Opaque("a sum of two masks")) if isinstance(side, Opaque))
+    return _first_opaque(x, y, Opaque("a sum of two masks"))
+
+
+def _first_opaque(*values: Value) -> Opaque:
+    return next(each for each in values if isinstance(each, Opaque))
 
 
 def _times(x: Value, y: Value) -> Value:
     for number, other in ((x, y), (y, x)):
         if isinstance(number, Affine) and not number.terms and isinstance(number.constant, (int, float)):
-            return _map(functools.partial(_scale, factor=number.constant), other)
-    return Opaque("a product of two values that are not constant")
-
-
-def _scale(form: Affine, factor: float) -> Affine:
-    if not form.terms:
-        # 0 * inf is NaN, and so it is here: a mask that multiplies -inf by a condition hides nothing.
-        return Affine(form.constant * factor)
-    return form.scaled(factor) if isinstance(factor, int) else Affine(float("nan"))
+            # 0 * inf is NaN, and so it is here: a mask that multiplies -inf by a condition hides nothing.
+            return _map(operator.methodcaller("scaled", number.constant), other)
+    return _first_opaque(x, y, Opaque("a product of two values that are not constant"))
 
 
 def _iota(element: Access) -> Value:
@@ -286,11 +145,23 @@ def _ones(element: Access) -> Value:
 
 
 def _operands(element: Access) -> list[Value]:
+    """Both operands, as the type holds them that the operator computes in."""
     bound = arguments(element.node)
+    dtype = common_dtype(value(bound["self"]), value(bound["other"]))
     values = [operand(element, bound["self"]), operand(element, bound["other"])]
     if bound.get("alpha", 1) != 1:
-        return [values[0], _times(Affine(bound["alpha"]), values[1])]
-    return values
+        values.append(_times(Affine(bound["alpha"]), _as_number(values[1])))
+    for number in values:
+        for form in _forms(number):
+            if form.terms and not holds(form, dtype):
+                return [Opaque(f"{element.node.name} computes with {form} in {dtype}, which may not hold it")] * 2
+    return [values[0], values[-1]]
+
+
+def _forms(x: Value) -> tuple[Affine, ...]:
+    if isinstance(x, Choice):
+        return x.then, x.other
+    return (x,) if isinstance(x, Affine) else ()
 
 
 def _add(element: Access) -> Value:
@@ -317,16 +188,14 @@ def _compare(build: Callable[[Affine, Affine], tuple[Affine, ...]]) -> Callable[
     """A comparison of integers as affine forms that are at most 0."""
 
     def rule(element: Access) -> Value:
+        bound = arguments(element.node)
+        dtype = common_dtype(value(bound["self"]), value(bound["other"]))
         left, right = _operands(element)
-        if isinstance(left, Affine) and isinstance(right, Affine) and _integers(left, right):
+        if isinstance(left, Affine) and isinstance(right, Affine) and holds(left, dtype) and holds(right, dtype):
             return Condition(build(left, right))
         return _unknown(element)
 
     return rule
-
-
-def _integers(*forms: Affine) -> bool:
-    return all(isinstance(form.constant, (int, torch.SymInt)) for form in forms)
 
 
 def _minus(left: Affine, right: Affine) -> Affine:
@@ -371,22 +240,12 @@ def _masked_fill(element: Access) -> Value:
 def _choose(condition: Value, then: Value, other: Value) -> Value:
     if isinstance(condition, Condition) and isinstance(then, Affine) and isinstance(other, Affine):
         return Choice(condition, then, other)
-    for side in (condition, then, other):
-        if isinstance(side, Opaque):
-            return side
-    return Opaque("a choice between masks")
+    return _first_opaque(condition, then, other, Opaque("a choice between masks"))
 
 
 def _convert(element: Access) -> Value:
     inner = operand(element, inputs(element.node)[0])
-    dtype = element.node.meta["val"].dtype
-    if dtype == torch.bool:
-        return inner if isinstance(inner, Condition) else _unknown(element)
-    number = _as_number(inner)
-    if dtype.is_floating_point or isinstance(number, Opaque):
-        return number
-    forms = (number.then, number.other) if isinstance(number, Choice) else (number,)
-    return number if _integers(*forms) else _unknown(element)
+    return inner if element.node.meta["val"].dtype == torch.bool else _as_number(inner)
 
 
 def _attribute(element: Access) -> Value:

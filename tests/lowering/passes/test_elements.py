@@ -13,8 +13,15 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lowering.passes.elements import Access, Axis, Digit, access, resolve, shape
-from lowering.passes.values import Affine, Choice, Condition, Opaque, Value, evaluate
+from lowering.passes.forms import Affine, Choice, Condition, Opaque, Value
+from lowering.passes.values import evaluate
 from tests.lowering.passes.graphs import traced
+
+
+def overwritten(t: Tensor, dim: int, part: slice) -> Tensor:
+    """With its first rows written over a part of them."""
+    rows = len(range(t.shape[dim])[part])
+    return torch.slice_scatter(t, t.narrow(dim, 0, rows), dim, part.start, part.stop)
 
 
 @st.composite
@@ -27,6 +34,7 @@ def moves(draw: st.DrawFn) -> list[Callable[[Tensor], Tensor]]:
         size = x.shape[dim]
         start = draw(st.integers(0, size - 1))
         stop = draw(st.integers(start + 1, size))
+        cut = slice(*(draw(st.none() | st.integers(-size - 2, size + 2)) for _ in range(2)))
         order = draw(st.permutations(range(x.dim())))
         factors = [n for n in range(1, size + 1) if size % n == 0]
         high = draw(st.sampled_from(factors))
@@ -35,6 +43,9 @@ def moves(draw: st.DrawFn) -> list[Callable[[Tensor], Tensor]]:
                 [
                     lambda t, o=order: t.permute(o),
                     lambda t, d=dim, a=start, b=stop: t.narrow(d, a, b - a),
+                    lambda t, d=dim, c=cut: t[(slice(None),) * d + (c,)],
+                    lambda t, d=dim, c=cut: overwritten(t, d, c),
+                    lambda t, d=dim, a=start: t.select(d, a - t.shape[d]) if t.dim() > 1 else t,
                     lambda t, d=dim: t.unsqueeze(d).expand(*t.shape[:d], 2, *t.shape[d:]),
                     lambda t, d=dim, n=high: t.unflatten(d, (n, t.shape[d] // n)),
                     lambda t: t.flatten(0, 1) if t.dim() > 1 else t,
@@ -46,7 +57,7 @@ def moves(draw: st.DrawFn) -> list[Callable[[Tensor], Tensor]]:
                 ]
             )
         )
-        if (moved := step(x)).numel() <= 400:
+        if 0 < (moved := step(x)).numel() <= 400:
             x, chain = moved, [*chain, step]
     return chain
 
@@ -102,7 +113,8 @@ def test_resolve_follows_every_element(chain: list[Callable[[Tensor], Tensor]]) 
     if "aten.mul" in str(found.node.target):
         assert all(x[at(found, p)] == expected[tuple(p[a] for a in axes)] for p in numbers(axes))
     else:  # one element of several tensors put together, or of a cut that a slice went through
-        assert any(name in str(found.node.target) for name in ("cat", "slice", "view", "getitem", "clone", "expand"))
+        names = ("cat", "slice", "view", "getitem", "clone", "expand", "select", "permute")
+        assert any(name in str(found.node.target) for name in names)
 
 
 def test_resolve_reaches_the_source_of_common_chains() -> None:

@@ -148,7 +148,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     # what a mask adds
     "least-that-is-not-least": NearMiss(masked(lambda i, j: j <= i + 4, hidden=-1e9), "not -inf"),
     "alibi": NearMiss(
-        between(lambda s: s + -0.5 * (torch.arange(9) - torch.arange(5)[:, None]).abs()), "a bias and no mask"
+        between(lambda s: s + -0.5 * (torch.arange(9) - torch.arange(5)[:, None]).abs()), "not proven: mul"
     ),
     "distance-bias": NearMiss(between(lambda s: s + torch.arange(9)), "a bias and no mask"),
     "bias-from-data": NearMiss(
