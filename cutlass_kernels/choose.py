@@ -8,44 +8,16 @@ a clock, 64 bytes of L2 a clock; H100: 2048). It ranks tiles; it has not been co
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from cutlass_kernels import heuristics
 from cutlass_kernels.config import BYTES, GemmConfig
-from cutlass_kernels.epilogue import Epilogue
+from cutlass_kernels.problem import Device, Problem
 
 MULTIPLY_ADDS = {"sm_80": 1024, "sm_90a": 2048}  # of 2-byte elements, a clock and multiprocessor
 L2_BYTES = 64
 MOST_SPLITS = 8
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a choice depends on. ``shared_memory`` is what one block may use, in bytes."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory: int
-
-    def runs(self, arch: str) -> bool:
-        """sm_90a is machine code for 9.0 alone; sm_80 comes with PTX, which every newer device translates."""
-        return self.capability == (9, 0) if arch == "sm_90a" else self.capability >= (8, 0)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A product without its addresses. Types in the short names of `config`."""
-
-    m: int
-    n: int
-    k: int
-    a: str
-    weight: str
-    d: str
-    family: str = "linear"
-    batch: int = 1
-    epilogue: Epilogue = field(default_factory=Epilogue)
 
 
 @dataclass(frozen=True)

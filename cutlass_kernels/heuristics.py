@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cutlass_kernels.config import GemmConfig
-
-if TYPE_CHECKING:
-    from cutlass_kernels.choose import Device, Problem
+from cutlass_kernels.problem import Device, Problem
 
 PACKAGE = "nvidia-matmul-heuristics"
 #: By compute capability: the device that it models, its name for a generation of kernels, and ours.

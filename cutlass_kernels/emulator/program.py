@@ -17,7 +17,8 @@ from cutlass_kernels.emulator.machine.scheduler import WARP, Lanes
 from cutlass_kernels.emulator.options import Site
 from cutlass_kernels.emulator.ptx.flow import Block, blocks_of, is_alone, member_mask, targets
 from cutlass_kernels.emulator.ptx.syntax import Instruction, Kernel, Module, Register, Vector
-from cutlass_kernels.emulator.registry import Step, rule_for
+from cutlass_kernels.emulator.registry import rule_for
+from cutlass_kernels.emulator.steps import Step
 from cutlass_kernels.emulator.translate import Translator
 
 ops.load()

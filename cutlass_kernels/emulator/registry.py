@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cutlass_kernels.emulator.errors import UnsupportedInstruction
 from cutlass_kernels.emulator.ptx import types
 from cutlass_kernels.emulator.ptx.syntax import Instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
-
-Step = Callable[["Machine", "Lanes"], None]
-Builder = Callable[["Translator", Instruction], Step]
+Builder = Callable[[Translator, Instruction], Step]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ a write takes over what it is given, and copies views.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from cutlass_kernels.emulator.errors import UnsupportedInstruction
 from cutlass_kernels.emulator.layout import Layout
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.machine.spaces import LOCAL, PARAMETER, SHARED, Space
 from cutlass_kernels.emulator.ptx.syntax import (
     Address,
@@ -27,14 +26,7 @@ from cutlass_kernels.emulator.ptx.syntax import (
     Vector,
 )
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, Value, bits, dtype
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.registry import Step
-
-Reader = Callable[["Machine", "Lanes"], Value]
-Writer = Callable[["Machine", "Lanes", Value], None]
+from cutlass_kernels.emulator.steps import Reader, Step, Writer
 
 _WINDOW = {Space.SHARED: SHARED, Space.LOCAL: LOCAL, Space.PARAMETER: PARAMETER, Space.GLOBAL: 0}
 SPACES = {

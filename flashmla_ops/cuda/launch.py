@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cutlass_kernels.abi import Call, GemmCall, GroupedGemmCall
-from cutlass_kernels.choose import Choice, Device, Fallback, Problem, choose
+from cutlass_kernels.choose import Choice, Fallback, choose
 from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.problem import Device, Problem
 
 #: Short names of `cutlass_kernels.config`.
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f32", torch.int8: "s8"}

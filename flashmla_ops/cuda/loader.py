@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cutlass_kernels import abi, build, heuristics
 from cutlass_kernels.catalogue import kernels
-from cutlass_kernels.choose import Choice, Device
+from cutlass_kernels.choose import Choice
+from cutlass_kernels.problem import Device
 from flashmla_ops.cuda import gemm
 from flashmla_ops.cuda.launch import Launcher
 from flashmla_ops.ops._library import LIBRARY

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlass_kernels.emulator.errors import MemoryFault
 from cutlass_kernels.emulator.machine.clocks import Ints
+from cutlass_kernels.emulator.machine.context import Context
+from cutlass_kernels.emulator.machine.mbarriers import MBarriers
 from cutlass_kernels.emulator.machine.memory import WRITTEN
 from cutlass_kernels.emulator.machine.spaces import Space
+from cutlass_kernels.emulator.machine.transfers import Transfers
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import Array
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
 
 
 @dataclass
@@ -54,25 +53,25 @@ class _Copies:
 class CopyGroups:
     """The copies of a launch that are under way."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.group = np.zeros(machine.n, np.int64)
+    def __init__(self, context: Context, mbarriers: MBarriers, transfers: Transfers) -> None:
+        self.context, self.mbarriers, self.transfers = context, mbarriers, transfers
+        self.group = np.zeros(context.n, np.int64)
         self._pending: list[_Copies] = []
         self._serial = 0
 
     def issue(self, target: Array, source: Array, size: int, wanted: Ints, lanes: Ints) -> None:
         """Copy ``wanted`` bytes to each target and fill up to ``size`` with zeros."""
-        machine = self.machine
-        _, _, shared = machine.locate(Space.SHARED, target, lanes, size)
-        if machine.tally is not None:
-            machine.tally.shared_access(shared, lanes, size)
-        if machine.order is not None:
-            words = machine.words(shared, size)
-            machine.order.async_write(words, machine.domain[lanes][:, None], machine.warp[lanes][:, None])
+        context = self.context
+        _, _, shared = context.locate(Space.SHARED, target, lanes, size)
+        if context.tally is not None:
+            context.tally.shared_access(shared, lanes, size)
+        if context.order is not None:
+            words = context.words(shared, size)
+            context.order.async_write(words, context.domain[lanes][:, None], context.warp[lanes][:, None])
         source_at = self._sources(source, size, wanted, lanes)
         self._serial += 1
-        copies = _Copies(machine.hazards.at, lanes, self.group[lanes], shared, source_at, wanted, size, self._serial)
-        if machine.options.landing == "early":
+        copies = _Copies(context.hazards.at, lanes, self.group[lanes], shared, source_at, wanted, size, self._serial)
+        if context.options.landing == "early":
             self._move(copies)
             copies.landed = True
         self._pending.append(copies)
@@ -83,7 +82,7 @@ class CopyGroups:
 
     def wait(self, still: int, lanes: Ints) -> None:
         """cp.async.wait_group: of the lanes' groups, all but the youngest ``still`` land now."""
-        waiting = np.zeros(self.machine.n, np.bool_)
+        waiting = np.zeros(self.context.n, np.bool_)
         waiting[lanes] = True
         self._land(lambda copies: waiting[copies.lanes] & (copies.groups < self.group[copies.lanes] - still))
 
@@ -92,27 +91,27 @@ class CopyGroups:
 
         ``extra``: without .noinc the arrival is one that the mbarrier did not expect.
         """
-        machine = self.machine
+        context = self.context
         if extra:
             for offset in offsets.tolist():
-                machine.mbarriers.complete(offset, 0, arrivals=-1)
+                self.mbarriers.complete(offset, 0, arrivals=-1)
         last = self._serial
-        mine = np.zeros(machine.n, np.bool_)
+        mine = np.zeros(context.n, np.bool_)
         mine[lanes] = True
 
         def land() -> None:
             arrivals = dict(zip(lanes.tolist(), offsets.tolist(), strict=True))
             self._land(lambda copies: mine[copies.lanes] & (copies.serial <= last), arrivals)
             for offset in offsets.tolist():
-                machine.mbarriers.complete(offset, 0, arrivals=1)
+                self.mbarriers.complete(offset, 0, arrivals=1)
 
-        machine.transfers.queue(land)
+        self.transfers.queue(land)
 
     def finish(self) -> None:
         """Threads have exited: copies that nobody waited for may still overwrite shared memory."""
         for copies in self._pending:
-            self.machine.hazards.at = copies.at
-            self.machine.hazards.add("unwaited", "a cp.async that its thread never waits for", copies.lanes.size)
+            self.context.hazards.at = copies.at
+            self.context.hazards.add("unwaited", "a cp.async that its thread never waits for", copies.lanes.size)
 
     def _land(self, chosen: Callable[[_Copies], Array], offsets: dict[int, int] | None = None) -> None:
         left = []
@@ -125,26 +124,26 @@ class CopyGroups:
         self._pending = left
 
     def _finish(self, copies: _Copies, offsets: dict[int, int] | None) -> None:
-        machine = self.machine
+        context = self.context
         if not copies.landed:
             self._move(copies)
-        if machine.order is None:
+        if context.order is None:
             return
-        words, lanes = machine.words(copies.target, copies.size), copies.lanes
+        words, lanes = context.words(copies.target, copies.size), copies.lanes
         if offsets is None:
-            domain, warp = machine.domain[lanes], machine.warp[lanes]
-            machine.order.async_write_done(words, warp[:, None], machine.clocks.own(domain, warp)[:, None])
+            domain, warp = context.domain[lanes], context.warp[lanes]
+            context.order.async_write_done(words, warp[:, None], context.clocks.own(domain, warp)[:, None])
             return
         for offset in set(offsets.values()):
             mine = np.array([offsets[lane] == offset for lane in lanes.tolist()])
-            agent, clock = machine.mbarriers.stamp(offset)
-            machine.order.async_write_done(words[mine], agent, clock)
+            agent, clock = self.mbarriers.stamp(offset)
+            context.order.async_write_done(words[mine], agent, clock)
 
     def _sources(self, source: Array, size: int, wanted: Ints, lanes: Ints) -> Ints:
         """Offsets in global memory; copies of no bytes have none, whatever their address."""
-        machine = self.machine
+        context = self.context
         if (wanted < 0).any() or (wanted > size).any():
-            raise machine.fault(MemoryFault, f"a cp.async of {int(wanted.max())} source bytes into {size}")
+            raise context.fault(MemoryFault, f"a cp.async of {int(wanted.max())} source bytes into {size}")
         reading = wanted > 0
         offsets = np.zeros(lanes.size, np.int64)
         if not reading.any():
@@ -152,30 +151,30 @@ class CopyGroups:
         space, at = Space.GLOBAL, source[reading]
         whole = wanted[reading] == size
         if whole.all():
-            _, _, offsets[reading] = machine.locate(space, at, lanes[reading], size)
+            _, _, offsets[reading] = context.locate(space, at, lanes[reading], size)
         else:
             for count in np.unique(wanted[reading]).tolist():
                 part = wanted[reading] == count
-                first = machine.locate(space, at[part], lanes[reading][part], 1)[2]
-                machine.locate(space, at[part] + np.uint64(count - 1), lanes[reading][part], 1)
+                first = context.locate(space, at[part], lanes[reading][part], 1)[2]
+                context.locate(space, at[part] + np.uint64(count - 1), lanes[reading][part], 1)
                 offsets[np.flatnonzero(reading)[part]] = first
             if (offsets & (size - 1)).any():
-                raise machine.fault(MemoryFault, f"a cp.async source off its alignment of {size} bytes")
-        if machine.tally is not None:
-            machine.tally.global_access(offsets[reading], lanes[reading], size, write=False)
+                raise context.fault(MemoryFault, f"a cp.async source off its alignment of {size} bytes")
+        if context.tally is not None:
+            context.tally.global_access(offsets[reading], lanes[reading], size, write=False)
         return offsets
 
     def _move(self, copies: _Copies) -> None:
-        machine = self.machine
+        context = self.context
         width = min(copies.size, 8)
-        missing = machine.heap.memory.without(WRITTEN, copies.source, copies.size)
-        data = machine.heap.memory.read(copies.source, width, copies.size // width)
+        missing = context.heap.memory.without(WRITTEN, copies.source, copies.size)
+        data = context.heap.memory.read(copies.source, width, copies.size // width)
         data = np.ascontiguousarray(data)
         short = copies.wanted < copies.size
         if short.any():
             raw = data.view(np.uint8).reshape(copies.lanes.size, copies.size)
             raw[np.arange(copies.size) >= copies.wanted[:, None]] = 0
-        machine.shared.write(copies.target, width, data)
+        context.shared.write(copies.target, width, data)
         # What nobody wrote to global memory has not been written to shared memory either.
         if missing is not None and (unknown := missing & ~short).any():
-            machine.shared.forget(copies.target[unknown], copies.size)
+            context.shared.forget(copies.target[unknown], copies.size)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cutlass_kernels.emulator.errors import BarrierFault
 from cutlass_kernels.emulator.machine.clocks import ASYNC_AGENTS, Ints, Knowledge
-from cutlass_kernels.emulator.machine.scheduler import first_of_warps
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.context import Context
+from cutlass_kernels.emulator.machine.scheduler import Scheduler, first_of_warps
 
 
 @dataclass
@@ -38,21 +35,21 @@ class MBarrier:
 class MBarriers:
     """All mbarriers of a launch, by their offset in shared memory."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, context: Context, scheduler: Scheduler) -> None:
+        self.context, self.scheduler = context, scheduler
         self.table: dict[int, MBarrier] = {}
         self._made: dict[int, int] = {}
 
     def initialise(self, offsets: Ints, counts: Ints, lanes: Ints) -> None:
         """mbarrier.init."""
-        clocks = self.machine.clocks
+        clocks = self.context.clocks
         for offset, count, lane in zip(offsets.tolist(), counts.tolist(), lanes.tolist(), strict=True):
-            domain = int(self.machine.domain[lane])
+            domain = int(self.context.domain[lane])
             number = self._made.get(domain, 0)
             self._made[domain] = number + 1
             old = self.table.get(offset)
             agent = old.agent if old else number % ASYNC_AGENTS
-            maker = int(self.machine.warp[lane])
+            maker = int(self.context.warp[lane])
             made_at = int(clocks.know[0][domain, maker, maker])
             self.table[offset] = MBarrier(
                 domain, agent, count, count, clocks.nothing(), clocks.nothing(), maker, made_at
@@ -66,16 +63,16 @@ class MBarriers:
 
     def arrive(self, offsets: Ints, counts: Ints, expect: Ints, lanes: Ints) -> Ints:
         """Each lane adds ``expect`` bytes to the transaction count and arrives ``counts`` times: the phases before."""
-        machine = self.machine
+        context = self.context
         phases = np.zeros(lanes.size, np.int64)
         for offset in np.unique(offsets).tolist():
             barrier, mine = self._at(offset), offsets == offset
             phases[mine] = barrier.phase
             arriving = lanes[mine]
             self._initialised(barrier, arriving)
-            if machine.order is not None and counts[mine].any():
+            if context.order is not None and counts[mine].any():
                 first = first_of_warps(arriving)
-                given = machine.clocks.release(machine.domain[first], machine.warp[first])
+                given = context.clocks.release(context.domain[first], context.warp[first])
                 barrier.given = np.maximum(barrier.given, given.max(axis=1))
             barrier.transactions += int(expect[mine].sum())
             barrier.pending -= int(counts[mine].sum())
@@ -91,23 +88,23 @@ class MBarriers:
 
     def stamp(self, offset: int) -> tuple[int, int]:
         """Agent and clock of a completion on an mbarrier, which those who wait for it will know."""
-        barrier, clocks = self._at(offset), self.machine.clocks
+        barrier, clocks = self._at(offset), self.context.clocks
         clock = clocks.complete(barrier.domain, barrier.agent)
         barrier.given[:, clocks.warps + barrier.agent] = clock
         return clocks.warps + barrier.agent, clock
 
     def test(self, offsets: Ints, wanted: Ints, lanes: Ints, *, parity: bool) -> NDArray[np.bool_]:
         """Which lanes find the phase that they wait for complete; these are then ordered after its arrivals."""
-        machine, passed = self.machine, np.zeros(lanes.size, np.bool_)
+        context, passed = self.context, np.zeros(lanes.size, np.bool_)
         for offset in np.unique(offsets).tolist():
             barrier, mine = self._at(offset), offsets == offset
             self._initialised(barrier, lanes[mine])
             now = barrier.phase & 1 if parity else barrier.phase
             passed[mine] = through = wanted[mine] != now
             waiters = lanes[mine][through]
-            if waiters.size and machine.order is not None:
+            if waiters.size and context.order is not None:
                 first = first_of_warps(waiters)
-                machine.clocks.acquire(machine.domain[first], machine.warp[first], barrier.done)
+                context.clocks.acquire(context.domain[first], context.warp[first], barrier.done)
         return passed
 
     def park(self, block: int, offsets: Ints, lanes: Ints) -> None:
@@ -125,7 +122,7 @@ class MBarriers:
     def _at(self, offset: int) -> MBarrier:
         barrier = self.table.get(offset)
         if barrier is None:
-            raise self.machine.fault(BarrierFault, f"no mbarrier was initialised at byte {offset} of shared memory")
+            raise self.context.fault(BarrierFault, f"no mbarrier was initialised at byte {offset} of shared memory")
         return barrier
 
     def check(self, offset: int, lane: int) -> None:
@@ -134,25 +131,25 @@ class MBarriers:
 
     def _initialised(self, barrier: MBarrier, lanes: Ints) -> None:
         """A hazard where nothing orders the use of an mbarrier after its initialisation."""
-        machine = self.machine
-        if machine.order is None:
+        context = self.context
+        if context.order is None:
             return
         first = first_of_warps(lanes)
-        known = machine.clocks.know[0][machine.domain[first], machine.warp[first], barrier.maker]
+        known = context.clocks.know[0][context.domain[first], context.warp[first], barrier.maker]
         if (late := known < barrier.made_at).any():
-            machine.hazards.add(
+            context.hazards.add(
                 "race", "an mbarrier is used by a warp that nothing orders after its init", int(late.sum())
             )
 
     def _settle(self, offset: int, barrier: MBarrier) -> None:
         if barrier.pending < 0:
-            raise self.machine.fault(BarrierFault, f"more than {barrier.expected} arrivals in one phase of an mbarrier")
+            raise self.context.fault(BarrierFault, f"more than {barrier.expected} arrivals in one phase of an mbarrier")
         if barrier.pending or barrier.transactions:
             return
         barrier.phase += 1
         barrier.pending = barrier.expected
         barrier.done = barrier.given.copy()
-        self.machine.scheduler.progress += 1
+        self.scheduler.progress += 1
         parked, barrier.parked = barrier.parked, []
         for block, lanes in parked:
-            self.machine.scheduler.push(block, lanes)
+            self.scheduler.push(block, lanes)

@@ -7,16 +7,12 @@ names.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from cutlass_kernels.emulator.machine.clocks import Clocks, Ints
+from cutlass_kernels.emulator.machine.hazards import Hazards
 from cutlass_kernels.emulator.ptx.types import Array
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.hazards import Hazards
 
 _ATOMIC, _NARROW = 1, 2
 

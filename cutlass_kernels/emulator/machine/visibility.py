@@ -9,15 +9,13 @@ stream-K takes its flags with atomicCAS, and devices perform it where the flag's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cutlass_kernels.emulator.machine.clocks import Clocks, Ints
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.hazards import Hazards
+from cutlass_kernels.emulator.machine.hazards import Hazards
 
 #: How an access to memory is ordered: "weak" is an ordinary one, the others are strong.
 Order = Literal["weak", "relaxed", "acquire", "release", "acq_rel"]

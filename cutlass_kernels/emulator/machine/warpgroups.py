@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.machine.clocks import Ints
+from cutlass_kernels.emulator.machine.context import Context
 from cutlass_kernels.emulator.machine.geometry import WARPGROUP
 from cutlass_kernels.emulator.ptx.syntax import Instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
 
 SIZE = WARPGROUP
 
@@ -42,8 +39,8 @@ class _Warpgroup:
 class Warpgroups:
     """The warpgroups of a launch, by the number of their first lane over 128."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self._groups: dict[int, _Warpgroup] = {}
         #: Registers of unfinished products by warpgroup.
         self.busy: dict[int, set[int]] = {}
@@ -54,23 +51,23 @@ class Warpgroups:
         """Lanes as whole warpgroups. Raises `DivergentCollective`."""
         whole = lanes.size % SIZE == 0
         rows = lanes.reshape(-1, SIZE) if whole else lanes[None, :]
-        if not whole or (self.machine.thread[rows[:, 0]] % SIZE).any() or (rows[:, -1] - rows[:, 0] != SIZE - 1).any():
-            raise self.machine.fault(DivergentCollective, "wgmma by a part of a warpgroup of 128 threads")
+        if not whole or (self.context.thread[rows[:, 0]] % SIZE).any() or (rows[:, -1] - rows[:, 0] != SIZE - 1).any():
+            raise self.context.fault(DivergentCollective, "wgmma by a part of a warpgroup of 128 threads")
         return list(rows)
 
     def issue(self, lanes: Ints, words: Ints, registers: frozenset[int], compute: Callable[[], None]) -> None:
         """A product of one warpgroup starts. ``words``: shared words that it reads, each
         operand's once."""
-        machine = self.machine
-        if machine.order is not None:
-            machine.order.async_read(words, int(machine.domain[lanes[0]]), machine.warp[lanes[::32]])
+        context = self.context
+        if context.order is not None:
+            context.order.async_read(words, int(context.domain[lanes[0]]), context.warp[lanes[::32]])
         if self._unfenced.get(int(lanes[0]) // SIZE, frozenset()) & registers:
-            machine.hazards.add("in flight", "a wgmma of registers written without a wgmma.fence after it")
-        early = machine.options.landing == "early"
+            context.hazards.add("in flight", "a wgmma of registers written without a wgmma.fence after it")
+        early = context.options.landing == "early"
         if early:
             compute()
         group = self._groups.setdefault(int(lanes[0]) // SIZE, _Warpgroup(lanes))
-        group.open.append(_Product(machine.hazards.at, words, registers, None if early else compute))
+        group.open.append(_Product(context.hazards.at, words, registers, None if early else compute))
         self.busy.setdefault(int(lanes[0]) // SIZE, set()).update(registers)
 
     def commit(self, lanes: Ints) -> None:
@@ -99,7 +96,7 @@ class Warpgroups:
         """A thread reads or writes a register: a hazard if a product of its warpgroup still uses it."""
         users = [number for number, registers in self.busy.items() if register in registers]
         if users and (hit := np.isin(lanes // SIZE, users)).any():
-            self.machine.hazards.add("in flight", "a register that an unfinished wgmma uses", int(hit.sum()))
+            self.context.hazards.add("in flight", "a register that an unfinished wgmma uses", int(hit.sum()))
 
     def written(self, register: int, lanes: Ints) -> None:
         """A thread writes a register that products use: wgmma.fence must come before the next of them."""
@@ -117,15 +114,15 @@ class Warpgroups:
         """Threads have exited: products that nobody waited for never had a result."""
         for group in self._groups.values():
             for product in (p for products in (*group.committed, group.open) for p in products):
-                self.machine.hazards.at = product.at
-                self.machine.hazards.add("unwaited", "a wgmma that its warpgroup never waits for")
+                self.context.hazards.at = product.at
+                self.context.hazards.add("unwaited", "a wgmma that its warpgroup never waits for")
 
     def _settle(self, group: _Warpgroup, product: _Product) -> None:
-        machine, waiting = self.machine, self.machine.hazards.at
-        machine.hazards.at = product.at
+        context, waiting = self.context, self.context.hazards.at
+        context.hazards.at = product.at
         if product.compute is not None:
             product.compute()
-        if machine.order is not None:
-            warps = machine.warp[group.lanes[::32]]
-            machine.order.async_read_done(product.words, int(machine.domain[group.lanes[0]]), warps)
-        machine.hazards.at = waiting
+        if context.order is not None:
+            warps = context.warp[group.lanes[::32]]
+            context.order.async_read_done(product.words, int(context.domain[group.lanes[0]]), warps)
+        context.hazards.at = waiting

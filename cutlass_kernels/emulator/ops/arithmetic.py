@@ -8,20 +8,18 @@ results.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.ops.packed import halves
 from cutlass_kernels.emulator.ops.rounding import exact_fma, rounded
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Value, bits, dtype, is_float, is_signed
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 Function = Callable[..., Value]
 _TINY = np.float32(2.0**-126)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from cutlass_kernels.emulator.machine.machine import Machine
 from cutlass_kernels.emulator.machine.memory import WRITTEN
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.machine.spaces import Space
+from cutlass_kernels.emulator.machine.visibility import Order
 from cutlass_kernels.emulator.ops.packed import narrowed, widened
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import Array, bits, dtype
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.machine.visibility import Order
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 Update = Callable[..., Any]
 _ORDERS = (

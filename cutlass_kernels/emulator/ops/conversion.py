@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlass_kernels.emulator.formats import FP8, from_bf16, to_bf16, to_fp8, to_tf32
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.ops.arithmetic import flushed
 from cutlass_kernels.emulator.ops.packed import narrowed, widened
 from cutlass_kernels.emulator.ops.rounding import directed
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, Value, bits, dtype, is_float
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 _TO_INTEGER: dict[str, Callable[[Value], Value]] = {
     "rni": np.rint,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from cutlass_kernels.emulator.machine.clocks import Ints
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.machine.spaces import SHARED, cluster_rank
 from cutlass_kernels.emulator.ptx.syntax import Address, Immediate, Instruction, Operand, Register
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Reader, Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Reader, Step
+from cutlass_kernels.emulator.translate import Translator
 
 _HINTS = "L2::cache_hint L2::64B L2::128B L2::256B"
 

@@ -5,17 +5,13 @@ Lane 4 g + t of a warp holds, of an 8 by 8 matrix of 16-bit elements, those of r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from cutlass_kernels.emulator.machine.clocks import Ints
+from cutlass_kernels.emulator.machine.machine import Machine
 from cutlass_kernels.emulator.machine.taint import Marks, Taint
 from cutlass_kernels.emulator.ptx.syntax import Operand, Register
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.translate import Translator
 
 Indices = list[int | None]
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.ops.arithmetic import apply, flushed
 from cutlass_kernels.emulator.ops.packed import widened
 from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Pair
 from cutlass_kernels.emulator.ptx.types import Value, bits, is_float
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Reader, Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Reader, Step
+from cutlass_kernels.emulator.translate import Translator
 
 _BITWISE: dict[str, Callable[[Value, Value], Value]] = {
     "and": np.bitwise_and,

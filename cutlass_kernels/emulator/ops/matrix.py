@@ -8,23 +8,21 @@ integers), in an order of ours: a device's order and its handling of low bits ar
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.formats import widen
 from cutlass_kernels.emulator.machine.clocks import Ints
-from cutlass_kernels.emulator.machine.scheduler import WARP
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import WARP, Lanes
 from cutlass_kernels.emulator.ops.fragments import mark_rows, product_marks, register_indices, stored_rows
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, bits
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Reader, Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Reader, Step
+from cutlass_kernels.emulator.translate import Translator
 
 _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
 _SHAPES = {

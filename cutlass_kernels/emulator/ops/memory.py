@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.machine.spaces import Space
+from cutlass_kernels.emulator.machine.visibility import Order
 from cutlass_kernels.emulator.ptx.syntax import Address, Instruction, Operand, Register, Symbol
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, bits, is_signed
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.machine.visibility import Order
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 _CACHES = (
     "ca cg cs lu cv wb wt nc volatile relaxed acquire release weak cta cluster gpu sys "

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.machine.spaces import Space, with_rank
 from cutlass_kernels.emulator.ptx.syntax import Instruction, Vector
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, bits
-from cutlass_kernels.emulator.registry import Step, instruction
-from cutlass_kernels.emulator.translate import SPACES
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import SPACES, Translator
 
 
 @instruction("mov", kind="move")

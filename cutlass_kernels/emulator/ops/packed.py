@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlass_kernels.emulator.formats import from_bf16, to_bf16
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.ops.rounding import single_to_odd
 from cutlass_kernels.emulator.ptx.syntax import Instruction
 from cutlass_kernels.emulator.ptx.types import Array, Value, bits
-from cutlass_kernels.emulator.registry import Step
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 
 def widened(packed: Array, kind: str) -> Array:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cutlass_kernels.emulator.machine.barriers import Resume
 from cutlass_kernels.emulator.machine.clocks import Ints
-from cutlass_kernels.emulator.machine.scheduler import first_of_warps
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import Lanes, first_of_warps
 from cutlass_kernels.emulator.machine.spaces import Space
 from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction
 from cutlass_kernels.emulator.ptx.types import Array, Value
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.barriers import Resume
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 _SCOPES = "relaxed release acquire cta cluster gpu sys"
 

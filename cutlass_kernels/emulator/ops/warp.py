@@ -6,22 +6,19 @@ The scheduler lets a warp in only when the members that the instruction names ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlass_kernels.emulator.errors import DivergentCollective
 from cutlass_kernels.emulator.machine.clocks import Ints
-from cutlass_kernels.emulator.machine.scheduler import WARP
+from cutlass_kernels.emulator.machine.machine import Machine
+from cutlass_kernels.emulator.machine.scheduler import WARP, Lanes
 from cutlass_kernels.emulator.ptx.flow import is_alone, member_mask
 from cutlass_kernels.emulator.ptx.syntax import Instruction, Pair
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, Value, bits, is_signed
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 #: What a warp-wide instruction does for lanes that have their members with them.
 Action = Callable[["Machine", "Lanes", Array], None]

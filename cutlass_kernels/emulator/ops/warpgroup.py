@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutlass_kernels.emulator.errors import MemoryFault
 from cutlass_kernels.emulator.formats import widen
 from cutlass_kernels.emulator.machine.clocks import Ints
+from cutlass_kernels.emulator.machine.machine import Machine
 from cutlass_kernels.emulator.machine.memory import ALLOCATED, WRITTEN
+from cutlass_kernels.emulator.machine.scheduler import Lanes
 from cutlass_kernels.emulator.machine.tensormap import swizzled
 from cutlass_kernels.emulator.machine.warpgroups import SIZE
 from cutlass_kernels.emulator.ops.matrix import ACCUMULATOR, accumulate
 from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Operand, Register, Vector
 from cutlass_kernels.emulator.ptx.types import UNSIGNED, Array, bits
-from cutlass_kernels.emulator.registry import Step, instruction
-
-if TYPE_CHECKING:
-    from cutlass_kernels.emulator.machine.machine import Machine
-    from cutlass_kernels.emulator.machine.scheduler import Lanes
-    from cutlass_kernels.emulator.translate import Translator
+from cutlass_kernels.emulator.registry import instruction
+from cutlass_kernels.emulator.steps import Step
+from cutlass_kernels.emulator.translate import Translator
 
 _SHAPE = re.compile(r"m64n(\d+)k(\d+)")
 _DEPTH = {"bf16": 16, "f16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}

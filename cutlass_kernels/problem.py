@@ -1,0 +1,35 @@
+"""What a kernel is chosen by: the product, and the device that computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cutlass_kernels.epilogue import Epilogue
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on. ``shared_memory`` is what one block may use, in bytes."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+    def runs(self, arch: str) -> bool:
+        """sm_90a is machine code for 9.0 alone; sm_80 comes with PTX, which every newer device translates."""
+        return self.capability == (9, 0) if arch == "sm_90a" else self.capability >= (8, 0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product without its addresses. Types in the short names of `config`."""
+
+    m: int
+    n: int
+    k: int
+    a: str
+    weight: str
+    d: str
+    family: str = "linear"
+    batch: int = 1
+    epilogue: Epilogue = field(default_factory=Epilogue)
