@@ -7,9 +7,9 @@
 listing, needs neither nvidia-cutlass (whose import name is cutlass_cppgen) nor nvcc.
 """
 
-from cutlass_kernels.catalogue import by_name, kernels
-from cutlass_kernels.config import GemmConfig
-from cutlass_kernels.epilogue import Epilogue
-from cutlass_kernels.inductor import inductor_cutlass_dir
+from cutlass_kernels.gemm.catalogue import by_name, kernels
+from cutlass_kernels.gemm.config import GemmConfig
+from cutlass_kernels.gemm.epilogue import Epilogue
+from cutlass_kernels.gemm.inductor import inductor_cutlass_dir
 
 __all__ = ["Epilogue", "GemmConfig", "by_name", "inductor_cutlass_dir", "kernels"]

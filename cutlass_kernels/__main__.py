@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from cutlass_kernels import generate
-from cutlass_kernels.catalogue import LISTS
-from cutlass_kernels.config import TYPES, GemmConfig
+from cutlass_kernels.build import libraries
 from cutlass_kernels.errors import CutlassKernelsError
+from cutlass_kernels.gemm import generate
+from cutlass_kernels.gemm.catalogue import LISTS
+from cutlass_kernels.gemm.config import TYPES, GemmConfig
 
 
 def chosen(arguments: argparse.Namespace) -> list[GemmConfig]:
@@ -22,10 +23,9 @@ def chosen(arguments: argparse.Namespace) -> list[GemmConfig]:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from cutlass_kernels import build
 
     for config in chosen(arguments):
-        built = build.find(config)
+        built = libraries.find(config)
         print(f"{config.name:<72} {'built' if built else '-'}")
     return 0
 
@@ -40,9 +40,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from cutlass_kernels import build
 
-    for built in build.build(chosen(arguments), jobs=arguments.jobs):
+    for built in libraries.build(chosen(arguments), jobs=arguments.jobs):
         registers = max(entry.registers for entry in built.report.entries)
         print(f"{built.config.name:<72} {registers:>3} registers  {built.library}")
     return 0

@@ -75,7 +75,7 @@ def test_kernels_fixture_and_type_marker_are_shipped(shipped: dict[str, set[str]
     assert any(re.fullmatch(r"flashmla_ops/cpu/csrc/.*\.cpp", name) for name in names)
     assert any(re.fullmatch(r"flashmla_ops/cpu/csrc/.*\.h", name) for name in names)
     assert any(re.fullmatch(r"flashmla_ops/fixtures/.*\.safetensors", name) for name in names)
-    assert {"flashmla_ops/py.typed", "flashmla.py", "cutlass_kernels/csrc/flashmla_gemm.h"} <= names
+    assert {"flashmla_ops/py.typed", "flashmla.py", "cutlass_kernels/gemm/csrc/flashmla_gemm.h"} <= names
 
 
 def test_tests_and_bench_are_not_installed(shipped: dict[str, set[str]]) -> None:

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cutlass_kernels import abi, build, cppgen, emulator
-from cutlass_kernels.build import Built
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels import emulator
+from cutlass_kernels.build import libraries
+from cutlass_kernels.build.libraries import Built
+from cutlass_kernels.build.toolchain import nvcc
 from cutlass_kernels.errors import CallError
-from cutlass_kernels.toolchain import nvcc
+from cutlass_kernels.gemm import abi, cppgen
+from cutlass_kernels.gemm.config import GemmConfig
 from cutlass_kernels.verify import report
 from cutlass_kernels.verify.cases import Case, cases_of, mutation_cases
 from cutlass_kernels.verify.problem import Problem
@@ -130,7 +132,7 @@ def command(
     configs: Iterable[GemmConfig], *, jobs: int | None, results: Path | None, readme: Path | None, mutations: bool
 ) -> int:
     """The command line: build, verify in processes of their own, print, and write. 1 unless all are verified."""
-    built = build.build(configs, jobs=jobs)
+    built = libraries.build(configs, jobs=jobs)
     found: list[KernelResult] = []
     # Fresh processes: the mock CUDA runtime must come before any other that this process may have loaded.
     context = multiprocessing.get_context("spawn")

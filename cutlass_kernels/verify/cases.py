@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.gemm.config import GemmConfig
 
 
 @dataclass(frozen=True)

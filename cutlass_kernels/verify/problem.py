@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutlass_kernels import emulator
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.gemm.config import GemmConfig
 from cutlass_kernels.verify.cases import Case
 
 Array = NDArray[Any]

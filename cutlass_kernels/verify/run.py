@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cutlass_kernels import abi, emulator
-from cutlass_kernels.abi import Call, GemmCall, GroupedGemmCall
-from cutlass_kernels.build import Built
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels import emulator
+from cutlass_kernels.build.libraries import Built
+from cutlass_kernels.gemm import abi
+from cutlass_kernels.gemm.abi import Call, GemmCall, GroupedGemmCall
+from cutlass_kernels.gemm.config import GemmConfig
 from cutlass_kernels.verify.problem import Problem
 
 Array = NDArray[Any]

@@ -1,7 +1,7 @@
 """Inductor's custom-op autotuning for the products: our kernels against torch's operators, timed per shape.
 
 Torch's operators come as a decomposition, which Inductor may fuse with what surrounds it; ours is the operator itself,
-behind which `cutlass_kernels.choose` has picked a kernel.
+behind which `cutlass_kernels.gemm.choose` has picked a kernel.
 """
 
 from __future__ import annotations

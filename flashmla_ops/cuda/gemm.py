@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlass_kernels.choose import Fallback
-from cutlass_kernels.epilogue import Epilogue
-from cutlass_kernels.problem import Problem
+from cutlass_kernels.gemm.choose import Fallback
+from cutlass_kernels.gemm.epilogue import Epilogue
+from cutlass_kernels.gemm.problem import Problem
 from flashmla_ops.cuda import aten
 from flashmla_ops.cuda.launch import NAMES, Launcher, gemm_call, grouped_gemm_call
 from flashmla_ops.ops.gemm import bmm_fake, check

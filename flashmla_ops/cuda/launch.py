@@ -9,17 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cutlass_kernels.abi import Call, GemmCall, GroupedGemmCall
-from cutlass_kernels.choose import Choice, Fallback, choose
-from cutlass_kernels.config import GemmConfig
-from cutlass_kernels.problem import Device, Problem
+from cutlass_kernels.gemm.abi import Call, GemmCall, GroupedGemmCall
+from cutlass_kernels.gemm.choose import Choice, Fallback, choose
+from cutlass_kernels.gemm.config import GemmConfig
+from cutlass_kernels.gemm.problem import Device, Problem
 
-#: Short names of `cutlass_kernels.config`.
+#: Short names of `cutlass_kernels.gemm.config`.
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f32", torch.int8: "s8"}
 
 
 class Kernel(Protocol):
-    """`cutlass_kernels.abi.Kernel`, or what stands in for it in a test."""
+    """`cutlass_kernels.gemm.abi.Kernel`, or what stands in for it in a test."""
 
     def refuses(self, call: Call) -> str | None: ...
 

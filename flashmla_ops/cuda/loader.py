@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_kernels import abi, build, heuristics
-from cutlass_kernels.catalogue import kernels
-from cutlass_kernels.choose import Choice
-from cutlass_kernels.problem import Device
+from cutlass_kernels.build import libraries
+from cutlass_kernels.gemm import abi, heuristics
+from cutlass_kernels.gemm.catalogue import kernels
+from cutlass_kernels.gemm.choose import Choice
+from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda import gemm
 from flashmla_ops.cuda.launch import Launcher
 from flashmla_ops.ops._library import LIBRARY
@@ -46,19 +47,19 @@ def launcher(index: int) -> Launcher:
     # What a block may use once it asks for it. The attribute is there in builds for CUDA only.
     shared_memory = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
     device = Device((facts.major, facts.minor), facts.multi_processor_count, shared_memory)
-    libraries = {config: built.library for config in kernels() if (built := build.find(config))}
+    found = {config: built.library for config in kernels() if (built := libraries.find(config))}
 
     @cache
     def kernel(config: Any) -> abi.Kernel:
-        return abi.load(config, libraries[config])
+        return abi.load(config, found[config])
 
     where = torch.device("cuda", index)
-    return Launcher(where, device, frozenset(libraries), kernel, lambda: torch.cuda.current_stream(where).cuda_stream)
+    return Launcher(where, device, frozenset(found), kernel, lambda: torch.cuda.current_stream(where).cuda_stream)
 
 
 def explain() -> list[str]:
     """What runs on CUDA, and why, a line each."""
-    built = [config for config in kernels() if build.find(config)]
+    built = [config for config in kernels() if libraries.find(config)]
     counts = ", ".join(f"{sum(c.arch == arch for c in built)} for {arch}" for arch in ("sm_80", "sm_90a"))
     version = heuristics.version()
     by = f"nvidia-matmul-heuristics {version}" if version else "a table (nvidia-matmul-heuristics is not installed)"

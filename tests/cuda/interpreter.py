@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutlass_kernels.abi import Call, GemmCall, GroupedGemmCall
-from cutlass_kernels.catalogue import kernels
-from cutlass_kernels.config import BYTES, GemmConfig
-from cutlass_kernels.problem import Device
+from cutlass_kernels.gemm.abi import Call, GemmCall, GroupedGemmCall
+from cutlass_kernels.gemm.catalogue import kernels
+from cutlass_kernels.gemm.config import BYTES, GemmConfig
+from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda.launch import NAMES, Launcher
 from flashmla_ops.reference.gemm import ACTIVATIONS
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutlass_kernels.choose import Choice, Fallback
-from cutlass_kernels.problem import Device
+from cutlass_kernels.gemm.choose import Choice, Fallback
+from cutlass_kernels.gemm.problem import Device
 from flashmla_ops import reference
 from flashmla_ops.cuda import aten, gemm
 from flashmla_ops.ops.grouped_gemm import runs

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cutlass_kernels import build, toolchain
-from cutlass_kernels.build import Built
-from cutlass_kernels.catalogue import smoke
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.build import libraries, toolchain
+from cutlass_kernels.build.libraries import Built
 from cutlass_kernels.errors import MissingToolError
+from cutlass_kernels.gemm.catalogue import smoke
+from cutlass_kernels.gemm.config import GemmConfig
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,4 @@ def compiler() -> None:
 
 @pytest.fixture(scope="session")
 def built(compiler: None) -> dict[GemmConfig, Built]:
-    return dict(zip(smoke(), build.build(smoke(), quiet=True), strict=True))
+    return dict(zip(smoke(), libraries.build(smoke(), quiet=True), strict=True))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cutlass_kernels import build, verify
-from cutlass_kernels.build import Built
-from cutlass_kernels.catalogue import smoke
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels import verify
+from cutlass_kernels.build import libraries
+from cutlass_kernels.build.libraries import Built
+from cutlass_kernels.gemm.catalogue import smoke
+from cutlass_kernels.gemm.config import GemmConfig
 
 PLAIN, FUSED, TMA = smoke()
 #: (kernel, what is there, what it becomes, which of its occurrences: all if None, state that `verify` finds)
@@ -47,7 +48,7 @@ def broken(built: Built, folder: Path, text: str, becomes: str, which: int | Non
         data = data[:at] + padded + data[at + len(text) :]
     copy = folder / "broken"
     shutil.copytree(built.folder, copy)
-    (copy / build.LIBRARY).write_bytes(data)
+    (copy / libraries.LIBRARY).write_bytes(data)
     return dataclasses.replace(built, folder=copy)
 
 

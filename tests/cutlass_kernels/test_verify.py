@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlass_kernels import abi, build, emulator, verify
-from cutlass_kernels.build import Built
-from cutlass_kernels.catalogue import by_name, kernels, representatives, smoke
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels import emulator, verify
+from cutlass_kernels.build import libraries
+from cutlass_kernels.build.libraries import Built
 from cutlass_kernels.errors import CallError
+from cutlass_kernels.gemm import abi
+from cutlass_kernels.gemm.catalogue import by_name, kernels, representatives, smoke
+from cutlass_kernels.gemm.config import GemmConfig
 from cutlass_kernels.verify import report
 from cutlass_kernels.verify.cases import Case, cases_of
 from cutlass_kernels.verify.problem import FORMATS, Problem, decode, encode, ulp
@@ -191,7 +193,7 @@ def test_most_dropped_synchronisation_is_noticed(built: dict[GemmConfig, Built])
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("config", kernels(), ids=lambda config: config.name)
 def test_the_whole_catalogue_is_verified(config: GemmConfig) -> None:
-    result = verify.verify(build.build([config], quiet=True)[0])
+    result = verify.verify(libraries.build([config], quiet=True)[0])
     assert (result.state, result.why) == ("verified", "")
 
 

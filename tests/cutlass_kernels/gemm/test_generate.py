@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cutlass_kernels import generate
-from cutlass_kernels.catalogue import fused, kernels, representatives, sm80, sm90
-from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import GenerateError
+from cutlass_kernels.gemm import generate
+from cutlass_kernels.gemm.catalogue import fused, kernels, representatives, sm80, sm90
+from cutlass_kernels.gemm.config import GemmConfig
 
 pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
 
@@ -53,8 +53,8 @@ def test_nothing_of_torch_and_no_default_stream(sources: dict[GemmConfig, str]) 
 
 TWICE = """
 import hashlib, sys
-from cutlass_kernels import generate
-from cutlass_kernels.catalogue import representatives
+from cutlass_kernels.gemm import generate
+from cutlass_kernels.gemm.catalogue import representatives
 print(hashlib.sha256("".join(generate.source(c) for c in representatives()).encode()).hexdigest())
 """
 
@@ -68,8 +68,8 @@ def test_the_same_bytes_in_another_process(sources: dict[GemmConfig, str]) -> No
 
 
 def test_nothing_is_left_in_the_current_folder(tmp_path: Path) -> None:
-    script = "from cutlass_kernels import catalogue, generate; generate.source(catalogue.kernels()[0])"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = "from cutlass_kernels.gemm import catalogue, generate; generate.source(catalogue.kernels()[0])"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
     assert not list(tmp_path.iterdir())
 

@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlass_kernels import cppgen, generate, ptxas
-from cutlass_kernels.config import GemmConfig
+from cutlass_kernels.build import ptxas
+from cutlass_kernels.build.toolchain import Nvcc, cache_root, nvcc
 from cutlass_kernels.errors import BuildError
-from cutlass_kernels.toolchain import Nvcc, cache_root, nvcc
+from cutlass_kernels.gemm import cppgen, generate
+from cutlass_kernels.gemm.config import GemmConfig
 
 LIBRARY = "kernel.so"
 FLAGS = (

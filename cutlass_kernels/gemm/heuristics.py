@@ -7,8 +7,8 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from cutlass_kernels.config import GemmConfig
-from cutlass_kernels.problem import Device, Problem
+from cutlass_kernels.gemm.config import GemmConfig
+from cutlass_kernels.gemm.problem import Device, Problem
 
 PACKAGE = "nvidia-matmul-heuristics"
 #: By compute capability: the device that it models, its name for a generation of kernels, and ours.

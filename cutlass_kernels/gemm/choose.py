@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cutlass_kernels import heuristics
-from cutlass_kernels.config import BYTES, GemmConfig
-from cutlass_kernels.problem import Device, Problem
+from cutlass_kernels.gemm import heuristics
+from cutlass_kernels.gemm.config import BYTES, GemmConfig
+from cutlass_kernels.gemm.problem import Device, Problem
 
 MULTIPLY_ADDS = {"sm_80": 1024, "sm_90a": 2048}  # of 2-byte elements, a clock and multiprocessor
 L2_BYTES = 64

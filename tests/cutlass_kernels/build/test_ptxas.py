@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cutlass_kernels import ptxas
+from cutlass_kernels.build import ptxas
 
 # As nvcc 13.0 writes it.
 CLEAN = """\

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutlass_kernels.epilogue import ACTIVATIONS, Epilogue
+from cutlass_kernels.gemm.epilogue import ACTIVATIONS, Epilogue
 from flashmla_ops import reference
 
 EPILOGUES = st.builds(

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
-from cutlass_kernels.config import BYTES, GemmConfig
 from cutlass_kernels.errors import MissingToolError
+from cutlass_kernels.gemm.config import BYTES, GemmConfig
 
 HOW_TO_GET_IT = "pip install 'nvidia-cutlass==4.2.0.0' (or this package's extra: cutlass)"
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlass_kernels.catalogue import LISTS, SM80_TILES, by_name, fused, kernels, sm80, sm90
-from cutlass_kernels.config import BYTES, FAMILIES, SHARED_MEMORY, TYPES, GemmConfig, problems
-from cutlass_kernels.epilogue import ACTIVATIONS, Epilogue
 from cutlass_kernels.errors import ConfigError
+from cutlass_kernels.gemm.catalogue import LISTS, SM80_TILES, by_name, fused, kernels, sm80, sm90
+from cutlass_kernels.gemm.config import BYTES, FAMILIES, SHARED_MEMORY, TYPES, GemmConfig, problems
+from cutlass_kernels.gemm.epilogue import ACTIVATIONS, Epilogue
 
 EPILOGUES = st.builds(
     Epilogue,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cutlass_kernels.epilogue import Epilogue
+from cutlass_kernels.gemm.epilogue import Epilogue
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import BuildError, CallError
+from cutlass_kernels.gemm.config import GemmConfig
 
 ABI = 2
 NO_DEVICE = 100

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cutlass_kernels import cppgen
-from cutlass_kernels.config import GemmConfig
 from cutlass_kernels.errors import GenerateError
+from cutlass_kernels.gemm import cppgen
+from cutlass_kernels.gemm.config import GemmConfig
 
 CSRC = Path(__file__).parent / "csrc"
 CPP_TYPES = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "f32": "float"}

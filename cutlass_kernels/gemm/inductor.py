@@ -13,9 +13,9 @@ import contextlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from cutlass_kernels.cppgen import HOW_TO_GET_IT
+from cutlass_kernels.build.toolchain import cache_root
 from cutlass_kernels.errors import MissingToolError
-from cutlass_kernels.toolchain import cache_root
+from cutlass_kernels.gemm.cppgen import HOW_TO_GET_IT
 
 #: Place in a clone -> package, and the place in it.
 LINKS = {

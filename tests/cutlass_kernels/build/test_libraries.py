@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cutlass_kernels import abi, build, toolchain
-from cutlass_kernels.catalogue import smoke
+from cutlass_kernels.build import libraries, toolchain
+from cutlass_kernels.build.toolchain import Nvcc
 from cutlass_kernels.errors import BuildError, MissingToolError
-from cutlass_kernels.toolchain import Nvcc
+from cutlass_kernels.gemm import abi
+from cutlass_kernels.gemm.catalogue import smoke
 
 pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
 SMALL = smoke()[0]
@@ -63,12 +64,12 @@ def calls(folder: Path) -> int:
 
 def test_a_kernel_is_compiled_once_and_found_again(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC", str(pretend(cached / "tools")))
-    assert build.find(SMALL) is None
-    first = build.build([SMALL, SMALL], quiet=True)
+    assert libraries.find(SMALL) is None
+    first = libraries.build([SMALL, SMALL], quiet=True)
     assert calls(cached / "tools") == 1
-    assert build.build([SMALL], quiet=True) == first[:1]
+    assert libraries.build([SMALL], quiet=True) == first[:1]
     assert calls(cached / "tools") == 1
-    assert build.find(SMALL) == first[0]
+    assert libraries.find(SMALL) == first[0]
     assert first[0].report.entries[0].registers == 40
     assert (first[0].folder / "ptxas.txt").read_text().startswith("ptxas info")
     assert (first[0].folder / f"{SMALL.name}.cu").is_file()
@@ -89,8 +90,8 @@ def test_what_may_not_ship_is_not_kept(
 ) -> None:
     monkeypatch.setenv("NVCC", str(pretend(cached / "tools", report, code)))
     with pytest.raises(BuildError, match=message):
-        build.build([SMALL], quiet=True)
-    assert build.find(SMALL) is None
+        libraries.build([SMALL], quiet=True)
+    assert libraries.find(SMALL) is None
     assert not list((cached / "cache").rglob("*.so"))
 
 
@@ -99,31 +100,34 @@ def test_a_failure_does_not_keep_the_others_from_being_built(cached: Path, monke
     compiler.write_text(compiler.read_text().replace("echo run", 'case "$*" in *sm_90a*) exit 1;; esac; echo run'))
     monkeypatch.setenv("NVCC", str(compiler))
     with pytest.raises(BuildError, match="sm90a_linear"):
-        build.build(smoke(), quiet=True)
-    assert [build.find(config) is not None for config in smoke()] == [True, True, False]
+        libraries.build(smoke(), quiet=True)
+    assert [libraries.find(config) is not None for config in smoke()] == [True, True, False]
 
 
 def test_the_key_follows_source_headers_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Nvcc("nvcc", "13.0", "V13.0.88")
-    before = build.key("source", SMALL, compiler)
-    assert build.key("source", SMALL, compiler) == before
-    other = [build.key("another", SMALL, compiler), build.key("source", SMALL, Nvcc("nvcc", "13.0", "V13.0.89"))]
+    before = libraries.key("source", SMALL, compiler)
+    assert libraries.key("source", SMALL, compiler) == before
+    other = [
+        libraries.key("another", SMALL, compiler),
+        libraries.key("source", SMALL, Nvcc("nvcc", "13.0", "V13.0.89")),
+    ]
     header = tmp_path / "header.h"
     header.write_text("// another\n")
-    monkeypatch.setattr(build.generate, "glue_files", lambda text: [header])
-    assert len({before, *other, build.key("source", SMALL, compiler)}) == 4
+    monkeypatch.setattr(libraries.generate, "glue_files", lambda text: [header])
+    assert len({before, *other, libraries.key("source", SMALL, compiler)}) == 4
 
 
 def test_without_nvcc_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVCC", "no-such-nvcc")
     with pytest.raises(MissingToolError, match="building kernels needs nvcc: install the CUDA toolkit"):
-        build.build([SMALL])
+        libraries.build([SMALL])
 
 
 def test_import_and_list_need_neither_cutlass_nor_nvcc() -> None:
     code = (
         "import sys; sys.modules['cutlass_cppgen'] = sys.modules['cutlass_library'] = None\n"
-        "from cutlass_kernels import __main__, catalogue\n"
+        "from cutlass_kernels import __main__\n"
         "assert __main__.main(['list', '--arch', 'sm_80']) == 0\n"
         "assert __main__.main(['generate', '--only', 'no such kernel']) == 0\n"
         "assert __main__.main(['generate', '--list', 'smoke']) == 1\n"
@@ -151,7 +155,7 @@ def test_python_and_c_agree_on_the_layout_of_calls(tmp_path: Path) -> None:
     lines = [f"F({name}, {field[0]})" for name, kind in kinds.items() for field in kind._fields_]
     lines += [f'printf("{name} size %zu\\n", sizeof({name}));' for name in kinds]
     (tmp_path / "layout.c").write_text(STRUCTS + "\n".join(lines) + "\n}\n")
-    command = ["cc", f"-I{build.generate.CSRC}", "-o", str(tmp_path / "layout"), str(tmp_path / "layout.c")]
+    command = ["cc", f"-I{libraries.generate.CSRC}", "-o", str(tmp_path / "layout"), str(tmp_path / "layout.c")]
     if subprocess.run(command, check=False).returncode != 0:
         pytest.skip("no C compiler")
     printed = subprocess.run([str(tmp_path / "layout")], capture_output=True, text=True, check=True).stdout
@@ -165,7 +169,7 @@ def test_nvcc_builds_the_smoke_list_clean() -> None:
         toolchain.nvcc()
     except MissingToolError as error:
         pytest.skip(str(error))
-    for built in build.build(smoke(), quiet=True):
+    for built in libraries.build(smoke(), quiet=True):
         assert built.library.stat().st_size > 0
         assert not built.report.faults()
         assert max(entry.registers for entry in built.report.entries) <= 255

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from cutlass_kernels.config import GemmConfig, Triple
-from cutlass_kernels.epilogue import ACTIVATIONS, Epilogue
+from cutlass_kernels.gemm.config import GemmConfig, Triple
+from cutlass_kernels.gemm.epilogue import ACTIVATIONS, Epilogue
 
 #: Tiles of sm_80 with their warps and stages, smallest first.
 SM80_TILES: dict[str, tuple[Triple, Triple, int]] = {

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlass_kernels import choose as choosing
-from cutlass_kernels import heuristics
-from cutlass_kernels.catalogue import kernels, sm80
-from cutlass_kernels.choose import Choice, Fallback, choose, clocks
-from cutlass_kernels.problem import Device, Problem
+from cutlass_kernels.gemm import choose as choosing
+from cutlass_kernels.gemm import heuristics
+from cutlass_kernels.gemm.catalogue import kernels, sm80
+from cutlass_kernels.gemm.choose import Choice, Fallback, choose, clocks
+from cutlass_kernels.gemm.problem import Device, Problem
 
 A100, H100, L40 = Device((8, 0), 108, 166912), Device((9, 0), 132, 232448), Device((8, 9), 142, 101376)
 ALL = frozenset(kernels())

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cutlass_kernels.epilogue import Epilogue
 from cutlass_kernels.errors import ConfigError
+from cutlass_kernels.gemm.epilogue import Epilogue
 
 Triple = tuple[int, int, int]
 

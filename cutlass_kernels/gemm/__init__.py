@@ -1,0 +1,1 @@
+"""Products that CUTLASS generates: what kernels there are, their source, which one runs a problem, and its C ABI."""
