@@ -14,8 +14,7 @@ any rows, and then, in the same generated function, quantised by the code that s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import sympy
 import torch
@@ -25,58 +24,11 @@ from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
-from lowering.registration import session
+from lowering import cpp
+from lowering.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Scatter, Slots, Strided
+from lowering.session import session
 
 PATTERN = "append_ fused"
-MODE = "flashmla_append"
-#: Added to the offset of a load of slots: it is to be served from the checked copy, whoever else reads the tensor.
-CHECKED = sympy.Integer(1 << 60)
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where a slot mapping lies, and the number of slots that the cache has."""
-
-    name: str
-    n: sympy.Expr
-    stride: sympy.Expr
-    offset: sympy.Expr
-    capacity: sympy.Expr
-
-
-class RowScatter(ir.Scatter):
-    """The rows of one append_. ``slots`` is set right after construction (the base is a frozen dataclass)."""
-
-    slots: Slots
-
-
-Scatter = TypeVar("Scatter", bound=RowScatter)
-
-
-@dataclass(frozen=True)
-class Strided:
-    """A tensor in memory: the buffer, and where its first element and the others are, in elements."""
-
-    name: str
-    dtype: torch.dtype
-    offset: sympy.Expr
-    stride: tuple[sympy.Expr, ...]
-
-    @classmethod
-    def of(cls, node: TensorBox) -> Strided:
-        layout = node.get_layout()
-        return cls(node.get_name(), node.get_dtype(), layout.offset, tuple(node.get_stride()))
-
-
-class QuantizedRowScatter(RowScatter):
-    """The rows of one append_ into a cache of bytes: a loop nest for the scheduler, which a call of ours replaces.
-
-    ``source`` [n, h_kv, elements] and ``target`` [n_pages, page_size, h_kv, bytes] say where the call reads and writes.
-    """
-
-    source: Strided
-    target: Strided
-    page_size: sympy.Expr
 
 
 def install() -> None:
@@ -110,8 +62,6 @@ def _in_sessions(target: torch._ops.OpOverload, lower: Callable[..., None]) -> C
 
 def why_not(cache: TensorBox) -> str:
     """Why an append to this cache is left to the library; empty if it is not."""
-    from lowering import cpp  # it imports this module
-
     device = cache.get_device_or_error()
     if device.type != "cpu":
         return f"rows are generated for the CPU only, the cache is on {device}"

@@ -29,8 +29,8 @@ from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from lowering import versions
-from lowering.append import CHECKED, MODE, QuantizedRowScatter, RowScatter, Slots
-from lowering.registration import session
+from lowering.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Slots
+from lowering.session import session
 from lowering.templates.decode import ELEMENTS
 from lowering.templates.source import header
 

@@ -16,7 +16,7 @@ from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 
 from lowering import choose
-from lowering.registration import session
+from lowering.session import session
 from lowering.templates.decode import ELEMENTS, Arguments, DecodeTemplate
 
 PATTERN = "decode generated"

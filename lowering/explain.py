@@ -16,6 +16,7 @@ from lowering import backend, registration, versions
 from lowering.figure import draw
 from lowering.passes import Decision
 from lowering.program import Program, read_programs
+from lowering.session import recording
 
 _names = itertools.count()
 
@@ -88,7 +89,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     """
     before, _ = _compiled(model, args, kwargs, lambda g, x: versions.compile_fx(g, x, _inductor_only(options)))
     registration.install()
-    with registration.recording() as session:
+    with recording() as session:
         after, facts = _compiled(model, args, kwargs, lambda g, x: backend.flashmla(g, x, options=options))
     return Explanation(
         **facts,

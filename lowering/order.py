@@ -19,7 +19,7 @@ from torch._inductor.scheduler import (
 )
 
 from lowering import versions
-from lowering.registration import session
+from lowering.session import session
 
 Nodes = list[BaseSchedulerNode]
 #: How many bytes more at the peak of memory an order may take: what the L2 of a core holds costs next to nothing.

@@ -23,7 +23,7 @@ from flashmla_ops.panels import PANEL
 from lowering import choose, choose_product
 from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
 from lowering.passes.products import FROM_ATEN
-from lowering.registration import session
+from lowering.session import session
 
 flashmla, aten = torch.ops.flashmla, torch.ops.aten
 PRODUCTS = (flashmla.gemm.default, flashmla.bmm.default)

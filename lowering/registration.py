@@ -11,42 +11,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lowering import cache_key, versions
-from lowering.passes import PASSES, Record, run_passes
+from lowering.passes import PASSES, run_passes
+from lowering.session import Session, opened, session
 from lowering.settings import Settings
 
 BACKEND = "flashmla"
 
 
-@dataclass
-class Session:
-    """One compilation with our lowerings: its settings, and the record of what was decided in it.
-
-    ``rewrites`` has an entry for each graph that the passes saw, ``lowered`` what lowerings decided.
-    """
-
-    settings: Settings = field(default_factory=Settings)
-    rewrites: list[Record] = field(default_factory=list)
-    lowered: Record = field(default_factory=Record)
-
-
-_SESSION: ContextVar[Session | None] = ContextVar("flashmla_session", default=None)
-_RECORDING: ContextVar[Session | None] = ContextVar("flashmla_recording", default=None)
 _LOCK = threading.RLock()
 _installed = False
 _default_before: Any = None
 _enabled = False
-
-
-def session() -> Session | None:
-    """The session of the compilation under way in this thread; None in everybody else's compilations."""
-    return _SESSION.get()
 
 
 class RunPasses(versions.CustomGraphPass):
@@ -99,27 +79,9 @@ def active(settings: Settings | None = None) -> Iterator[Session]:
 def entered(settings: Settings) -> Iterator[Session]:
     """A session without the passes in Inductor's configuration: for who hands that over by other ways."""
     install()
-    current = Session(settings)
-    if (watched := _RECORDING.get()) is not None:
-        current.rewrites, current.lowered = watched.rewrites, watched.lowered
-    token = _SESSION.set(current)
     tag = cache_key.extended_tag(torch.compiler.config.cache_key_tag, settings)
-    try:
-        with versions.patch_compiler({"cache_key_tag": tag}):
-            yield current
-    finally:
-        _SESSION.reset(token)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[Session]:
-    """Collect the decisions of every session that this thread opens in the block."""
-    collected = Session()
-    token = _RECORDING.set(collected)
-    try:
-        yield collected
-    finally:
-        _RECORDING.reset(token)
+    with opened(settings) as current, versions.patch_compiler({"cache_key_tag": tag}):
+        yield current
 
 
 def enable() -> None:

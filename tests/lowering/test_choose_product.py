@@ -13,7 +13,8 @@ from torch import Tensor
 
 import lowering
 from flashmla_ops import reference
-from lowering import choose_product, registration, versions
+from lowering import choose_product, versions
+from lowering.session import recording
 from tests.lowering import test_cache
 from tests.lowering.compiled import Compiled
 from tests.lowering.layers import mla_inputs, mla_layer
@@ -78,7 +79,7 @@ def test_what_was_faster_is_what_runs(
     force(monkeypatch, winner)
     inputs = to(dtype, case.inputs)
     compiled = Compiled(case.function, AUTOTUNE)
-    with registration.recording() as session:
+    with recording() as session:
         out = compiled(*inputs)
     assert_equal_to(out, case.function(*(x.double() for x in inputs)), tolerance=TOLERANCE[dtype])
     assert steps(compiled) == (case.aten if winner == ATEN else case.library)
@@ -110,7 +111,7 @@ def test_what_is_timed_computes_the_product_by_head(run: Any) -> None:
 def test_a_product_is_written_into_its_slice_of_the_queries(winner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = force(monkeypatch, winner)
     compiled = Compiled(mla_layer, AUTOTUNE)
-    with registration.recording() as session:
+    with recording() as session:
         out = compiled(*mla_inputs())
     assert_equal_to(out, mla_layer(*mla_inputs()))
     assert "flashmla_bmm" in asked
@@ -168,7 +169,7 @@ def test_a_package_follows_the_rule_of_auto_and_says_so() -> None:
 
     inputs = (draw(2, K), draw(70, K), W)
     compiled = Compiled(step, AUTOTUNE | {"cpp_wrapper": True})
-    with registration.recording() as session:
+    with recording() as session:
         for ours, theirs in zip(compiled(*inputs), step(*inputs), strict=True):
             assert_equal_to(ours, theirs)
     (lowered,) = session.lowered

@@ -15,6 +15,7 @@ import lowering
 from lowering import Settings, backend, cache_key, registration, versions
 from lowering.passes import PASSES
 from lowering.program import Program, read_programs
+from lowering.session import session
 
 
 def write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
@@ -79,13 +80,13 @@ def test_modes_and_options_of_inductor_are_taken_and_checked() -> None:
 
 def test_a_session_belongs_to_its_thread_and_ends() -> None:
     seen: list[object] = []
-    with lowering.active(Settings(decode="template")) as session:
-        assert registration.session() is session
-        thread = threading.Thread(target=lambda: seen.append(registration.session()))
+    with lowering.active(Settings(decode="template")) as current:
+        assert session() is current
+        thread = threading.Thread(target=lambda: seen.append(session()))
         thread.start()
         thread.join()
     assert seen == [None]
-    assert registration.session() is None
+    assert session() is None
     choose = common.device_codegens["cpu"].scheduling
     assert type(choose(None)).__module__ == "torch._inductor.codegen.cpp"
 
