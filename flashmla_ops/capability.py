@@ -15,6 +15,7 @@ LEVELS = (1, 2, 3)
 OPERATORS = (
     "decode",
     "decode_up",
+    "attend_masked",
     "decode_schedule",
     "append_",
     "merge_states",

@@ -73,7 +73,8 @@ CORE_UNITS = (
 )
 #: What registers the kernels with torch; a build without them is reached through ctypes.
 BINDING_UNITS = tuple(
-    Unit(f"{name}.cpp") for name in ("torch_attention", "torch_decode_up", "torch_gemm", "requires_grad")
+    Unit(f"{name}.cpp")
+    for name in ("torch_attention", "torch_attend_masked", "torch_decode_up", "torch_gemm", "requires_grad")
 )
 
 

@@ -1,5 +1,27 @@
 """``torch.ops.flashmla.*``: one file for each family of operators, holding its schemas, checks, fakes and bindings."""
 
-from flashmla_ops.ops import append, decode, decode_up, gemm, grouped_gemm, merge, prefill, quantize, schedule
+from flashmla_ops.ops import (
+    append,
+    attend_masked,
+    decode,
+    decode_up,
+    gemm,
+    grouped_gemm,
+    merge,
+    prefill,
+    quantize,
+    schedule,
+)
 
-__all__ = ["append", "decode", "decode_up", "gemm", "grouped_gemm", "merge", "prefill", "quantize", "schedule"]
+__all__ = [
+    "append",
+    "attend_masked",
+    "decode",
+    "decode_up",
+    "gemm",
+    "grouped_gemm",
+    "merge",
+    "prefill",
+    "quantize",
+    "schedule",
+]

@@ -1,6 +1,6 @@
 """The float64 definitions of the operators: the specification that kernels are compared with."""
 
-from flashmla_ops.reference.attention import decode, decode_up, merge_states, prefill
+from flashmla_ops.reference.attention import attend_masked, decode, decode_up, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.quantize import dequantize_rows, quantize_rows
@@ -8,6 +8,7 @@ from flashmla_ops.reference.schedule import decode_schedule
 
 __all__ = [
     "append",
+    "attend_masked",
     "bmm",
     "decode",
     "decode_schedule",

@@ -107,6 +107,36 @@ def prefill(
     return out, lse
 
 
+def attend_masked(
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor,  # [b, s_kv, h_kv, d]
+    k_cache: Tensor | None,  # [b, s_kv, h_kv, d_k]
+    mask: Tensor,  # [b, h_q, s_q, s_kv], each size or 1; bool, or added to the scores
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    nan_where_empty: bool = False,
+) -> Tensor:  # [b, s_q, h_q, d_v], float64
+    """softmax(scale * q k^T + mask) v; a bool mask adds -inf where it is False.
+
+    A query whose keys are all under -inf has out 0, as in SDPA, or NaN, as a softmax has it. Scores are added to a mask
+    in float32: of a score that meets the least number nothing is left, so a query that sees no key but those attends to
+    all of them alike.
+    """
+    keys = kv_cache[..., qk_start:] if k_cache is None else torch.cat([kv_cache[..., qk_start:], k_cache], dim=-1)
+    group = q.size(2) // keys.size(2)
+    k, v = (x.double().repeat_interleave(group, dim=2) for x in (keys, kv_cache[..., :d_v]))
+    scale = q.size(3) ** -0.5 if softmax_scale is None else softmax_scale
+    scores = torch.einsum("bshd,bthd->bhst", q.double(), k) * scale
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    else:
+        scores = (scores + mask).where(mask == 0, (scores.float() + mask).double())
+    empty = (scores == -math.inf).all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1).masked_fill(empty, math.nan if nan_where_empty else 0.0)
+    return torch.einsum("bhst,bthd->bshd", weights, v)
+
+
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over a union of disjoint key sets, from the results over each: out [..., s, h, d], lse [..., h, s].
 
