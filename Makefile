@@ -12,7 +12,7 @@ EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.hpp' '*.cc' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all verify lint bench bench-peers kernels hooks clean
+.PHONY: help demo test test-all verify gpu-check lint bench bench-peers kernels hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test-all: kernels  ## run every test
 
 verify: $(INSTALLED)  ## build one CUDA kernel of each kind and run it in the emulator (5 minutes; needs nvcc, no GPU)
 	$(PY) -m cutlass_kernels verify --list representatives
+
+gpu-check: kernels  ## check and time the CUDA kernels on this machine's GPU (9 minutes); says so where there is none
+	$(PY) -m bench.gpu_check
 
 lint: $(INSTALLED)  ## ruff, mypy --strict and clang-format; changes nothing
 	$(VENV)/bin/ruff check .

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,59 +74,103 @@ def target_flags(arch: str) -> tuple[str, ...]:
     )
 
 
-def key(source: str, config: GemmConfig, compiler: Nvcc) -> str:
-    """What a library depends on, hashed."""
+@dataclass(frozen=True)
+class Sources:
+    """Where the source of a kernel comes from, and the CUTLASS that it is for: its headers and its version."""
+
+    text: Callable[[GemmConfig], str]
+    include: str
+    version: str
+
+    @classmethod
+    def generated(cls) -> Sources:
+        """Those of the installed nvidia-cutlass. Raises `MissingToolError` without it."""
+        return cls(generate.source, cppgen.include_folder(), cppgen.version())
+
+    @classmethod
+    def carried(cls, folder: Path) -> Sources:
+        """Those that `carry` put into a folder, for a machine without nvidia-cutlass."""
+        return cls(
+            lambda config: (folder / f"{config.name}.cu").read_text(),
+            str(folder / "include"),
+            (folder / "VERSION").read_text().strip(),
+        )
+
+    def carry(self, configs: Iterable[GemmConfig], folder: Path) -> None:
+        """Write the sources of kernels into a folder, with the headers that they include."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for config in configs:
+            (folder / f"{config.name}.cu").write_text(self.text(config))
+        shutil.copytree(self.include, folder / "include", dirs_exist_ok=True)
+        (folder / "VERSION").write_text(self.version + "\n")
+
+
+def key(source: str, config: GemmConfig, compiler: Nvcc, version: str) -> str:
+    """What a library depends on, hashed. ``version``: CUTLASS's."""
     digest = hashlib.sha256()
     for text in (source, *(path.read_text() for path in generate.glue_files(source))):
         digest.update(text.encode() + b"\0")
-    digest.update(repr((compiler.release, cppgen.version(), FLAGS, target_flags(config.arch))).encode())
+    digest.update(repr((compiler.release, version, FLAGS, target_flags(config.arch))).encode())
     return digest.hexdigest()[:16]
 
 
-def build(configs: Iterable[GemmConfig], *, jobs: int | None = None, quiet: bool = False) -> list[Built]:
+def build(
+    configs: Iterable[GemmConfig],
+    *,
+    jobs: int | None = None,
+    quiet: bool = False,
+    sources: Sources | None = None,
+    enough: Callable[[], bool] = lambda: False,
+) -> list[Built]:
     """Every kernel, compiled now if it is not in the cache; ``jobs`` at once (None: one a core).
+
+    ``sources``: where to take them from; None: generate them. Once ``enough()`` holds, no further one is begun.
 
     Raises `MissingToolError` without nvcc or cutlass_cppgen, and `BuildError` after the rest has been built if any
     kernel failed: the message has them all.
     """
     wanted, compiler = list(configs), nvcc()
+    sources = sources or Sources.generated()
     progress = Progress(len(wanted), quiet=quiet)
     built: dict[str, Built] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(max_workers=jobs or len(os.sched_getaffinity(0))) as pool:
-        tasks = {pool.submit(_find_or_build, config, generate.source(config), compiler): config for config in wanted}
+        tasks = {pool.submit(_find_or_build, config, sources, compiler, enough): config for config in wanted}
         for task in as_completed(tasks):
             config = tasks[task]
             try:
-                built[config.name] = task.result()
+                if (made := task.result()) is not None:
+                    built[config.name] = made
             except BuildError as error:
                 failures.append(str(error))
             progress.step(config.name, failed=len(failures))
     progress.end()
     if failures:
         raise BuildError("\n".join(failures))
-    return [built[config.name] for config in wanted]
+    return [built[config.name] for config in wanted if config.name in built]
 
 
 def find(config: GemmConfig) -> Built | None:
     """The current library of a kernel, if it has been built. Needs neither nvcc nor cutlass_cppgen."""
     try:
-        folder = Path(json.loads((cache_root() / "index" / f"{config.name}.json").read_text())["folder"])
-        return _read(config, folder)
+        root = cache_root()
+        return _read(config, root / json.loads((root / "index" / f"{config.name}.json").read_text())["folder"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _find_or_build(config: GemmConfig, source: str, compiler: Nvcc) -> Built:
-    root = cache_root()
-    folder = root / f"{config.name}-{key(source, config, compiler)}"
+def _find_or_build(config: GemmConfig, sources: Sources, compiler: Nvcc, enough: Callable[[], bool]) -> Built | None:
+    root, source = cache_root(), sources.text(config)
+    folder = root / f"{config.name}-{key(source, config, compiler, sources.version)}"
     with contextlib.suppress(OSError, ValueError):
         return _indexed(_read(config, folder))
+    if enough():
+        return None
     (root / "locks").mkdir(exist_ok=True)
     with _locked(root / "locks" / config.name):
         with contextlib.suppress(OSError, ValueError):
             return _indexed(_read(config, folder))
-        _compile(config, source, compiler, folder)
+        _compile(config, source, sources.include, compiler, folder)
         return _indexed(_read(config, folder))
 
 
@@ -142,7 +186,7 @@ def _indexed(built: Built) -> Built:
     index = built.folder.parent / "index"
     index.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=index, delete=False) as handle:
-        json.dump({"folder": str(built.folder)}, handle)
+        json.dump({"folder": built.folder.name}, handle)  # a name: the cache may be carried elsewhere
     Path(handle.name).replace(index / f"{built.config.name}.json")
     return built
 
@@ -154,12 +198,12 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(config: GemmConfig, source: str, compiler: Nvcc, folder: Path) -> None:
+def _compile(config: GemmConfig, source: str, include: str, compiler: Nvcc, folder: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         file = scratch / f"{config.name}.cu"
         file.write_text(source)
-        includes = (f"-I{cppgen.include_folder()}", f"-I{generate.CSRC}")
+        includes = (f"-I{include}", f"-I{generate.CSRC}")
         output = ("-o", str(scratch / LIBRARY), str(file))
         command = [compiler.path, *FLAGS, *target_flags(config.arch), *includes, *output]
         started = time.monotonic()

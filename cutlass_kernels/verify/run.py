@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +40,27 @@ class Outcome:
         return self.mismatches == 0 and not self.hazards
 
 
+class Allocation(Protocol):
+    """An array in device memory: its address, and its elements once all work on it is done."""
+
+    @property
+    def pointer(self) -> int: ...
+
+    def numpy(self) -> Array: ...
+
+
+class DeviceMemory(Protocol):
+    """A device's memory: the emulator's, or a real one's."""
+
+    def array(self, values: Array) -> Allocation: ...
+
+    def empty(self, size: int) -> Allocation: ...
+
+
 class Place:
     """An operand in device memory, its rows padded where the case is strided."""
 
-    def __init__(self, device: emulator.Device, values: Array, padding: int) -> None:
+    def __init__(self, device: DeviceMemory, values: Array, padding: int) -> None:
         self.shape = values.shape
         self.row = values.shape[-1] + padding
         wide = np.full((*values.shape[:-1], self.row), PADDING, np.uint8).repeat(values.itemsize, axis=-1)
@@ -101,7 +118,7 @@ def is_past_the_edge(problem: Problem, hazard: emulator.Hazard) -> bool:
     return unwritten and outside and (branch or handed_on)
 
 
-def launch(device: emulator.Device, kernel: abi.Kernel, problem: Problem) -> Array:
+def launch(device: DeviceMemory, kernel: abi.Kernel, problem: Problem) -> Array:
     """The result, as stored; [batch, m, n]. Raises `CallError` if the kernel refuses, and on a write between rows."""
     config, case = problem.config, problem.case
     step = {name: config.alignment(name) for name in ("a", "weight", "d")} | {"c": config.alignment("d")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -106,16 +107,36 @@ def test_a_failure_does_not_keep_the_others_from_being_built(cached: Path, monke
 
 def test_the_key_follows_source_headers_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Nvcc("nvcc", "13.0", "V13.0.88")
-    before = libraries.key("source", SMALL, compiler)
-    assert libraries.key("source", SMALL, compiler) == before
+    before = libraries.key("source", SMALL, compiler, "4.2")
+    assert libraries.key("source", SMALL, compiler, "4.2") == before
     other = [
-        libraries.key("another", SMALL, compiler),
-        libraries.key("source", SMALL, Nvcc("nvcc", "13.0", "V13.0.89")),
+        libraries.key("another", SMALL, compiler, "4.2"),
+        libraries.key("source", SMALL, Nvcc("nvcc", "13.0", "V13.0.89"), "4.2"),
+        libraries.key("source", SMALL, compiler, "4.3"),
     ]
     header = tmp_path / "header.h"
     header.write_text("// another\n")
     monkeypatch.setattr(libraries.generate, "glue_files", lambda text: [header])
-    assert len({before, *other, libraries.key("source", SMALL, compiler)}) == 4
+    assert len({before, *other, libraries.key("source", SMALL, compiler, "4.2")}) == 5
+
+
+def test_carried_sources_need_no_generator_and_a_carried_cache_no_compiler(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVCC", str(pretend(cached / "tools")))
+    libraries.Sources.generated().carry([SMALL], cached / "carried")
+    sources = libraries.Sources.carried(cached / "carried")
+    assert (Path(sources.include) / "cutlass" / "cutlass.h").is_file()
+    with monkeypatch.context() as without:
+        without.setattr(libraries.cppgen, "load", lambda: pytest.fail("it generates"))
+        (built,) = libraries.build([SMALL], quiet=True, sources=sources)
+    # The key is that of a library which was generated here.
+    assert libraries.build([SMALL], quiet=True) == [built]
+    shutil.move(cached / "cache", cached / "elsewhere")
+    monkeypatch.setenv("FLASHMLA_CACHE", str(cached / "elsewhere"))
+    found = libraries.find(SMALL)
+    assert found is not None
+    assert found.library.is_file()
 
 
 def test_without_nvcc_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,8 @@
+"""What a machine with an NVIDIA GPU says of the CUDA kernels: are they right, are they seen by torch.compile, how fast.
+
+    make gpu-check                                    # or: python -m bench.gpu_check
+    python -m bench.gpu_check pack FOLDER             # what such a machine needs, if it has no network
+
+It needs torch with CUDA and numpy; nvcc builds what was carried as source. Without a device it says so and ends. The
+report is written again after every row, so that a run that is cut keeps what it had.
+"""

@@ -1,0 +1,109 @@
+"""``python -m bench.gpu_check``: see the package's docstring, or ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench.gpu_check import gemms, kernels, limits, operators, pack
+from bench.gpu_check.report import Report, Row, file_name, table
+from bench.report import RESULTS
+from bench.runner import commit
+from cutlass_kernels.build import libraries
+from cutlass_kernels.errors import CutlassKernelsError
+from cutlass_kernels.gemm.catalogue import kernels as catalogue
+from cutlass_kernels.gemm.problem import Device
+
+#: Seconds of the whole check, and by then what must be left for the steps that follow.
+SECONDS = 540.0
+AFTER_BUILD, AFTER_CORRECTNESS, AFTER_OPERATORS = 360.0, 240.0, 120.0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description="Check CUDA kernels on a device.")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"end after this long ({SECONDS:.0f})")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the JSON")
+    parser.set_defaults(folder=None)
+    commands = parser.add_subparsers(dest="action")
+    packed = commands.add_parser("pack", help="put what a machine without a network needs into a folder")
+    packed.add_argument("folder", type=Path)
+    packed.add_argument("--arch", action="append", choices=("sm_80", "sm_90a"), help="only kernels for it")
+    return parser.parse_args(arguments)
+
+
+def facts(index: int) -> Row:
+    """The device, and what runs on it."""
+    found = torch.cuda.get_device_properties(index)
+    return {
+        "suite": "gpu_check",
+        "commit": os.environ.get("FLASHMLA_COMMIT") or commit(),
+        "command": "python -m bench.gpu_check",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def this_device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    return Device((found.major, found.minor), found.multi_processor_count, shared)
+
+
+def build_carried(report: Report, device: Device) -> None:
+    """Compile what was carried as source; a kernel that does not build is a row, and no end."""
+    folder = pack.carried_sources()
+    if folder is None:
+        return
+    wanted = [
+        config
+        for config in catalogue()
+        if device.runs(config.arch) and libraries.find(config) is None and (folder / f"{config.name}.cu").is_file()
+    ]
+    try:
+        sources = libraries.Sources.carried(folder)
+        stop = report.deadline - AFTER_BUILD
+        libraries.build(wanted, sources=sources, enough=lambda: time.monotonic() > stop)
+    except CutlassKernelsError as error:
+        for line in str(error).splitlines():
+            report.add("build", {"name": line[:200], "state": "failed"})
+    report.add("build", {"name": "built", "value": sum(libraries.find(config) is not None for config in wanted)})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print(f"no device: torch {torch.__version__} sees no CUDA device, so nothing was checked and nothing written")
+        return 0
+    deadline = time.monotonic() + arguments.seconds
+    known = facts(torch.cuda.current_device())
+    report = Report(arguments.out / file_name(known["device"]), deadline, known)
+    device = this_device(torch.cuda.current_device())
+    build_carried(report, device)
+    kernels.check(report, device, AFTER_CORRECTNESS)
+    operators.check(report, "cuda", AFTER_OPERATORS)
+    measured = limits.measure(report)
+    gemms.check(report, device, measured, 5.0)
+    print(f"\n{known['device']}, torch {known['torch']}, CUDA {known['cuda']}\n{table(report)}\nwritten: {report.path}")
+    return 1 if report.failures else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parse(arguments)
+    if chosen.action == "pack":
+        return pack.pack(chosen.folder, chosen.arch)
+    return run(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the device can do at most, measured in the run: bytes and operations a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from bench.gpu_check.report import Report
+from bench.gpu_check.timing import interleaved
+
+#: Bytes of the buffer that is copied: far more than any L2.
+COPIED = 4 << 30
+SQUARE = 8192
+
+
+def measure(report: Report) -> dict[str, float]:
+    """Rows of section "limits"; by name, bytes or operations a second. What the device lacks is left out."""
+    found: dict[str, float] = {}
+    for name, (amount, make) in candidates().items():
+        try:
+            call = make()
+            timed = interleaved({name: call})[name]
+        except RuntimeError as error:  # out of memory, or a type that this device has no product of
+            report.add("limits", {"name": name, "state": "left out", "why": str(error).split("\n", 1)[0]})
+            continue
+        found[name] = amount / timed.seconds
+        unit = "TB/s" if name == "memory" else "TFLOP/s"
+        report.add("limits", {"name": name, "value": found[name] / 1e12, "unit": unit, "spread": timed.spread})
+        del call
+        torch.cuda.empty_cache()
+    return found
+
+
+def candidates() -> dict[str, tuple[float, Callable[[], Callable[[], object]]]]:
+    """By name: bytes or operations of a call, and what makes the call."""
+    operations = 2.0 * SQUARE**3
+    return {
+        "memory": (2.0 * COPIED, copy),
+        "bf16": (operations, partial(product, torch.bfloat16)),
+        "fp16": (operations, partial(product, torch.float16)),
+        "s8": (operations, product_s8),
+    }
+
+
+def copy() -> Callable[[], object]:
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def product(dtype: torch.dtype) -> Callable[[], object]:
+    """On random data: zeros draw less power, and clocks stay higher."""
+    a, b = (torch.randn(SQUARE, SQUARE, dtype=dtype, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def product_s8() -> Callable[[], object]:
+    a, b = (torch.randint(-127, 128, (SQUARE, SQUARE), dtype=torch.int8, device="cuda") for _ in range(2))
+    return lambda: torch._int_mm(a, b.t())
+
+
+def bound(flops: float, moved: float, kind: str, limits: dict[str, float]) -> tuple[float, str]:
+    """Seconds that work takes at least, by the limits of this run, and which one binds. NaN if none was measured."""
+    by = {
+        name: amount / limits[limit]
+        for name, amount, limit in (("tensor cores", flops, kind), ("memory", moved, "memory"))
+        if limit in limits
+    }
+    if not by:
+        return float("nan"), "no limit was measured"
+    binding = max(by, key=lambda name: by[name])
+    return by[binding], binding

@@ -1,0 +1,66 @@
+"""A folder that holds what `bench.gpu_check` needs on a machine without a network: at most 60 MB.
+
+It has the packages, and by kernel either the library that was built here or its source with CUTLASS's headers, which
+nvcc builds there. ``FOLDER/run`` starts the check.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.runner import ROOT, commit
+from cutlass_kernels.build import libraries
+from cutlass_kernels.errors import MissingToolError
+from cutlass_kernels.gemm.catalogue import kernels
+
+MOST_BYTES = 60 << 20
+PACKAGES = ("flashmla_ops", "cutlass_kernels", "lowering", "bench")
+#: Neither kernels nor what tells them apart: the demo's model, and results of other machines.
+LEFT_OUT = ("fixtures", "results", "__pycache__", "*.so")
+SOURCES = "FLASHMLA_CARRIED_SOURCES"
+RUN = """#!/bin/sh
+# Check the CUDA kernels of this machine's device; the report is written to $1, or beside this file.
+here=$(cd "$(dirname "$0")" && pwd)
+export PYTHONPATH="$here" FLASHMLA_CACHE="$here/cache" {sources}="$here/sources" FLASHMLA_COMMIT={commit}
+exec "${{PYTHON:-python3}}" -m bench.gpu_check --out "${{1:-$here}}"
+"""
+
+
+def carried_sources() -> Path | None:
+    """The folder of sources that this process was started with, if any."""
+    found = os.environ.get(SOURCES)
+    return Path(found) if found and Path(found).is_dir() else None
+
+
+def pack(folder: Path, archs: Sequence[str] | None) -> int:
+    """Fill the folder; 1 if it would be too large."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+    for file in ("flashmla.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, folder / file)
+    wanted = [config for config in kernels() if not archs or config.arch in archs]
+    built = {config: found for config in wanted if (found := libraries.find(config))}
+    cache = folder / "cache" / "cutlass"
+    (cache / "index").mkdir(parents=True, exist_ok=True)
+    for found in built.values():
+        shutil.copytree(found.folder, cache / found.folder.name, dirs_exist_ok=True)
+        shutil.copy(found.folder.parent / "index" / f"{found.config.name}.json", cache / "index")
+    missing = [config for config in wanted if config not in built]
+    if missing:
+        try:
+            libraries.Sources.generated().carry(missing, folder / "sources")
+        except MissingToolError as error:
+            print(f"left out {len(missing)} kernels that are not built here: {error}", file=sys.stderr)
+    starter = folder / "run"
+    starter.write_text(RUN.format(sources=SOURCES, commit=commit()))
+    starter.chmod(0o755)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB, {len(built)} kernels built, {len(missing)} as source; start {starter}")
+    if size > MOST_BYTES:
+        print(f"expected at most {MOST_BYTES / 1e6:.0f} MB", file=sys.stderr)
+        return 1
+    return 0
