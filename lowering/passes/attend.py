@@ -165,7 +165,8 @@ def cache_seqlens(writer: Writer, visible: Visible, s_kv: Size, q: Node) -> Node
     """``[b]`` int32: the keys that the last query of each sequence sees."""
     tensor = q.meta["val"]
     b = tensor.size(0)
-    key, found = writer.shared("cache_seqlens", visible.length or s_kv, b, tensor.device)
+    length_key = s_kv if visible.length is None else (visible.length.key, visible.earlier)
+    key, found = writer.shared("cache_seqlens", length_key, b, tensor.device)
     if found is not None:
         return found
     options = {"dtype": torch.int32, "device": tensor.device, "pin_memory": False}
@@ -177,7 +178,10 @@ def cache_seqlens(writer: Writer, visible: Visible, s_kv: Size, q: Node) -> Node
 
 
 def visible_length(writer: Writer, visible: Visible, s_kv: Size) -> Node | int:
-    """The keys that the last query sees: a number, the node of a symbolic one, or of an int32 tensor ``[]``."""
+    """The keys that the last query sees: a number, the node of a symbolic one, or of an int32 tensor ``[]``.
+
+    The tensor is negative if the first query sees none.
+    """
     if visible.length is None:
         size: Node | int = writer.size(s_kv)
         return size
@@ -185,9 +189,24 @@ def visible_length(writer: Writer, visible: Visible, s_kv: Size) -> Node | int:
         number: Node | int = writer.size(visible.length.constant)
         return number
     ((load, _),) = visible.length.loads()
-    start = writer.lay_out(load.element, [])
-    length = writer.call(aten.add.Tensor, start, writer.size(visible.length.constant))
+    seen_by_first = visible.length.constant - visible.earlier
+    last = _plus(
+        writer, _in_int64(writer, writer.lay_out(load.element, [])), seen_by_first - 1
+    )  # key of the first query
+    length = _plus(writer, last, visible.earlier + 1)
+    # A length that is negative is refused by every operator, in words that name the position.
+    length = writer.call(aten.where.self, writer.call(aten.ge.Scalar, last, 0), length, last)
     return writer.call(prims.convert_element_type.default, length, torch.int32)
+
+
+def _in_int64(writer: Writer, node: Node) -> Node:
+    if node.meta["val"].dtype == torch.int64:
+        return node
+    return writer.call(prims.convert_element_type.default, node, torch.int64)
+
+
+def _plus(writer: Writer, node: Node, number: Size) -> Node:
+    return node if known(number == 0) else writer.call(aten.add.Tensor, node, writer.size(number))
 
 
 def _prefill(writer: Writer, attention: Attention, q: Node, keys: Node, values: Node) -> Node:

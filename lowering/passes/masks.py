@@ -6,8 +6,9 @@ up to ``i + start``", for all sequences and heads alike: that is what the operat
 
 Two more things must be proven. Every query sees a key: otherwise the model's result is the mean of all values, or NaN,
 where the operators' is 0. And the last query's keys exist: a mask may go on beyond the cache, lengths may not. Where
-``start`` is a tensor, what proves both is a write of new keys in the same graph, by this layer or another whose cache
-is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises.
+``start`` is a tensor, what proves the latter is a write of new keys in the same graph, by this layer or another whose
+cache is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises. Whether ``start``
+is negative is asked where the graph runs: no cache means such a position, `index_copy` raises for it, and so do we.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class Refusal(Exception):
 class Visible:
     """Of ``s_kv`` keys, the last query sees the first ``length``; with ``causal`` each earlier query sees one less.
 
-    ``length`` is None for all of them, and otherwise ``constant`` plus at most one element of a tensor.
+    ``length`` is None for all of them, and otherwise ``constant`` plus at most one element of a tensor. With such an
+    element it must be asked where the graph runs whether the first query sees a key: it does if ``length > earlier``.
     """
 
     length: Affine | None = None
     causal: bool = False
+    earlier: Size = 0
 
 
 def seen_if(mask: Value) -> Condition:
@@ -125,7 +128,7 @@ def visible_keys(seen: Condition, i: Axis, j: Axis, graph: Graph) -> Visible:
         _prove_constant(start.constant, length.constant, j.size)
         if known(length.constant == j.size):
             return Visible(None, causal)
-    return Visible(length, causal)
+    return Visible(length, causal, i.size - 1 if causal else 0)
 
 
 def _prove_constant(start: Size | float, length: Size | float, s_kv: Size) -> None:
@@ -140,18 +143,14 @@ def _prove_written(start: Affine, length: Affine, graph: Graph, s_kv: Size) -> N
     for first, count, size in _writes(graph):
         if [other.key for other, _ in first.loads()] != [load.key] or not known(size <= s_kv):
             continue
-        # first >= 0 and first + count <= size <= s_kv, because the write does not raise.
+        # first + count <= size <= s_kv, because the write does not raise; and if first >= 0, then start >= 0.
         if known(start.constant >= first.constant) and known(length.constant <= first.constant + count):
             return
     raise Refusal(f"no write in the graph proves that the {length} visible keys exist")
 
 
 def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
-    """Of all writes at consecutive positions: the first one, their number, and the size they must be within.
-
-    Positions of a write count from the end where they are negative, which no cache means: `flashmla::decode` refuses a
-    negative length.
-    """
+    """Of all writes at consecutive positions: the first one, their number, and the size they must be less than."""
     for node in graph.nodes:
         if node.target != aten.index_put.default or not node.users:
             continue

@@ -109,6 +109,24 @@ def test_a_written_cache_proves_its_length(s_q: int) -> None:
     assert check(written_cache, q, k, v, new, torch.tensor(5)) == ["decode"]
 
 
+@pytest.mark.parametrize("s_q", [1, 3, 70])
+def test_a_cache_has_no_position_before_its_first(s_q: int) -> None:
+    """A query there sees no key. Rows of a negative position would be written at the end of the cache."""
+    q, k, v = inputs(s_q, 80, b=1)
+    new = torch.randn(1, attentions.H, s_q, attentions.D)
+    graph = traced(written_cache, q, k, v, new, torch.tensor(5))
+    rewrite(graph)
+    assert operators(graph) == ["decode" if s_q < 70 else "prefill"]
+    for at in (0, 4, 80 - s_q):
+        expected = written_cache(q, k, v, new, torch.tensor(at))
+        assert_equal_to(graph(q, k, v, new, torch.tensor(at)), expected)
+    for at in (-1, -2, -s_q, -80):
+        with pytest.raises(IndexError):
+            written_cache(q, k, v, new, torch.tensor(at))
+        with pytest.raises(RuntimeError, match=f"argument 'c.*_seqlens.*': expected .*, got {at}"):
+            graph(q, k, v, new, torch.tensor(at))
+
+
 @pytest.mark.parametrize("name", ["sdpa-mask-bool", "eager-mask-least", "gqa-mask", "gqa-repeat", "sdpa-causal"])
 def test_one_graph_for_all_lengths(name: str) -> None:
     """Of a cache that grows by concatenation: there are as many keys as past ones and queries together.
