@@ -47,6 +47,10 @@ class UnsupportedModelError(FlashMLAError, TypeError):
     """A model, layer or cache that an integration does not know how to serve."""
 
 
+class FallbackWarning(UserWarning):
+    """Something asked for runs, and right, but without the operators of this library."""
+
+
 class OutOfPagesError(FlashMLAError, MemoryError):
     """The page pool has fewer free pages than were asked for. Nothing was allocated."""
 

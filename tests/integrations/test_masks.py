@@ -44,7 +44,7 @@ def latents(b: int, s_q: int, s_kv: int, seed: int) -> tuple[Tensor, Tensor, Ten
 
 def expanded(query: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     """The same attention by SDPA over expanded keys and values: ``[b, s_q, h_q, d_v]``."""
-    key, value = type(MODULE).expand_kv(MODULE, latent, rope)
+    key, value = MODULE.expanded(latent, rope)
     out = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=MODULE.scaling, **options)
     return out.transpose(1, 2)
 

@@ -5,8 +5,9 @@ model.generate(...)
 disable(model)
 """
 
+from flashmla_ops.integrations.transformers import versions as versions
 from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION
-from flashmla_ops.integrations.transformers.hook import SUPPORTED_MODEL_TYPES, disable, enable, is_enabled
+from flashmla_ops.integrations.transformers.hook import SUPPORTED_MODEL_TYPES, disable, enable, is_enabled, why_not
 from flashmla_ops.integrations.transformers.paged_cache import PagedLatentCache, StaticPagedLatentCache
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "disable",
     "enable",
     "is_enabled",
+    "why_not",
 ]

@@ -9,6 +9,7 @@ expanded heads: the new tokens' own, and the cached prefix's, chunk by chunk.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -16,23 +17,21 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
-from flashmla_ops.errors import ArgumentError, UnsupportedModelError
+from flashmla_ops.errors import ArgumentError, FallbackWarning, UnsupportedModelError
 from flashmla_ops.integrations.transformers.masks import (
     MAX_ABSORBED_QUERIES,
     boolean_mask,
     is_prefix,
     tokens_mask,
 )
-from flashmla_ops.nn.fast_linear import FastLinear
+from flashmla_ops.integrations.transformers.projection import obstacle
+from flashmla_ops.integrations.transformers.specialise import Specialised
 from flashmla_ops.nn.prefix import Span, gather, prefill_with_prefix
 from flashmla_ops.ops._library import FLOATS
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
 #: own flash-attention kernels.
 ABSORBED_ATTENTION = "absorbed_mla"
-
-#: Set on every attention module that `enable` changed: the attention implementation that its configuration had before.
-PREVIOUS_ATTRIBUTE = "absorbed_mla_previous"
 
 #: An attention module with ``kv_b_proj`` and ``expand_kv``; transformers has no common class for them.
 MLAModule = Any
@@ -56,6 +55,24 @@ class LatentRows(NamedTuple):
     s_kv: int
 
 
+class AbsorbedMLA(Specialised):
+    """What the attention modules of an enabled model have beside their own methods."""
+
+    config: Any
+    #: The reasons for falling back that were told already, one set for all modules of a model.
+    told_fallbacks: set[str]
+
+    def expand_kv(self, latent: Tensor, rope: Tensor | Pages) -> tuple[Tensor, Tensor | Pages]:
+        """Hand the cache on as it is, unless another attention was chosen since `enable`."""
+        if self.config._attn_implementation == ABSORBED_ATTENTION:
+            return latent, rope
+        return self.expanded(latent, rope)
+
+    def expanded(self, latent: Tensor, rope: Tensor | Pages) -> tuple[Tensor, Tensor]:
+        """The model's own ``expand_kv``: keys ``[b, h_q, s_kv, d_nope + d_r]`` and values ``[b, h_q, s_kv, d_v]``."""
+        return super().expand_kv(latent, rope)  # type: ignore[misc,no-any-return]
+
+
 def absorbed_attention(
     module: MLAModule,
     query: Tensor,  # [b, h_q, s_q, d_nope + d_r]
@@ -65,31 +82,37 @@ def absorbed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one MLA layer, called by its forward through transformers' ``AttentionInterface``.
 
     ``attention_mask`` is a boolean mask ``[b or 1, 1, s_q or 1, s_kv]``, an int32 mask of `masks`, None (attend to all;
     causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones
     with a prefix mask run `flashmla::prefill` on heads expanded chunk by chunk. What needs more than the operators have
     (a gradient, dropout, an additive mask, a mask for each head, float64, for short queries a ``kv_b_proj`` that was
-    adapted or hooked, for long ones padding) runs transformers' own SDPA on the expanded cache. Returns
-    ``out [b, s_q, h_q, d_v]`` and None.
+    adapted or hooked, for long ones padding) runs transformers' own SDPA on the expanded cache; where that is so for
+    every call, a `FallbackWarning` says it once for each model. Returns ``out [b, s_q, h_q, d_v]`` and, where
+    ``output_attentions`` was asked of the call or of the configuration, the weights ``[b, h_q, s_q, s_kv]``, which
+    take attention on expanded heads, written out; otherwise None.
 
     Raises `UnsupportedModelError` unless `enable` was called, and `ArgumentError` for a mask whose length is not the
     cache's.
     """
-    if not hasattr(module, PREVIOUS_ATTRIBUTE):
+    if not isinstance(module, AbsorbedMLA):
         raise UnsupportedModelError(
             f"attention '{ABSORBED_ATTENTION}' needs latents: call flashmla_ops.integrations.transformers.enable(model)"
         )
     rows = _latent_rows(key, value)
     if attention_mask is not None:
         _check_mask(attention_mask, rows.s_kv)
+    if kwargs.get("output_attentions", module.config.output_attentions):
+        return _with_weights(module, query, key, value, attention_mask, dropout, scaling)
     if _can_absorb(module, query, rows, attention_mask, dropout):
         return _absorbed(module, query, rows, attention_mask, scaling), None
     if attention_mask is not None and _can_prefill(module, query, rows, attention_mask, dropout):
         return _prefilled(module, query, rows, attention_mask, scaling), None
-    return _expanded(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    keys, values, mask = _expanded(module, query, key, value, attention_mask)
+    out, _ = sdpa_attention_forward(module, query, keys, values, mask, dropout=dropout, scaling=scaling, **kwargs)
+    return out, None
 
 
 def _latent_rows(key: Tensor, value: Tensor | Pages) -> LatentRows:
@@ -113,9 +136,15 @@ def _check_mask(mask: Tensor, s_kv: int) -> None:
 
 def _can_absorb(module: MLAModule, query: Tensor, rows: LatentRows, mask: Tensor | None, dropout: float) -> bool:
     s_q = query.shape[2]
-    if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0 or not is_plain_projection(module.kv_b_proj):
+    if s_q > MAX_ABSORBED_QUERIES or dropout > 0.0:
         return False
-    if not _operators_take(query, rows, module.kv_b_proj) or module.kv_b_proj.weight.dtype != query.dtype:
+    if reason := obstacle(module.kv_b_proj):
+        _tell_fallback(module, f"kv_b_proj is more than its weight: {reason}")
+        return False
+    if reason := _dtype_obstacle(query, rows, module.kv_b_proj.weight):
+        _tell_fallback(module, reason)
+        return False
+    if _needs_gradient(query, rows, module.kv_b_proj):
         return False
     if mask is None:
         return s_q == 1  # for longer queries SDPA defines what no mask means
@@ -126,15 +155,38 @@ def _can_prefill(module: MLAModule, query: Tensor, rows: LatentRows, mask: Tenso
     """Whether a long query is plainly causal behind a prefix, and eager: the prefix is cut into chunks on the host."""
     if query.shape[2] <= MAX_ABSORBED_QUERIES or dropout > 0.0 or is_tracing(query):
         return False
-    return mask.dtype == torch.int32 and is_prefix(mask) and _operators_take(query, rows, module.kv_b_proj)
-
-
-def _operators_take(query: Tensor, rows: LatentRows, kv_b_proj: nn.Module) -> bool:
-    """Whether dtypes are those of the operators, and no gradient is required, of which they have none."""
-    tensors = [tensor for tensor in (query, rows.kv_cache, rows.k_cache) if tensor is not None]
-    if query.dtype not in FLOATS or any(tensor.dtype != query.dtype for tensor in tensors):
+    if mask.dtype != torch.int32 or not is_prefix(mask) or _dtype_obstacle(query, rows):
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *kv_b_proj.parameters())))
+    return not _needs_gradient(query, rows, module.kv_b_proj)
+
+
+def _dtype_obstacle(query: Tensor, rows: LatentRows, *weights: Tensor) -> str:
+    """Why the operators do not take these dtypes; empty if they do."""
+    if query.dtype not in FLOATS:
+        return f"no operator takes {query.dtype}"
+    others = [tensor for tensor in (rows.kv_cache, rows.k_cache, *weights) if tensor is not None]
+    if any(tensor.dtype != query.dtype for tensor in others):
+        return f"queries are {query.dtype}, but not the cache and the weights of kv_b_proj, as under autocast"
+    return ""
+
+
+def _needs_gradient(query: Tensor, rows: LatentRows, kv_b_proj: nn.Module) -> bool:
+    """Whether a gradient is required, of which the operators have none."""
+    tensors = [tensor for tensor in (query, rows.kv_cache, rows.k_cache) if tensor is not None]
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *kv_b_proj.parameters()))
+
+
+def _tell_fallback(module: MLAModule, reason: str) -> None:
+    """Warn once for a model and a reason. Not while a graph is traced, in which warning would be a step."""
+    if is_tracing() or reason in module.told_fallbacks:
+        return
+    module.told_fallbacks.add(reason)
+    warnings.warn(
+        f"layer {module.layer_idx} runs transformers' attention on an expanded cache: {reason};"
+        " flashmla_ops.integrations.transformers.why_not(model) lists every such layer",
+        FallbackWarning,
+        stacklevel=4,
+    )
 
 
 def _absorbed(
@@ -167,7 +219,7 @@ def _prefilled(
     def expand(latents: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         if rope is None:
             latents, rope = latents.split([module.kv_lora_rank, latents.shape[-1] - module.kv_lora_rank], dim=-1)
-        keys, values = type(module).expand_kv(module, latents.transpose(0, 1)[None], rope.transpose(0, 1)[None])
+        keys, values = module.expanded(latents.transpose(0, 1)[None], rope.transpose(0, 1)[None])
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
     new = [Span(i, prefix, prefix + s_q) for i, prefix in enumerate(prefix_lens.tolist())]
@@ -216,16 +268,6 @@ def _attend_tokens(
     return out.view(b, s_q, h_q, -1)
 
 
-def is_plain_projection(projection: nn.Module) -> bool:
-    """Whether a projection computes what its weight says: not quantised, adapted (LoRA), offloaded or hooked."""
-    if type(projection) not in (nn.Linear, FastLinear) or projection.bias is not None or "forward" in vars(projection):
-        return False
-    if torch.compiler.is_exporting():  # which makes every weight a fake tensor and hooks every module
-        return True
-    plain_weight = type(projection.weight) in (nn.Parameter, Tensor)
-    return plain_weight and not projection._forward_hooks and not projection._forward_pre_hooks
-
-
 def up_projections(module: MLAModule) -> tuple[Tensor, Tensor]:
     """Views of ``kv_b_proj.weight`` as W_UK ``[h_q, d_nope, d_c]`` and W_UV ``[h_q, d_v, d_c]``, read at each call."""
     split = [module.qk_nope_head_dim, module.v_head_dim]
@@ -245,17 +287,38 @@ def absorb_query(query: Tensor, w_uk: Tensor) -> Tensor:
 
 
 def _expanded(
-    module: MLAModule, query: Tensor, key: Tensor, value: Tensor | Pages, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """transformers' own SDPA over keys and values expanded by the model's own code. Differentiable."""
+    module: MLAModule, query: Tensor, key: Tensor, value: Tensor | Pages, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values expanded by the model's own code, and a mask that SDPA understands. Differentiable."""
     if isinstance(value, Pages):
         key, value = gather_pages(key, value, module.kv_lora_rank)
     if mask is not None and mask.dtype == torch.int32:
         whole = is_prefix(mask) and key.shape[2] == query.shape[2]  # without a prefix, SDPA's own causal mask will do
         mask = None if whole and query.shape[2] > 1 else boolean_mask(mask, key.shape[2])
-    keys, values = type(module).expand_kv(module, key, value)
-    out, _ = sdpa_attention_forward(module, query, keys, values, mask, **kwargs)
-    return out, None
+    return *module.expanded(key, value), mask
+
+
+def _with_weights(
+    module: MLAModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | Pages,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out as "eager" does: ``out [b, s_q, h_q, d_v]`` and weights ``[b, h_q, s_q, s_kv]``."""
+    keys, values, mask = _expanded(module, query, key, value, attention_mask)
+    s_q, s_kv = query.shape[2], keys.shape[2]
+    if mask is None and s_q > 1:
+        mask = torch.ones(s_q, s_kv, dtype=torch.bool, device=query.device).tril()
+    scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
+    scores = scores if mask is None else scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ values).transpose(1, 2), weights
 
 
 def gather_pages(pages: Tensor, view: Pages, d_c: int) -> tuple[Tensor, Tensor]:

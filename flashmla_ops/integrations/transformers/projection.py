@@ -1,0 +1,46 @@
+"""Whether ``kv_b_proj`` computes what its weight says. Absorbed attention reads the weight alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from flashmla_ops.nn.fast_linear import FastLinear
+
+PLAIN = "a plain nn.Linear without bias, hooks or adapters"
+
+
+def obstacle(projection: nn.Module) -> str:
+    """What makes a projection more than its weight; empty if nothing does.
+
+    Quantised, adapted (LoRA), parametrized, offloaded and hooked layers are more than their weight.
+    """
+    if type(projection) not in (nn.Linear, FastLinear):
+        return _other_class(projection)
+    if projection.bias is not None:
+        return "it has a bias"
+    if "forward" in vars(projection):
+        return "its forward was replaced, as offloading to another device does"
+    if torch.compiler.is_exporting():  # which makes every weight a fake tensor and hooks every module
+        return ""
+    if type(projection.weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {_name(type(projection.weight))}, as quantisation makes it"
+    if projection.weight.is_meta:
+        return "its weight is on the meta device: it was offloaded, or not loaded"
+    if projection._forward_hooks or projection._forward_pre_hooks:
+        return "it has forward hooks"
+    return ""
+
+
+def _other_class(projection: nn.Module) -> str:
+    if is_parametrized(projection):
+        return "it is parametrized by torch.nn.utils.parametrize"
+    name = _name(type(projection))
+    if isinstance(projection, nn.Linear):
+        return f"it is a {name}, a subclass of nn.Linear"
+    return f"it is a {name}, and no nn.Linear"
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

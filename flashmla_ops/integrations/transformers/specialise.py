@@ -1,0 +1,57 @@
+"""Give one object the methods of a mixin, and take them away again.
+
+The object's class is exchanged for a subclass of it, made once from the mixin and the class, that has the name of the
+class: what finds modules by the name of their class still finds them. Nothing is stored in the object, so that its
+attributes and ``state_dict`` are what they were. A copy or a pickle names the mixin and the class, both of which can be
+imported, and makes the subclass again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashmla_ops.errors import UnsupportedModelError
+
+_subclasses: dict[tuple[type, type], type] = {}  # of a mixin and a class
+_origins: dict[type, tuple[type, type]] = {}  # the mixin and class of a subclass
+
+
+class Specialised:
+    """Base class of mixins."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) not in _origins:  # a subclass that somebody else made of ours
+            return super().__reduce_ex__(protocol)
+        return _new, _origins[type(self)], self.__getstate__()
+
+
+def specialise(thing: object, mixin: type[Specialised]) -> None:
+    """Let ``thing`` have the methods of ``mixin``, before those of its class. Changes nothing if it has them."""
+    if not isinstance(thing, mixin):
+        thing.__class__ = _subclass(mixin, type(thing))
+
+
+def restore(thing: object, mixin: type[Specialised]) -> None:
+    """Give ``thing`` its class back. Changes nothing if it has not the methods of ``mixin``.
+
+    Raises `UnsupportedModelError` if its class was exchanged for another since.
+    """
+    if not isinstance(thing, mixin):
+        return
+    made_of, original = _origins.get(type(thing), (None, None))
+    if made_of is not mixin or original is None:
+        found = f"{type(thing).__module__}.{type(thing).__qualname__}"
+        raise UnsupportedModelError(f"its class was exchanged for {found} since it was enabled: undo that first")
+    thing.__class__ = original
+
+
+def _subclass(mixin: type[Specialised], original: type) -> type:
+    if (mixin, original) not in _subclasses:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        made = type(original.__name__, (mixin, original), names)
+        _origins.setdefault(_subclasses.setdefault((mixin, original), made), (mixin, original))
+    return _subclasses[mixin, original]
+
+
+def _new(mixin: type[Specialised], original: type) -> Any:
+    return object.__new__(_subclass(mixin, original))
