@@ -7,8 +7,8 @@ up to ``i + start``", for all sequences and heads alike: that is what the operat
 Two more things must be proven. Every query sees a key: otherwise the model's result is the mean of all values, or NaN,
 where the operators' is 0. And the last query's keys exist: a mask may go on beyond the cache, lengths may not. Where
 ``start`` is a tensor, what proves the latter is a write of new keys in the same graph, by this layer or another whose
-cache is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises. Whether ``start``
-is negative is asked where the graph runs: no cache means such a position, `index_copy` raises for it, and so do we.
+cache is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises. Whether
+``start`` is negative is asked where the graph runs: `index_copy` raises for such a position, and so do our operators.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lowering.passes.elements import (
     inputs,
     known,
     shape,
+    value,
     whole,
 )
 from lowering.passes.forms import Affine, Choice, Condition, Negated, Opaque, Value
@@ -71,7 +72,8 @@ def hidden_unless(bias: Value) -> Condition:
         if _is_zero(bias.other) and hides(bias.then):
             return bias.condition.negated()
         raise Refusal(f"the mask adds {bias.then} or {bias.other}, not 0 or -inf")
-    raise Refusal(f"the mask adds {bias}, which is a bias and no mask")
+    added = "a bool, which is 1 where it is true" if isinstance(bias, Condition) else bias
+    raise Refusal(f"the mask adds {added}: a bias and no mask")
 
 
 def hides(form: Affine) -> bool:
@@ -159,6 +161,8 @@ def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
         if len(dims) != 1 or len(shape(indices[dims[0]])) != 1:
             continue
         positions = indices[dims[0]]
+        if value(positions).dtype not in (torch.int64, torch.int32):  # uint8 is a mask of rows
+            continue
         t = Axis("t", shape(positions)[0])
         first = evaluate(Access(positions, (whole(t),)))
         if not isinstance(first, Affine) or [n for _, n in first.loads()] != [1]:

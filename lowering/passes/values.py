@@ -193,7 +193,8 @@ def _compare(build: Callable[[Affine, Affine], tuple[Affine, ...]]) -> Callable[
         left, right = _operands(element)
         if isinstance(left, Affine) and isinstance(right, Affine) and holds(left, dtype) and holds(right, dtype):
             return Condition(build(left, right))
-        return _unknown(element)
+        inexact = tuple(side for side in (left, right) if isinstance(side, Opaque))
+        return Condition(inexact[:1]) if inexact else _unknown(element)
 
     return rule
 
