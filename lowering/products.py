@@ -20,7 +20,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Node
 
 from flashmla_ops.panels import PANEL
-from lowering import choose, choose_product
+from lowering import choose, choose_product, versions
 from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
 from lowering.passes.products import FROM_ATEN
 from lowering.session import session
@@ -165,12 +165,13 @@ def lower_cat(tensors: list[TensorBox], dim: int = 0) -> TensorBox | None:
 
     class Concat(ir.ConcatKernel):
         @classmethod
-        def realize_into(cls, src: Any, dst: Any) -> Any:
-            place = places.get(id(src))
+        def realize_into(cls, src: Any, dst: Any, *aliasing: Any, **named: Any) -> Any:
+            """A piece in its slice of the result. Where a piece is written to elsewhere, Inductor wants a copy."""
+            place = places.get(id(src)) if versions.may_alias(*aliasing, **named) else None
             storage, wanted = ir.as_storage_and_layout(dst)
             layout = None if place is None else place.layout(wanted)
             if place is None or layout is None:
-                return super().realize_into(src, dst)
+                return super().realize_into(src, dst, *aliasing, **named)
             place.product.layout = ir.NonOwningLayout(ir.ReinterpretView(data=storage, layout=layout))
             return place.product
 

@@ -49,11 +49,12 @@ def install() -> None:
     with _LOCK:
         if _installed:
             return
-        from lowering import append, cpp, decode, order, products  # they import Inductor, which takes seconds
+        from lowering import append, cpp, decode, offsets, order, products  # they import Inductor, which takes seconds
 
         cpp.install()
         append.install()
         decode.install()
+        offsets.install()
         order.install()
         products.install()
         _installed = True

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 from flashmla_ops.errors import ArgumentError
 
-DECODE_CHOICES = ("extern", "template", "autotune")
-DECODE_UP_CHOICES = ("auto", True, False)
-GEMM_CHOICES = ("auto", "autotune", True, False)
+#: What each setting may be. Values are compared with their type: 1 is not True, and "no" is not False.
+CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "decode": ("extern", "template", "autotune"),
+    "fuse_append": (True, False),
+    "decode_up": ("auto", True, False),
+    "gemm": ("auto", "autotune", True, False),
+}
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,7 @@ class Settings:
     gemm: str | bool = "auto"
 
     def __post_init__(self) -> None:
-        if self.decode not in DECODE_CHOICES:
-            raise ArgumentError("compile", "decode", f"one of {', '.join(DECODE_CHOICES)}", self.decode)
-        if self.decode_up not in DECODE_UP_CHOICES:
-            raise ArgumentError("compile", "decode_up", "auto, True or False", self.decode_up)
-        if self.gemm not in GEMM_CHOICES:
-            raise ArgumentError("compile", "gemm", "'auto', 'autotune', True or False", repr(self.gemm))
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
+                raise ArgumentError("compile", name, f"one of {', '.join(map(repr, choices))}", repr(value))

@@ -28,6 +28,7 @@ __all__ = [
     "inductor_options",
     "join_passes",
     "lacks_kernel_proxy",
+    "may_alias",
     "patch_compiler",
     "patch_inductor",
     "remove_noop_ops",
@@ -140,6 +141,11 @@ def join_passes(theirs: Any, ours: CustomGraphPass) -> CustomGraphPass:
     if theirs is None:
         return ours
     return _Sequence([*(theirs if isinstance(theirs, (list, tuple)) else [theirs]), ours])
+
+
+def may_alias(allow_alias: bool = True) -> bool:
+    """Whether a piece of a `cat` may be computed in its slice: torch 2.15 hands it on, older ones allow it."""
+    return allow_alias
 
 
 def resets_division_flag() -> bool:

@@ -12,10 +12,12 @@ from torch._inductor.codegen import common
 
 import flashmla_ops
 import lowering
+from flashmla_ops.errors import ArgumentError
 from lowering import Settings, backend, cache_key, registration, versions
 from lowering.passes import PASSES
 from lowering.program import Program, read_programs
 from lowering.session import session
+from lowering.settings import CHOICES
 
 
 def write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
@@ -76,6 +78,19 @@ def test_modes_and_options_of_inductor_are_taken_and_checked() -> None:
     for options in ({"no_such_option": 1}, {"flashmla.no_such": 1}, {"flashmla.decode": "fast"}):
         with pytest.raises(Exception, match=r"no_such|decode"):
             steps_with(backend="flashmla", options=options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [1, 0, 1.0, None, "no", "true", "True", "", [], ("auto",), torch.tensor(True)], ids=repr
+)
+@pytest.mark.parametrize("name", Settings.__dataclass_fields__)
+def test_a_setting_takes_its_own_values_only(name: str, wrong: object) -> None:
+    with pytest.raises(ArgumentError) as raised:
+        backend.split_options({backend.PREFIX + name: wrong})
+    assert (raised.value.argument, raised.value.actual) == (name, repr(wrong))
+    assert Settings.__dataclass_fields__.keys() == CHOICES.keys()
+    for choice in CHOICES[name]:
+        assert getattr(backend.split_options({backend.PREFIX + name: choice})[0], name) is choice
 
 
 def test_a_session_belongs_to_its_thread_and_ends() -> None:
