@@ -16,11 +16,10 @@ from torch.fx import Node
 
 from lowering.passes.attempt import attempt
 from lowering.passes.attend import (
-    block_table,
-    cache_seqlens,
+    attend_rows,
     entry,
-    first_result,
     flashmla,
+    given_why,
     is_short,
     outer_leaves,
     refuse_gradient,
@@ -58,8 +57,8 @@ def _serve(writer: Writer, candidate: Candidate) -> str | None:
     refuse_gradient(writer.graph)
     if known(attention.i.size == attention.j.size):
         raise Refusal("there are no keys but the queries' own, so that expanding them is no dearer")
-    rewrite(writer, attention, expanded(attention))
-    return f"{PATTERN}, {candidate.pattern} -> absorbed flashmla::decode"
+    served_by = rewrite(writer, attention, expanded(attention))
+    return f"{PATTERN}, {candidate.pattern} -> absorbed flashmla::{served_by}{given_why(attention)}"
 
 
 def _is_joined(attention: Attention) -> bool:
@@ -217,8 +216,8 @@ def _require_no_other_use(product: Node, output: Node) -> None:
         seen.update(node.users)
 
 
-def rewrite(writer: Writer, attention: Attention, form: Expanded) -> None:
-    """Absorb W_UK into the query, decode over the latents, project the result by W_UV."""
+def rewrite(writer: Writer, attention: Attention, form: Expanded) -> str:
+    """Absorb W_UK into the query, decode over the latents, project the result by W_UV; what serves the attention."""
     writer.before = attention.output
     i, j, c = attention.i, attention.j, form.up_k.c
     rows = [*form.sequences, i]
@@ -238,21 +237,7 @@ def rewrite(writer: Writer, attention: Attention, form: Expanded) -> None:
         Access(by_head, (entry(form.heads), entry(rows), whole(c))), [form.sequences, [i], form.heads, [c]]
     )
     q = writer.call(aten.cat.default, [absorbed, q_rope], -1)
-    out = first_result(
-        writer,
-        writer.call(
-            flashmla.decode.default,
-            q,
-            latents,
-            k_rope,
-            block_table(writer, q),
-            cache_seqlens(writer, attention.visible, j.size, q),
-            c.size,
-            0,
-            attention.scale,
-            attention.visible.causal and not known(i.size == 1),
-        ),
-    )
+    served_by, out = attend_rows(writer, attention, form.sequences, form.heads, q, latents, k_rope, c.size, 0)
     attended = writer.lay_out(
         Access(out, (entry(form.sequences), whole(i), entry(form.heads), whole(c))), [form.heads, rows, [c]]
     )
@@ -260,3 +245,4 @@ def rewrite(writer: Writer, attention: Attention, form: Expanded) -> None:
     index = (entry(form.heads), entry(rows), whole(attention.x))
     groups = [*([axis] for axis in attention.outer), [i], [attention.x]]
     writer.replace(attention.output, writer.lay_out(Access(values, index), groups))
+    return served_by

@@ -17,6 +17,7 @@ from torch.fx import Node
 from lowering.passes.attempt import attempt
 from lowering.passes.attention import Attention, Candidate, candidates, match
 from lowering.passes.elements import Access, Axis, Entry, Size, aten, known, prims, shape, whole
+from lowering.passes.given import Given, mask_tensor
 from lowering.passes.masks import Refusal, Visible
 from lowering.passes.record import Record
 from lowering.passes.writer import Writer
@@ -39,7 +40,14 @@ def rewrite_attention(graph: torch.fx.Graph, record: Record) -> None:
 
 def _serve(writer: Writer, candidate: Candidate) -> str:
     refuse_gradient(writer.graph)
-    return f"{candidate.pattern} -> flashmla::{rewrite(writer, match(candidate))}"
+    attention = match(candidate)
+    return f"{candidate.pattern} -> flashmla::{rewrite(writer, attention)}{given_why(attention)}"
+
+
+def given_why(attention: Attention) -> str:
+    """Why the mask of an attention is read at run time, to be added to what the record says; empty if it is proven."""
+    visible = attention.visible
+    return f", which reads the mask at run time ({visible.why})" if isinstance(visible, Given) else ""
 
 
 def refuse_gradient(graph: torch.fx.Graph) -> None:
@@ -99,12 +107,15 @@ def rewrite(writer: Writer, attention: Attention) -> str:
         require_rows(name, rows)
     q = writer.lay_out(attention.q, [axes.sequences, [attention.i], axes.heads, [attention.e]])
     prefill = not is_short(attention.i.size) and all(_one_after_another(rows) for rows in (keys, values))
-    run = _prefill if prefill else _decode
-    out = run(writer, attention, q, keys, values)
+    if prefill and isinstance(attention.visible, Visible):
+        served_by, out = "prefill", _prefill(writer, attention, attention.visible, q, keys, values)
+    else:
+        d_v = attention.x.size
+        served_by, out = attend_rows(writer, attention, axes.sequences, axes.heads, q, values, keys, d_v, d_v)
     index = (entry(axes.sequences), whole(attention.i), entry(axes.heads), whole(attention.x))
     groups = [*([axis] for axis in attention.outer), [attention.i], [attention.x]]
     writer.replace(attention.output, writer.lay_out(Access(out, index), groups))
-    return "prefill" if prefill else "decode"
+    return served_by
 
 
 def entry(axes: list[Axis]) -> Entry:
@@ -130,28 +141,43 @@ def _one_after_another(rows: Node) -> bool:
     return known(tensor.size(0) == 1) or known(tensor.stride(0) == tensor.size(1) * tensor.stride(1))
 
 
-def _decode(writer: Writer, attention: Attention, q: Node, keys: Node, values: Node) -> Node:
-    d_v, visible = attention.x.size, attention.visible
+def attend_rows(
+    writer: Writer,
+    attention: Attention,
+    sequences: list[Axis],
+    heads: list[Axis],
+    q: Node,
+    kv_cache: Node,
+    k_cache: Node,
+    d_v: Size,
+    qk_start: int,
+) -> tuple[str, Node]:
+    """Attention on rows of a cache, and the name of the operator that serves it: `decode`, or `attend_masked`."""
+    visible = attention.visible
+    if isinstance(visible, Given):
+        mask = mask_tensor(writer, visible, attention.dtype, [sequences, heads, [attention.i], [attention.j]])
+        rest = (d_v, qk_start, attention.scale, not visible.safe)
+        return "attend_masked", writer.call(flashmla.attend_masked.default, q, kv_cache, k_cache, mask, *rest)
     out = writer.call(
         flashmla.decode.default,
         q,
-        values,
-        keys,
-        block_table(writer, q),
-        cache_seqlens(writer, visible, attention.j.size, q),
+        kv_cache,
+        k_cache,
+        _block_table(writer, q),
+        _cache_seqlens(writer, visible, attention.j.size, q),
         d_v,
-        d_v,
+        qk_start,
         attention.scale,
         visible.causal and not known(attention.i.size == 1),
     )
-    return first_result(writer, out)
+    return "decode", first_result(writer, out)
 
 
 def first_result(writer: Writer, call: Node) -> Node:
     return writer.call(operator.getitem, call, 0)
 
 
-def block_table(writer: Writer, q: Node) -> Node:
+def _block_table(writer: Writer, q: Node) -> Node:
     """``[b, 1]``: sequence i is page i."""
     tensor = q.meta["val"]
     key, found = writer.shared("block_table", tensor.size(0), tensor.device)
@@ -161,7 +187,7 @@ def block_table(writer: Writer, q: Node) -> Node:
     return writer.share(key, writer.call(aten.unsqueeze.default, pages, 1))
 
 
-def cache_seqlens(writer: Writer, visible: Visible, s_kv: Size, q: Node) -> Node:
+def _cache_seqlens(writer: Writer, visible: Visible, s_kv: Size, q: Node) -> Node:
     """``[b]`` int32: the keys that the last query of each sequence sees."""
     tensor = q.meta["val"]
     b = tensor.size(0)
@@ -209,14 +235,14 @@ def _plus(writer: Writer, node: Node, number: Size) -> Node:
     return node if known(number == 0) else writer.call(aten.add.Tensor, node, writer.size(number))
 
 
-def _prefill(writer: Writer, attention: Attention, q: Node, keys: Node, values: Node) -> Node:
+def _prefill(writer: Writer, attention: Attention, visible: Visible, q: Node, keys: Node, values: Node) -> Node:
     """Ragged sequences, each followed by the keys it does not see as a sequence without queries.
 
     So a cache that is longer than what it holds is read in place.
     """
     b, s_q, h_q, d_qk = shape(q)
     s_kv = attention.j.size
-    length = visible_length(writer, attention.visible, s_kv)
+    length = visible_length(writer, visible, s_kv)
     cu_seqlens_q, cu_seqlens_k = _boundaries(writer, q, s_kv, length)
     flat = [writer.view(rows, [b * s_kv, *shape(rows)[2:]]) for rows in (keys, values)]
     out = writer.call(
@@ -225,7 +251,7 @@ def _prefill(writer: Writer, attention: Attention, q: Node, keys: Node, values: 
         *flat,
         cu_seqlens_q,
         cu_seqlens_k,
-        attention.visible.causal,
+        visible.causal,
         attention.scale,
     )
     return writer.view(first_result(writer, out), [b, s_q, h_q, attention.x.size])

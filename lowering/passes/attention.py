@@ -31,8 +31,9 @@ from lowering.passes.elements import (
     whole,
 )
 from lowering.passes.forms import Affine, Condition
-from lowering.passes.masks import Refusal, Visible, hidden_unless, hides, seen_if, visible_keys
-from lowering.passes.values import evaluate, operand
+from lowering.passes.given import Given, Mask, decide, mask_of_choice, mask_of_operator, mask_that_is_added
+from lowering.passes.masks import Refusal, Visible
+from lowering.passes.values import evaluate
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +57,7 @@ class Attention:
     k: Access
     v: Access
     scale: float
-    visible: Visible
+    visible: Visible | Given
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,19 +155,20 @@ def _match_sdpa(node: Node) -> Attention:
             raise Refusal("the default scale of a size that is not static")
         scale = d_qk**-0.5
     _check_scale(scale)
-    conditions = []
+    masks = []
     _tie(shape(val)[-2], j.size)
-    if mask is not None and not known(shape(mask)[-1] == 1):
-        _tie(shape(mask)[-1], j.size)
-        conditions.append(seen_if(operand(access(output, [*outer, i, j]), mask)))
+    if mask is not None:
+        if not known(shape(mask)[-1] == 1):
+            _tie(shape(mask)[-1], j.size)
+        masks.append(mask_of_operator(access(output, [*outer, i, j]), mask))
     if bound["is_causal"]:
-        conditions.append(Condition((Affine(0, ((j, 1), (i, -1))),)))
+        masks.append(Mask(Condition((Affine(0, ((j, 1), (i, -1))),)), None))
     k_axes, v_axes = (_kv_axes(outer, shape(tensor)[:-2]) for tensor in (key, val))
     q, k, v = (
         resolve(access(tensor, axes))
         for tensor, axes in ((query, [*outer, i, e]), (key, [*k_axes, j, e]), (val, [*v_axes, j, x]))
     )
-    return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(conditions, i, j, node.graph))
+    return Attention(output, outer, i, j, e, x, q, k, v, scale, decide(masks, i, j, node.graph, safe=True))
 
 
 def _require_shape(node: Node, sizes: list[Size]) -> None:
@@ -215,13 +217,6 @@ def _kv_axes(outer: tuple[Axis, ...], sizes: list[Size]) -> list[Axis]:
     return axes
 
 
-def _visible(conditions: list[Condition], i: Axis, j: Axis, graph: torch.fx.Graph) -> Visible:
-    seen = Condition()
-    for condition in conditions:
-        seen = seen.both(condition)
-    return visible_keys(seen, i, j, graph)
-
-
 def _check_scale(scale: Any) -> None:
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise Refusal(f"the scale {scale} is not a finite constant")
@@ -236,8 +231,9 @@ class _Chain:
 
     dtype: torch.dtype  # of the product with v
     nodes: list[Node] = field(default_factory=list)  # whose only users must be one another
-    conditions: list[Condition] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
     scale: float = 1.0
+    safe: bool = False  # a query that sees no key becomes 0, and not NaN
 
     def follow(self, element: Access) -> Access:
         """`resolve`, keeping the nodes passed."""
@@ -275,7 +271,8 @@ def _match_softmax(product: Node) -> Attention:
     scale = chain.scale * q_scale * k_scale
     _check_scale(scale)
     _check_users(chain, product)
-    return Attention(output, outer, i, j, e, x, q, k, v, scale, _visible(chain.conditions, i, j, product.graph))
+    visible = decide(chain.masks, i, j, product.graph, safe=chain.safe)
+    return Attention(output, outer, i, j, e, x, q, k, v, scale, visible)
 
 
 def _output_axes(product: Node) -> tuple[Node, tuple[Axis, ...], Axis, Axis]:
@@ -320,6 +317,7 @@ def _softmax_input(chain: _Chain, element: Access, j: Axis) -> Access:
     if node.target in (aten._softmax.default, aten._safe_softmax.default, aten.softmax.int):
         bound = arguments(node)
         _check_dim(element, bound["dim"], j)
+        chain.safe = chain.safe or node.target == aten._safe_softmax.default
         return _skip_conversions(chain, chain.follow(Access(bound["self"], element.index)))
     if node.target != aten.div.Tensor:
         raise Refusal(f"{node.target} between the softmax and the values")
@@ -356,7 +354,7 @@ def _check_dim(element: Access, dim: int, j: Axis) -> None:
 
 
 def _safe_softmax(chain: _Chain, element: Access, j: Axis) -> Access:
-    """``where(not any(s != -inf), 0, softmax(s))``: every query is proven to see a key, so it is softmax(s)."""
+    """``where(not any(s != -inf), 0, softmax(s))``, which gives 0 to a query that sees no key."""
     condition, zeros, inner = inputs(element.node)
     any_finite = _peel(condition, aten.logical_not.default)
     is_finite = _peel(any_finite, aten.any.dim)
@@ -371,6 +369,7 @@ def _safe_softmax(chain: _Chain, element: Access, j: Axis) -> Access:
         raise Refusal(f"{element.node} replaces more than the rows without a key")
     _check_dim(element, arguments(any_finite)["dim"], j)
     chain.nodes.extend((element.node, condition, any_finite, is_finite, is_infinite))
+    chain.safe = True
     return Access(inner, element.index)
 
 
@@ -396,11 +395,11 @@ def _unmask(chain: _Chain, element: Access) -> Access:
         elif node.target == aten.add.Tensor and not node.kwargs:
             _mask_comes_last(chain, node)
             side = _scores_side(node)
-            chain.conditions.append(hidden_unless(operand(element, args[1] if side is args[0] else args[0])))
+            chain.masks.append(mask_that_is_added(element, args[1] if side is args[0] else args[0]))
         elif node.target == aten.where.self:
             _mask_comes_last(chain, node)
             side = _scores_side(node)
-            chain.conditions.append(_condition_of_where(element, side))
+            chain.masks.append(mask_of_choice(element, side))
         else:
             raise Refusal(f"{node.target} between the scores and the softmax")
         _require_shape(side, shape(node))
@@ -438,17 +437,6 @@ def _comes_from_product(node: Node, steps: int = 24) -> bool:
 def _is_float(node: Node) -> bool:
     tensor = node.meta.get("val")
     return isinstance(tensor, torch.Tensor) and tensor.dtype.is_floating_point
-
-
-def _condition_of_where(element: Access, side: Node) -> Condition:
-    condition, then, other = inputs(element.node)
-    fill = operand(element, other if side is then else then)
-    if not isinstance(fill, Affine) or not hides(fill):
-        raise Refusal(f"masked scores become {fill}, not -inf")
-    seen = operand(element, condition)
-    if not isinstance(seen, Condition):
-        raise Refusal("the condition of the mask is not proven")
-    return seen if side is then else seen.negated()
 
 
 def _number(argument: Any) -> float:

@@ -9,6 +9,7 @@ where the operators' is 0. And the last query's keys exist: a mask may go on bey
 ``start`` is a tensor, what proves the latter is a write of new keys in the same graph, by this layer or another whose
 cache is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises. Whether
 ``start`` is negative is asked where the graph runs: `index_copy` raises for such a position, and so do our operators.
+A mask for which something else decides is read at run time: see `given`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from tests.lowering.passes.attentions import H_KV, SCALE, B, D, H, bottom_right, eager, inputs, positions, scores, sdpa
+from tests.lowering.passes.attentions import H_KV, SCALE, B, H, eager, inputs, positions, scores, sdpa
 from tests.lowering.passes.graphs import Rewritten, dynamic_lengths, operators, rewrite, traced
 
 
@@ -49,18 +49,6 @@ def with_data(condition: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, *data: Tensor) -> Tensor:
         i, j = positions(q, k)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=condition(i, j, *data))
-
-    return attend
-
-
-def written(rows: Callable[[Tensor, Tensor], Tensor], new: int = 3) -> Callable[..., Tensor]:
-    """A cache written at some rows of all, of which the queries see those up to ``at``."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
-        where = rows(torch.arange(new), at)
-        k = k.index_copy(2, where, torch.zeros(B, H, new, D))
-        i, j = positions(q, k)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=j <= i + at)
 
     return attend
 
@@ -108,7 +96,6 @@ def _log_sum_exp(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 
 Q, K, V = inputs(5, 9)
-LENGTHS = torch.tensor([4, 7])
 AT = torch.tensor(4)
 
 NEAR_MISSES: dict[str, NearMiss] = {
@@ -133,29 +120,12 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "by-head": NearMiss(
         with_data(lambda i, j: j <= i + torch.arange(H)[:, None, None]), "differs between queries, sequences or heads"
     ),
-    "padding": NearMiss(
-        with_data(lambda i, j, seen: (j <= i + 4) & seen[:, None, None]),
-        "depends on data",
-        (Q, K, V, torch.ones(B, 9, dtype=torch.bool)),
-    ),
-    "lengths": NearMiss(with_data(lambda i, j, n: j < n[:, None, None, None]), "differs between", (Q, K, V, LENGTHS)),
-    "two-tensors": NearMiss(with_data(lambda i, j, m, n: j < m + n), "several tensors", (Q, K, V, AT, AT)),
-    "length-never-written": NearMiss(with_data(lambda i, j, n: j <= i + n), "no write", (Q, K, V, AT)),
-    "written-elsewhere": NearMiss(written(lambda t, at: t + at - 3), "no write", (*inputs(3, 9), AT)),
-    "written-backwards": NearMiss(written(lambda t, at: at + 2 - t), "no write", (*inputs(3, 9), AT)),
-    "written-with-gaps": NearMiss(written(lambda t, at: at + 2 * t), "no write", (*inputs(3, 9), AT)),
-    "fewer-written-than-seen": NearMiss(written(lambda t, at: at + t, new=2), "no write", (*inputs(3, 9), AT)),
     # what a mask adds
     "least-that-is-not-least": NearMiss(masked(lambda i, j: j <= i + 4, hidden=-1e9), "not -inf"),
     "alibi": NearMiss(
         between(lambda s: s + -0.5 * (torch.arange(9) - torch.arange(5)[:, None]).abs()), "not proven: mul"
     ),
     "distance-bias": NearMiss(between(lambda s: s + torch.arange(9)), "a bias and no mask"),
-    "bias-from-data": NearMiss(
-        lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
-        "not known",
-        (Q, K, V, K[0, 0, :, :1].T),
-    ),
     "bonus": NearMiss(between(lambda s: s + torch.where(torch.arange(9) < 4, 0.5, -math.inf)), "not 0 or -inf"),
     # between the scores and the values
     "soft-capping": NearMiss(between(lambda s: 30 * torch.tanh(s / 30)), "tanh"),
@@ -229,16 +199,6 @@ def test_lengths_that_are_not_proven_to_fit(h_kv: int) -> None:
     compiled(*tensors)
     (refusal,) = compiled.refusals
     assert "not proven to be at most" in refusal
-
-
-def test_sizes_that_nothing_ties() -> None:
-    """Bottom-right alignment of as many queries as one likes: with more of them than keys the first would see none."""
-    compiled = Rewritten(lambda q, k, v: eager(q, k, v, torch.where(bottom_right(q, k), 0.0, -math.inf)))
-    tensors = inputs(5, 9)
-    dynamic_lengths(*tensors)
-    compiled(*tensors)
-    (refusal,) = compiled.refusals
-    assert "first query is not proven to see a key" in refusal
 
 
 def test_a_gradient_is_required() -> None:
