@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
-def _build(verbose: bool) -> int:
+def _build(into: Path | None, verbose: bool) -> int:
     from flashmla_ops.cpu import build
     from flashmla_ops.errors import BuildError
 
     try:
-        built = build.find_or_build(verbose=verbose)
-    except BuildError as error:
+        if into is not None:
+            print(build.copy_to(into, verbose=verbose))
+            return 0
+        for path in build.find_or_build([build.STABLE_ABI, build.ISAS, *build.KERNELS.values()], verbose=verbose):
+            print(path)
+    except (BuildError, OSError) as error:
         print(f"flashmla: {error}", file=sys.stderr)
         return 1
-    print(f"{built.path} ({built.binding})")
     return 0
 
 
 def _info() -> int:
     import flashmla_ops
     from flashmla_ops import capability
-    from flashmla_ops.cpu import build
+    from flashmla_ops.cpu import build, cache, compiler
+    from flashmla_ops.errors import BuildError
+
+    def or_why_not(find: Callable[[], object]) -> object:
+        try:
+            return find()
+        except BuildError as error:
+            return f"none: {error}"
 
     print(f"flashmla_ops {flashmla_ops.__version__}")
-    print(f"compiler     {build.compiler() or 'none'}")
-    print(f"cache        {build.cache_root()}")
+    print(f"compiler     {or_why_not(lambda: ' '.join(compiler.compiler()))}")
+    print(f"cache        {or_why_not(cache.cache_root)}")
+    print(f"kernels      {build.find(build.STABLE_ABI) or 'none'}")
     for choice in capability.implementations():
         state = "active" if choice.active else "available" if choice.available else "not on this processor"
         print(f"{choice.name:<12} {state}")
@@ -43,14 +56,14 @@ def _explain() -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flashmla_ops", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("build", help="compile the C++ kernels ahead of first use").add_argument(
-        "--verbose", action="store_true", help="print each compiler command"
-    )
+    build = commands.add_parser("build", help="compile the C++ kernels of all instruction sets ahead of first use")
+    build.add_argument("--verbose", action="store_true", help="print each compiler command")
+    build.add_argument("--into", type=Path, metavar="FOLDER", help="and copy there what a wheel holds")
     commands.add_parser("info", help="versions, paths and implementations, one a line")
     commands.add_parser("explain", help="what runs here, and why")
     chosen = parser.parse_args(arguments)
     if chosen.command == "build":
-        return _build(chosen.verbose)
+        return _build(chosen.into, chosen.verbose)
     return _info() if chosen.command == "info" else _explain()
 
 

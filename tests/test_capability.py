@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flashmla_ops import __main__ as command_line
@@ -34,7 +36,12 @@ def test_build_prints_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(cpu.STATE.path)
 
 
-def test_a_build_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_build_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("FLASHMLA_CACHE", str(tmp_path))
     assert command_line.main(["build"]) == 1
-    assert "no C++ compiler found" in capsys.readouterr().err
+    assert "CXX=no-such-compiler names nothing that runs" in capsys.readouterr().err
+    assert command_line.main(["info"]) == 0
+    assert "compiler     none: CXX=no-such-compiler" in capsys.readouterr().out

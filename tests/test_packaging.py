@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import warnings
@@ -20,18 +21,15 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from flashmla_ops import cpu
+from flashmla_ops.cpu import build
 from flashmla_ops.versions import TESTED, warn_if_untested
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flashmla_ops", "cutlass_kernels", "lowering")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-BUILD = """
-import sys
-from setuptools import build_meta
-folder = sys.argv[1]  # setuptools rewrites sys.argv
-build_meta.build_sdist(folder)
-build_meta.build_wheel(folder)
-"""
+SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+WHEEL = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
 def is_clutter(path: Path) -> bool:
@@ -39,22 +37,32 @@ def is_clutter(path: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Build the sdist and the wheel from a copy of the tree: the file names in each."""
-    copy, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build needs, and of what it must leave out."""
+    copy = tmp_path_factory.mktemp("tree")
     for name in (*PACKAGES, "bench", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashmla.py"):
         shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def built(what: str, tree: Path, into: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a build of setuptools in the tree. It must succeed."""
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, dist],
-        cwd=copy,
-        env=os.environ | {"FLASHMLA_BUILD_AT_INSTALL": "0"},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", what, into], cwd=tree, env=os.environ | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist, zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+    return done
+
+
+@pytest.fixture(scope="module")
+def shipped(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The file names in the sdist and in the pure wheel."""
+    dist = tmp_path_factory.mktemp("dist")
+    built(SDIST, tree, dist)
+    built(WHEEL, tree, dist, FLASHMLA_BUILD_AT_INSTALL="0")
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist, zipfile.ZipFile(next(dist.glob("*any.whl"))) as wheel:
         return {
             "sdist": {name.partition("/")[2] for name in sdist.getnames()},
             "wheel": set(wheel.namelist()),
@@ -80,6 +88,70 @@ def test_kernels_fixture_and_type_marker_are_shipped(shipped: dict[str, set[str]
 
 def test_tests_and_bench_are_not_installed(shipped: dict[str, set[str]]) -> None:
     assert not [name for name in shipped["wheel"] if name.split("/")[0] in {"tests", "bench", "setup.py"}]
+
+
+needs_kernels = pytest.mark.skipif(
+    cpu.STATE.binding != "stable ABI" or not all(map(build.find, build.in_wheels())),
+    reason="no kernels for all instruction sets: python -m flashmla_ops build",
+)
+ATTEND = """
+import torch, flashmla_ops
+from flashmla_ops import cpu
+q, kv = torch.randn(1, 1, 16, 24), torch.randn(2, 8, 1, 24)
+table, lengths = torch.arange(2, dtype=torch.int32).view(1, 2), torch.tensor([13], dtype=torch.int32)
+out, _ = torch.ops.flashmla.decode(q, kv, None, table, lengths, 16)
+expected, _ = flashmla_ops.reference.decode(q, kv, None, table, lengths, 16)
+torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+print(cpu.STATE.active, cpu.STATE.path)
+"""
+
+
+@needs_kernels
+def test_a_wheel_with_kernels_runs_where_there_is_no_compiler_and_no_cache(tree: Path, tmp_path: Path) -> None:
+    done = built(WHEEL, tree, tmp_path, FLASHMLA_BUILD_AT_INSTALL="1")
+    assert "this wheel holds the CPU kernels" in done.stdout
+    (path,) = tmp_path.glob("*.whl")
+    *_, interpreter, abi, platform = path.stem.split("-")
+    assert (interpreter, abi, platform) == ("py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_"))
+    installed = tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", installed, path]
+    subprocess.run(install, check=True)
+    environment = {"CXX": "no-such-compiler", "FLASHMLA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", ATTEND], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    isa, library = done.stdout.split()
+    assert isa == cpu.STATE.active
+    assert Path(library).is_relative_to(installed)
+    # The next wheel from this tree is as pure as it says, whatever setuptools left in its folders.
+    done = built(WHEEL, tree, tmp_path, FLASHMLA_BUILD_AT_INSTALL="0")
+    assert "this wheel is pure Python" in done.stdout
+    with zipfile.ZipFile(next(tmp_path.glob("*-none-any.whl"))) as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "sentence"),
+    [
+        ("", {"FLASHMLA_BUILD_AT_INSTALL": "yes"}, "FLASHMLA_BUILD_AT_INSTALL=yes: expected 0, 1 or nothing"),
+        ("", {"FLASHMLA_BUILD_AT_INSTALL": "1", "CXX": "no"}, "=1, and the kernels could not be compiled"),
+        ("sys.executable = '{}'; ", {"FLASHMLA_BUILD_AT_INSTALL": "1"}, "needs torch: install it, add --no-build-iso"),
+    ],
+)
+def test_a_wheel_with_kernels_that_cannot_be_made_is_an_error(
+    code: str, environment: dict[str, str], sentence: str, tree: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "python"  # a Python without torch
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    what = WHEEL.replace("build_meta.", code.format(bare) + "build_meta.", 1)
+    environment = {"FLASHMLA_CACHE": str(tmp_path)} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", what, tmp_path], cwd=tree, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert sentence in done.stderr.splitlines()[-1]
 
 
 def test_an_old_setuptools_is_told_in_one_sentence() -> None:
@@ -125,7 +197,7 @@ def test_a_tested_version_is_not_warned_about(version: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "version"),
-    [("torch", "2.16.0+cpu"), ("torch", "3.0.0"), ("torch", "2.10.1"), ("transformers", "6.0.0")],
+    [("torch", "2.16.0+cpu"), ("torch", "3.0.0"), ("torch", "2.10.1"), ("torch", "main"), ("transformers", "6.0.0")],
 )
 def test_another_version_is_warned_about_once(package: str, version: str) -> None:
     (message,) = untested_warnings(package, version)

@@ -1,34 +1,34 @@
 """Compile the C++ kernels with the machine's own compiler, once, into a cache that every process shares.
 
-The cache folder is named by a hash of the sources, the compiler, torch's version and the Python ABI, so a stale library
-is never loaded. Processes that build at once wait for one another on a file lock; a library appears by atomic rename.
+There is one library for each instruction set and a core that uses one of them, so that an import compiles only what
+this processor runs best. The folder of the cache is named by a hash of the sources, torch's version and the Python ABI,
+so a stale library is never loaded; it does not name the compiler, which an image that only runs need not have. A wheel
+may bring libraries of its own: they bind through torch's stable ABI, and need no key but the sources'.
+Processes that build at once wait for one another on a file lock; a library appears by atomic rename.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from flashmla_ops.cpu import cache
+from flashmla_ops.cpu.compiler import Compilation, Unit, compiler, progress
 from flashmla_ops.errors import BuildError
 
 CSRC = Path(__file__).parent / "csrc"
-#: By binding, the better one first.
-LIBRARIES = {"stable ABI": "flashmla_cpu.so", "ctypes": "flashmla_cpu_ctypes.so"}
+#: Where a wheel that holds kernels brings them, in a folder named by `source_key`.
+PACKAGED = Path(__file__).parent / "lib"
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -37,179 +37,162 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One translation unit: a source compiled with flags of its own."""
+class Library:
+    """A shared library, and what takes its place where it cannot be compiled."""
 
-    source: str
-    flags: tuple[str, ...] = ("-O2",)
-    name: str = field(default="")
+    name: str
+    units: tuple[Unit, ...]
+    links_torch: bool = False
+    otherwise: Library | None = None
 
     @property
-    def object_name(self) -> str:
-        return f"{self.name or Path(self.source).stem}.o"
+    def file(self) -> str:
+        return f"{self.name}.so"
 
 
-def _kernels(isa: str, *flags: str) -> Unit:
-    return Unit("kernels.cpp", (f"-DFLASHMLA_ISA={isa}", *flags), name=f"kernels_{isa}")
+def kernels_of(isa: str, *flags: str) -> Library:
+    """The library of one instruction set. Its largest unit comes first, since the others fit beside it."""
+    flags = (f"-DFLASHMLA_ISA={isa}", *flags)
+    units = (
+        Unit(f"{name}.cpp", flags, f"{name}_{isa}") for name in ("kernels_products", "kernels_attention", "kernels")
+    )
+    return Library(f"flashmla_cpu_{isa}", tuple(units))
 
 
-#: kernels.cpp once for each instruction set. `emulated` runs the AVX-512 BF16 layouts anywhere, slowly.
-KERNEL_UNITS = (
-    _kernels("generic", "-O3"),
-    _kernels("emulated", "-O1", "-DFLASHMLA_EMULATE"),
-    *(
-        (
-            _kernels("avx2", "-O3", *_AVX2),
-            _kernels("avx512", "-O3", *_AVX512),
-            _kernels("avx512_bf16", "-O3", *_AVX512, "-mavx512bf16"),
-        )
+#: Never chosen but by name: runs the AVX-512 BF16 layouts anywhere, slowly.
+EMULATED = "emulated"
+KERNELS = {
+    "generic": kernels_of("generic", "-O3"),
+    **(
+        {
+            "avx2": kernels_of("avx2", "-O3", *_AVX2),
+            "avx512": kernels_of("avx512", "-O3", *_AVX512),
+            "avx512_bf16": kernels_of("avx512_bf16", "-O3", *_AVX512, "-mavx512bf16"),
+        }
         if _X86
-        else ()
+        else {}
     ),
-)
+    EMULATED: kernels_of(EMULATED, "-O1", "-DFLASHMLA_EMULATE"),
+}
+#: Says which instruction sets this processor runs, before anything else is compiled.
+ISAS = Library("flashmla_isas", (Unit("isas.cpp"),))
 CORE_UNITS = (
-    *(Unit(f"{name}.cpp") for name in ("dispatch", "decode", "decode_up", "prefill", "append", "gemm")),
+    *(Unit(f"{name}.cpp") for name in ("isas", "dispatch", "decode", "decode_up", "prefill", "append", "gemm")),
     Unit("append_quantized.cpp", ("-O3",)),
 )
-#: What registers the kernels with torch; a build without them is reached through ctypes.
-BINDING_UNITS = tuple(
-    Unit(f"{name}.cpp")
-    for name in ("torch_attention", "torch_attend_masked", "torch_decode_up", "torch_gemm", "requires_grad")
+#: What registers the kernels with torch, by the stable ABI of the oldest torch that we support.
+BINDING_UNITS = (
+    *(
+        Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
+        for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up")
+    ),
+    Unit("requires_grad.cpp"),
 )
+#: The core without them is reached through ctypes.
+CTYPES = Library("flashmla_cpu_ctypes", CORE_UNITS)
+STABLE_ABI = Library("flashmla_cpu", (*BINDING_UNITS, *CORE_UNITS), links_torch=True, otherwise=CTYPES)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A compiled library. ``binding`` is "stable ABI" if it registers itself with torch, else "ctypes"."""
-
-    path: Path
-    binding: str
-
-
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first of g++, c++ and clang++ on PATH; None if there is none."""
-    wanted = os.environ.get("CXX")
-    names = [wanted] if wanted else ["g++", "c++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
-def _compiler_version(cxx: str) -> str:
-    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
-
-
-def key(cxx: str) -> str:
-    """What a library depends on, hashed."""
+def source_key() -> str:
+    """A hash of what the libraries are made from."""
     digest = hashlib.sha256()
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
-    units = (*KERNEL_UNITS, *CORE_UNITS, *BINDING_UNITS)
-    facts = (torch.__version__, sysconfig.get_config_var("SOABI"), platform.machine(), _compiler_version(cxx))
-    digest.update(repr((facts, COMMON_FLAGS, units)).encode())
+    digest.update(repr((platform.machine(), COMMON_FLAGS, ISAS, STABLE_ABI, KERNELS)).encode())
     return digest.hexdigest()[:16]
 
 
-def cache_root() -> Path:
-    """$FLASHMLA_CACHE, else the user's cache folder; a folder under the temporary one if that cannot be written."""
-    override = os.environ.get("FLASHMLA_CACHE")
-    root = Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmla"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError:
-        fallback = Path(tempfile.gettempdir()) / f"flashmla-{os.getuid()}"
-        fallback.mkdir(mode=0o700, exist_ok=True)
-        if fallback.stat().st_uid != os.getuid():
-            raise BuildError(f"no cache folder: {root} cannot be written and {fallback} is another user's") from None
-        return fallback
+def key() -> str:
+    """A hash of everything that a library in the cache depends on."""
+    facts = (source_key(), torch.__version__, sysconfig.get_config_var("SOABI"))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def find_or_build(binding: str | None = None, *, verbose: bool = False) -> Built:
-    """The library for this machine, compiled now if it is not in the cache. Raises `BuildError`.
+def find(library: Library) -> Path | None:
+    """A library, or what takes its place, in the package or in the cache; None if it has not been compiled."""
+    folders = [PACKAGED / source_key(), *(root / key() for root in cache.readable_roots())]
+    return next((path for folder in folders for path in _in(folder, library) if os.path.isfile(path)), None)
 
-    ``binding`` "ctypes" asks for the library that does not register itself; None for the best that can be had.
+
+def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: bool = False) -> list[Path]:
+    """Libraries for this machine, one path each; those that are not in the package or the cache are compiled now.
+
+    The one that takes longest had better come first: the others fit beside it.
+    ``anew`` compiles all of them, whatever is there. Raises `BuildError`.
     """
-    cxx = compiler()
-    if cxx is None:
-        raise BuildError("no C++ compiler found: install g++ or set CXX")
-    folder = cache_root() / key(cxx)
-    if (built := _cached(folder, binding)) is None:
+    found = {library: None if anew else find(library) for library in libraries}
+    if not all(found.values()):
+        compiler()  # none is the first thing to say
+        folder = cache.cache_root() / key()
         folder.mkdir(exist_ok=True)
-        with _locked(folder / "lock"):
-            built = _cached(folder, binding) or _build(cxx, folder, binding, verbose=verbose)
+        with cache.locked(folder / "lock"):
+            found = {library: None if anew else find(library) for library in libraries}
+            found |= _build([library for library, path in found.items() if path is None], folder, verbose=verbose)
+    return [path for path in found.values() if path is not None]
+
+
+def in_wheels() -> list[Library]:
+    """What a wheel with kernels holds: all that a processor may choose."""
+    return [ISAS, STABLE_ABI, *(library for isa, library in KERNELS.items() if isa != EMULATED)]
+
+
+def copy_to(folder: Path, *, verbose: bool = False) -> Path:
+    """Put the libraries of `in_wheels` into a folder of this one. Raises `BuildError`."""
+    target = folder / source_key()
+    target.mkdir(parents=True, exist_ok=True)
+    for path in find_or_build(in_wheels(), verbose=verbose):
+        shutil.copy(path, target)
+    return target
+
+
+def _in(folder: Path, library: Library) -> Iterator[Path]:
+    yield folder / library.file
+    if library.otherwise is not None:
+        yield from _in(folder, library.otherwise)
+
+
+def _build(libraries: Sequence[Library], folder: Path, *, verbose: bool) -> dict[Library, Path]:
+    """Compile and link libraries into a folder: all that can be. Then the first `BuildError` is raised, if any."""
+    names = ", ".join(library.name for library in libraries)
+    units = dict.fromkeys(unit for library in libraries for unit in library.units)
+    long = len(units) > 1
+    progress(f"flashmla: compiling {names} into {folder}, once; this may take a minute", lasting=long)
+    built, failures = {}, []
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+        Compilation([*units], Path(scratch), _arguments, verbose=verbose) as compilation,
+    ):
+        for library in libraries:
+            try:
+                built[library] = _link(compilation, library, folder)
+            except BuildError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
+    progress(f"flashmla: compiled {names}", lasting=long)
     return built
 
 
-def _cached(folder: Path, binding: str | None) -> Built | None:
-    for name, library in LIBRARIES.items():
-        if binding in (None, name) and (folder / library).is_file():
-            return Built(folder / library, name)
-    return None
+def _link(compilation: Compilation, library: Library, folder: Path) -> Path:
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    flags = [f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"] if library.links_torch else []
+    target = folder / library.file
+    try:
+        compilation.link(target, library.units, flags)
+    except BuildError as error:
+        if library.otherwise is None:
+            raise
+        target = _link(compilation, library.otherwise, folder)
+        print(f"flashmla: torch's C++ headers do not serve, binding through ctypes: {error}", file=sys.stderr)
+    return target
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _build(cxx: str, folder: Path, binding: str | None, *, verbose: bool) -> Built:
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        scratch = Path(name)
-        objects = _compile(cxx, (*KERNEL_UNITS, *CORE_UNITS), scratch, verbose=verbose)
-        if binding != "ctypes":
-            try:
-                glue = _compile(cxx, BINDING_UNITS, scratch, verbose=verbose)
-                return _link(cxx, [*objects, *glue], folder, scratch, "stable ABI")
-            except BuildError as error:
-                print(f"flashmla: torch's C++ headers do not serve, binding through ctypes: {error}", file=sys.stderr)
-        return _link(cxx, objects, folder, scratch, "ctypes")
+def _arguments(unit: Unit) -> list[str]:
+    """How to compile a unit; only those that bind to torch see its headers."""
+    torch_flags = _torch_flags() if unit in BINDING_UNITS else []
+    return [*COMMON_FLAGS, *unit.flags, f"-I{CSRC}", *torch_flags, str(CSRC / unit.source)]
 
 
 def _torch_flags() -> list[str]:
     include = Path(torch.__file__).parent / "include"
     return [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
-
-
-def _compile(cxx: str, units: tuple[Unit, ...], scratch: Path, *, verbose: bool) -> list[Path]:
-    started, done = time.monotonic(), 0
-
-    def compile_one(unit: Unit) -> Path:
-        nonlocal done
-        target = scratch / unit.object_name
-        torch_flags = _torch_flags() if unit in BINDING_UNITS else []
-        command = [cxx, *COMMON_FLAGS, *unit.flags, f"-I{CSRC}", *torch_flags, "-c", str(CSRC / unit.source), "-o"]
-        _run([*command, str(target)], verbose=verbose)
-        done += 1
-        _progress(f"flashmla: compiled {done}/{len(units)} ({unit.object_name}, {time.monotonic() - started:.0f} s)")
-        return target
-
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(compile_one, units))
-
-
-def _link(cxx: str, objects: list[Path], folder: Path, scratch: Path, binding: str) -> Built:
-    libraries = Path(torch.__file__).parent / "lib"
-    torch_flags = [f"-L{libraries}", "-ltorch_cpu", "-lc10"] if binding == "stable ABI" else []
-    finished, target = scratch / LIBRARIES[binding], folder / LIBRARIES[binding]
-    _run([cxx, "-shared", "-pthread", "-o", str(finished), *map(str, objects), *torch_flags])
-    finished.replace(target)
-    _progress(f"flashmla: kernels built ({target})", end=True)
-    return Built(target, binding)
-
-
-def _run(command: list[str], *, verbose: bool = False) -> None:
-    if verbose:
-        print(" ".join(command), file=sys.stderr)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
-
-
-def _progress(text: str, *, end: bool = False) -> None:
-    """One line, rewritten in place on a terminal; elsewhere only the last one is printed."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="\n" if end else "", file=sys.stderr, flush=True)
-    elif end:
-        print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -25,9 +26,11 @@ class State:
     binding: str = "none"
     path: str = ""
     reason: str = "not loaded yet"
-    #: Instruction sets compiled into the library, fastest first, and whether this processor runs them.
+    #: Instruction sets that there are kernels for, fastest first, and whether this processor runs them.
     isas: dict[str, bool] = field(default_factory=dict)
     library: ctypes.CDLL | None = None
+    #: The libraries of instruction sets that have been loaded.
+    kernels: dict[str, ctypes.CDLL] = field(default_factory=dict)
 
 
 STATE = State()
@@ -42,51 +45,107 @@ def load() -> State:
         STATE.reason = "FLASHMLA_CPU=reference"
         return STATE
     try:
-        built = build.find_or_build(os.environ.get("FLASHMLA_BINDING"))
-        if built.binding == "stable ABI":
-            torch.ops.load_library(built.path)
-        STATE.library = ctypes.CDLL(str(built.path))
-        if built.binding == "ctypes":
-            ctypes_binding.register(STATE.library)
+        try:
+            _load(wanted, anew=False)
+        except OSError:
+            # Made for another system, whose C library is newer, say: what is compiled here fits.
+            _load(wanted, anew=True)
     except (BuildError, OSError) as error:
         STATE.reason = str(error)
         warnings.warn(f"flashmla: the float64 reference runs instead of C++ kernels: {error}", stacklevel=2)
-        return STATE
-    STATE.path, STATE.binding = str(built.path), built.binding
-    _choose_isa(STATE.library, wanted)
     return STATE
-
-
-def _choose_isa(library: ctypes.CDLL, wanted: str) -> None:
-    library.flashmla_isa_names.restype = ctypes.POINTER(ctypes.c_char_p)
-    library.flashmla_isa_active.restype = ctypes.c_char_p
-    names = library.flashmla_isa_names()
-    for i in range(16):
-        if names[i] is None:
-            break
-        STATE.isas[names[i].decode()] = bool(library.flashmla_isa_supported(names[i]))
-    STATE.reason = "the fastest this processor has"
-    if wanted:
-        if library.flashmla_isa_select(wanted.encode()) == 0:
-            STATE.reason = f"FLASHMLA_CPU={wanted}"
-        else:
-            known = ", ".join(STATE.isas)
-            why = "this processor cannot run it" if wanted in STATE.isas else f"unknown; known are {known}, {REFERENCE}"
-            STATE.reason = f"the fastest this processor has (FLASHMLA_CPU={wanted}: {why})"
-            warnings.warn(f"flashmla: FLASHMLA_CPU={wanted} ignored: {why}", stacklevel=3)
-    STATE.active = library.flashmla_isa_active().decode()
 
 
 @contextlib.contextmanager
 def using(isa: str) -> Iterator[None]:
-    """Run the whole process on another instruction set of `STATE.isas` for a while (tests, comparisons)."""
-    library, before = STATE.library, STATE.active
-    if library is None or library.flashmla_isa_select(isa.encode()) != 0:
+    """Run the whole process on another instruction set of `STATE.isas` for a while (tests, comparisons).
+
+    Its kernels are compiled now if they have not been. Raises `ArgumentError` where there are none, or the processor
+    cannot run them.
+    """
+    before = STATE.active
+    if STATE.library is None or not STATE.isas.get(isa):
         runnable = [name for name, supported in STATE.isas.items() if supported]
         raise ArgumentError("cpu.using", "isa", f"one of {runnable}", isa)
-    STATE.active = isa
+    if isa not in STATE.kernels:
+        STATE.kernels[isa] = _kernels(*build.find_or_build([build.KERNELS[isa]]))
+    _use(isa)
     try:
         yield
     finally:
-        library.flashmla_isa_select(before.encode())
-        STATE.active = before
+        _use(before)
+
+
+def _load(wanted: str, *, anew: bool) -> None:
+    """The core, and the kernels that are wanted or the fastest that can be had. The core comes last: it registers."""
+    isas = _isas(*build.find_or_build([build.ISAS], anew=anew))
+    isa, core, kernels, reason = _choose(isas, wanted, anew=anew)
+    table = _kernels(kernels)
+    stable = core.name == build.STABLE_ABI.file
+    if stable:
+        torch.ops.load_library(core)
+    STATE.library = ctypes.CDLL(str(core))
+    STATE.kernels, STATE.isas = {isa: table}, isas
+    STATE.path, STATE.binding, STATE.reason = str(core), "stable ABI" if stable else "ctypes", reason
+    _use(isa)
+    if not stable:
+        ctypes_binding.register(STATE.library)
+
+
+def _isas(path: Path) -> dict[str, bool]:
+    library = ctypes.CDLL(str(path))
+    library.flashmla_isa_names.restype = ctypes.POINTER(ctypes.c_char_p)
+    names = []
+    for name in library.flashmla_isa_names():
+        if name is None:
+            break
+        names.append(name)
+    return {name.decode(): bool(library.flashmla_isa_supported(name)) for name in names}
+
+
+def _choose(isas: dict[str, bool], wanted: str, *, anew: bool) -> tuple[str, Path, Path, str]:
+    """The instruction set that runs, the paths of the core and of its kernels, and why it is this one."""
+    core = _core()
+    chosen, reason = [name for name, runs in isas.items() if runs and name != build.EMULATED], ""
+    if isas.get(wanted):
+        chosen.insert(0, wanted)
+    elif wanted:
+        known = f"unknown; known are {', '.join(isas)}, {REFERENCE}"
+        reason = _ignored(wanted, "this processor cannot run it" if wanted in isas else known)
+    for isa in chosen:
+        try:
+            kernels, path = build.find_or_build([build.KERNELS[isa], core], anew=anew)
+        except BuildError as error:
+            if build.find(core) is None or isa == chosen[-1]:
+                raise
+            reason = _ignored(wanted, str(error)) if isa == wanted else reason or f", but for {isa}: {error}"
+            continue
+        if isa == wanted:
+            return isa, path, kernels, f"FLASHMLA_CPU={wanted}"
+        return isa, path, kernels, f"the fastest this processor has{reason}"
+    raise BuildError("this processor runs no instruction set that there are kernels for")
+
+
+def _ignored(wanted: str, why: str) -> str:
+    warnings.warn(f"flashmla: FLASHMLA_CPU={wanted} ignored: {why}", stacklevel=5)
+    return f" (FLASHMLA_CPU={wanted}: {why})"
+
+
+def _core() -> build.Library:
+    binding = os.environ.get("FLASHMLA_BINDING")
+    if binding not in (None, "", "ctypes"):
+        raise BuildError(f"FLASHMLA_BINDING={binding}: expected ctypes, or nothing")
+    return build.CTYPES if binding else build.STABLE_ABI
+
+
+def _kernels(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.flashmla_kernels.restype = ctypes.c_void_p
+    return library
+
+
+def _use(isa: str) -> None:
+    """Have all operators run on the kernels of an instruction set that this processor has."""
+    assert STATE.library is not None
+    STATE.library.flashmla_use(ctypes.c_void_p(STATE.kernels[isa].flashmla_kernels()))
+    STATE.active = isa

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flashmla_ops import cpu
-from flashmla_ops.cpu import build
+from flashmla_ops.cpu import build, compiler
+from flashmla_ops.cpu.build import Library
+from flashmla_ops.cpu.compiler import Unit
 from flashmla_ops.errors import BuildError
 
 needs_kernels = pytest.mark.skipif(not cpu.STATE.isas, reason=f"no C++ kernels: {cpu.STATE.reason}")
@@ -34,10 +39,40 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
 
 
-def test_no_compiler_means_the_reference_and_one_warning(tmp_path: Path) -> None:
-    done = run(ATTEND, CXX="no-such-compiler", FLASHMLA_CACHE=str(tmp_path))
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler -O9"}, "CXX=no-such-compiler -O9 names nothing that runs"),
+        ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler found: none of g++, c++, clang++ is on PATH"),
+    ],
+)
+def test_no_compiler_means_the_reference_and_one_warning(
+    environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    done = run(ATTEND, **environment, FLASHMLA_CACHE=str(tmp_path))
     assert done.stdout.startswith("reference none")
-    assert done.stderr.count("the float64 reference runs instead of C++ kernels: no C++ compiler found") == 1
+    assert done.stderr.count(f"the float64 reference runs instead of C++ kernels: {reason}") == 1
+
+
+@needs_kernels
+def test_what_is_compiled_needs_no_compiler() -> None:
+    """As in an image whose earlier stage compiled, and had the compiler."""
+    done = run(ATTEND, CXX="no-such-compiler", FLASHMLA_CACHE=str(Path(cpu.STATE.path).parents[1]))
+    assert done.stdout.split()[0] == cpu.STATE.active
+    assert done.stderr == ""
+
+
+@needs_kernels
+def test_without_a_compiler_the_fastest_that_is_compiled_runs(tmp_path: Path) -> None:
+    """As in an image that was made on a processor of another kind."""
+    folder = tmp_path / build.key()
+    folder.mkdir()
+    for path in build.find_or_build([build.ISAS, build.STABLE_ABI, build.KERNELS["generic"]]):
+        shutil.copy(path, folder)
+    done = run(ATTEND, CXX="no-such-compiler", FLASHMLA_CACHE=str(tmp_path))
+    assert done.stdout.split()[0] == "generic"
+    if cpu.STATE.active != "generic":
+        assert f"but for {cpu.STATE.active}: CXX=no-such-compiler names nothing that runs" in done.stdout
 
 
 def test_a_compiler_that_fails_means_the_reference_and_its_message(tmp_path: Path) -> None:
@@ -83,68 +118,95 @@ def test_ctypes_runs_the_same_kernels_and_names_the_same_errors() -> None:
 
 
 def test_the_cache_key_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build.key("c++")
+    before = build.key()
     for path in build.CSRC.rglob("*"):
         if path.is_file():
             copy = tmp_path / path.relative_to(build.CSRC)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     monkeypatch.setattr(build, "CSRC", tmp_path)
-    assert build.key("c++") == before
+    assert build.key() == before
     (tmp_path / "decode.cpp").write_text("// another\n")
-    assert build.key("c++") != before
+    assert build.key() != before
 
 
-def test_a_cache_that_cannot_be_written_falls_back_to_a_temporary_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    occupied = tmp_path / "file"
-    occupied.write_text("not a folder")
-    monkeypatch.setenv("FLASHMLA_CACHE", str(occupied / "below"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert build.cache_root() == tmp_path / f"flashmla-{os.getuid()}"
+SMALL = Library("flashmla_small", (Unit("append.cpp"),))
+has_compiler = pytest.mark.skipif(all(shutil.which(name) is None for name in compiler.NAMES), reason="no C++ compiler")
 
 
-def small_build(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """Only the smallest unit, without torch: what is tested is the bookkeeping."""
-    monkeypatch.setenv("FLASHMLA_CACHE", str(cache))
-    monkeypatch.setattr(build, "KERNEL_UNITS", ())
-    monkeypatch.setattr(build, "CORE_UNITS", (build.Unit("append.cpp"),))
-
-
-@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@has_compiler
 def test_builds_at_once_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_build(monkeypatch, tmp_path)
+    monkeypatch.setenv("FLASHMLA_CACHE", str(tmp_path))
     compiled: list[object] = []
-    compile_units = build._compile
+    build_libraries = build._build
 
-    def counting(cxx: str, units: tuple[build.Unit, ...], scratch: Path, *, verbose: bool) -> list[Path]:
-        compiled.append(units)
-        return compile_units(cxx, units, scratch, verbose=verbose)
+    def counting(libraries: Sequence[Library], folder: Path, *, verbose: bool) -> dict[Library, Path]:
+        compiled.extend(libraries)
+        return build_libraries(libraries, folder, verbose=verbose)
 
-    monkeypatch.setattr(build, "_compile", counting)
+    monkeypatch.setattr(build, "_build", counting)
     with ThreadPoolExecutor(4) as pool:
-        paths = {built.path for built in pool.map(lambda _: build.find_or_build("ctypes"), range(4))}
-    assert len(paths) == len(compiled) == 1
-    assert [path.name for path in paths.pop().parent.glob("*.so")] == [build.LIBRARIES["ctypes"]]
+        paths = {path for found in pool.map(lambda _: build.find_or_build([SMALL]), range(4)) for path in found}
+    assert compiled == [SMALL]
+    assert paths == set(tmp_path.rglob("*.so"))
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@has_compiler
 def test_without_torch_headers_the_ctypes_library_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small_build(monkeypatch, tmp_path)
-    monkeypatch.setattr(build, "_torch_flags", list)
-    built = build.find_or_build()
-    assert built.binding == "ctypes"
-    assert "binding through ctypes" in capsys.readouterr().err
-    assert build.find_or_build() == built
-
-
-def test_a_failed_build_leaves_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHMLA_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "CORE_UNITS", (build.Unit("append.cpp", ("-include", "no-such-header.h")),))
-    monkeypatch.setattr(build, "KERNEL_UNITS", ())
+    monkeypatch.setattr(build, "_torch_flags", list)
+    core = Library("flashmla_core", (build.BINDING_UNITS[0], *SMALL.units), otherwise=SMALL)
+    (built,) = build.find_or_build([core])
+    assert built.name == SMALL.file
+    assert "binding through ctypes" in capsys.readouterr().err
+    assert build.find_or_build([core]) == [built]
+
+
+def test_a_failed_build_leaves_what_could_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMLA_CACHE", str(tmp_path))
+    broken = Library("flashmla_broken", (Unit("append.cpp", ("-include", "no-such-header.h"), "broken"),))
     with pytest.raises(BuildError, match=r"no-such-header\.h|no C\+\+ compiler"):
-        build.find_or_build()
-    assert not list(tmp_path.rglob("*.so"))
+        build.find_or_build([broken, SMALL])
+    assert [path.name for path in tmp_path.rglob("*.so")] in ([SMALL.file], [])
+    assert build.find(broken) is None
+
+
+@has_compiler
+def test_a_build_says_at_once_what_it_does_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASHMLA_CACHE", str(tmp_path))
+    said_before_compiling: list[str] = []
+
+    class Watched(compiler.Compilation):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            said_before_compiling.append(capsys.readouterr().err)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(build, "Compilation", Watched)
+    two = Library("flashmla_two", (Unit("append.cpp"), Unit("isas.cpp")))
+    build.find_or_build([two])
+    assert said_before_compiling == [
+        f"flashmla: compiling flashmla_two into {tmp_path / build.key()}, once; this may take a minute\n"
+    ]
+
+
+def test_a_compiler_with_arguments_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{sys.executable} -m 'a module'")
+    assert compiler.compiler() == [sys.executable, "-m", "a module"]
+    monkeypatch.setenv("CXX", "'c++")
+    with pytest.raises(BuildError, match="CXX='c\\+\\+ names nothing that runs"):
+        compiler.compiler()
+
+
+@needs_kernels
+def test_a_library_that_does_not_load_is_compiled_again(tmp_path: Path) -> None:
+    """It was made on another system. Without a compiler the reference runs, and the reason names both."""
+    folder = tmp_path / build.key()
+    folder.mkdir()
+    for library in (build.ISAS, build.STABLE_ABI, *build.KERNELS.values()):
+        (folder / library.file).write_bytes(b"of another system")
+    done = run(ATTEND, CXX="no-such-compiler", FLASHMLA_CACHE=str(tmp_path))
+    assert done.stdout.startswith("reference none CXX=no-such-compiler names nothing")

@@ -6,6 +6,7 @@
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/isas.h"
 
 namespace flashmla {
 namespace {

@@ -1,5 +1,6 @@
 // Kept apart from the binding: it is the only file that includes a header of c10, which is not part of the stable ABI.
-// The build is keyed on torch's version for that.
+// It asks no more of c10 than one exported function, which torch 2.11 to 2.15 all have; the cache is keyed on the
+// version.
 #include "flashmla/requires_grad.h"
 
 #include <c10/core/TensorImpl.h>

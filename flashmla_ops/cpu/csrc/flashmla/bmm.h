@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flashmla/gemm.h"
+#include "flashmla/tiles.h"
 
 namespace flashmla::FLASHMLA_ISA {
 

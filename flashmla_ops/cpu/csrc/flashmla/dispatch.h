@@ -4,10 +4,7 @@
 
 namespace flashmla {
 
-// The kernels in use.
+// The kernels in use. The loader gives some (flashmla_use) before the first call.
 const Kernels& kernels();
-
-// Whether the processor has an instruction for it, whichever kernels are in use.
-bool multiplies_bf16();
 
 }  // namespace flashmla

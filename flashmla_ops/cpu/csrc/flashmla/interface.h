@@ -181,11 +181,14 @@ FLASHMLA_EXPORT void flashmla_prefill_footprint(const FlashmlaPrefill* call, int
 
 FLASHMLA_EXPORT int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts);
 
-// The kernels compiled into this library, fastest first, and those this processor can run. Names end with null.
+// The instruction sets that there are kernels for, the fastest on this processor first, and whether it runs one. Names
+// end with null. A library of its own has these two as well, so that they can be asked before anything else is
+// compiled.
 FLASHMLA_EXPORT const char* const* flashmla_isa_names(void);
 FLASHMLA_EXPORT int flashmla_isa_supported(const char* name);
-FLASHMLA_EXPORT const char* flashmla_isa_active(void);
-// Choose by name; returns 1 if this processor cannot run it or the name is unknown.
-FLASHMLA_EXPORT int flashmla_isa_select(const char* name);
+// The kernels in a library of one instruction set, and their use by all operators from now on. Returns 1, and changes
+// nothing, if this processor cannot run them.
+FLASHMLA_EXPORT const void* flashmla_kernels(void);
+FLASHMLA_EXPORT int flashmla_use(const void* kernels);
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// What one instruction set provides. The file kernels.cpp is compiled once for each, and dispatch.cpp picks one table.
+// What one instruction set provides: a table, which the library of that set hands out (kernels.cpp).
 #pragma once
 
 #include "flashmla/interface.h"
@@ -25,8 +25,7 @@ struct ScratchBytes {
   int64_t all() const { return copies + scores; }
 };
 
-struct Kernels {
-  const char* name;
+struct AttentionKernels {
   int64_t (*accumulator_stride)(int64_t d_v);
   // The most that any item of at most item.rows rows and item.length tokens needs.
   ScratchBytes (*scratch_bytes)(const FlashmlaDecode& call, const Item& item);
@@ -38,6 +37,9 @@ struct Kernels {
                  int64_t end);
   // Merge rows [begin, end) of the flattened [b, s_q, h_q].
   void (*merge)(const FlashmlaMerge& call, int64_t begin, int64_t end);
+};
+
+struct ProductKernels {
   // Rows [row, row + rows) of a, as gemm_run wants them: at most gemm_rows at a time.
   int64_t (*gemm_rows)(const FlashmlaGemm& call);
   int64_t (*gemm_packed_bytes)(const FlashmlaGemm& call);
@@ -50,9 +52,8 @@ struct Kernels {
   void (*bmm_run)(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch);
 };
 
-extern const Kernels kernels_generic, kernels_emulated;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
-#endif
+struct Kernels : AttentionKernels, ProductKernels {
+  const char* name;
+};
 
 }  // namespace flashmla
