@@ -4,7 +4,7 @@
     python -m bench all             # every suite
     python -m bench limits          # measure and print the machine's limits
     python -m bench table           # write the tables of README.md and docs/bench.md from bench/results/
-    python -m bench plots           # draw the pictures of docs/bench/ from bench/results/
+    python -m bench plots           # draw bench/pictures/, and those of them in docs/bench/, from bench/results/
     python -m bench compare OLD NEW # what became slower, beyond noise, between two results
 
 `timing` measures, `limits` says what the machine can do, `runner` puts them together and checks every timed result,

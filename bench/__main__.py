@@ -39,7 +39,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for action in (*suites, actions.add_parser("limits", help="measure and print the machine's limits")):
         action.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     actions.add_parser("table", help="write the tables of README.md and docs/bench.md from bench/results")
-    actions.add_parser("plots", help="draw the pictures of docs/bench from bench/results")
+    actions.add_parser(
+        "plots", help="draw bench/pictures from bench/results, and those that documents show to docs/bench"
+    )
     two = actions.add_parser("compare", help="what became slower, beyond noise, from one result to another")
     two.add_argument("old", type=Path)
     two.add_argument("new", type=Path)

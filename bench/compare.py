@@ -1,4 +1,4 @@
-"""What changed between two results of one suite: differences beyond noise, as far as the quartiles tell."""
+"""The changes between two results of one suite: differences beyond noise, as far as the quartiles tell."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Every implementation of every case that both have. Raises ValueError if the runs cannot be compared."""
     for key, both in (
         ("suite", (old["suite"], new["suite"])),
-        *((key, (old["host"][key], new["host"][key])) for key in ("cpu", "instruction_set", "threads")),
+        *((key, (old["host"][key], new["host"][key])) for key in ("microarchitecture", "instruction_set", "threads")),
     ):
         if both[0] != both[1]:
             raise ValueError(f"results of different {key} cannot be compared: {both[0]} and {both[1]}")

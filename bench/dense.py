@@ -35,7 +35,7 @@ class PrefillCase:
 
     @property
     def bytes(self) -> int:
-        """Of queries, keys and values."""
+        """Bytes of queries, keys and values."""
         width = self.h_q * self.d_qk + self.h_kv * (self.d_qk + self.d_v)
         return sum(self.s) * width * DTYPES[self.dtype].itemsize
 

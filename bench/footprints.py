@@ -1,4 +1,4 @@
-"""What attention keeps in memory beside its inputs and outputs, by level of the hierarchy: a table of every run."""
+"""The memory of attention beside its inputs and outputs, by level of the hierarchy: a table of every run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flashmla_ops.errors import FlashMLAError
 from flashmla_ops.footprint import Footprint, decode_footprint, prefill_footprint
 
 LEVELS = {1: "whole rows of scores", 2: "blocks", 3: "blocks and parallel parts"}
-#: Of each suite: a description, and the footprint at a level, all threads together, in bf16.
+#: For each suite: a description, and the footprint at a level, all threads together, in bf16.
 CALLS: dict[str, dict[str, Callable[[int], Footprint]]] = {
     "decode": {
         "1 sequence of 4096, h_q 128": lambda level: decode_footprint(1, 128, 4096, levels=level),

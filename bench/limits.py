@@ -1,4 +1,4 @@
-"""What this machine can do, measured: peak FLOP/s by dtype and the read bandwidth of DRAM and of the caches.
+"""The limits of this machine, measured: peak FLOP/s by dtype and the read bandwidth of DRAM and of the caches.
 
 The measuring program (`csrc/limits.cpp`) is compiled on the spot for the instruction sets in /proc/cpuinfo. It is run
 again and again during a bench, so that limits and timings see the same machine; a limit is the median of all samples.
@@ -20,16 +20,9 @@ from typing import Any
 
 import torch
 
+from bench.cpu import this_cpu
+
 SOURCE = Path(__file__).parent / "csrc" / "limits.cpp"
-#: Instruction sets, best first: name, the flags of /proc/cpuinfo that show it, the compiler options that use it.
-INSTRUCTION_SETS = (
-    ("AVX-512 BF16", {"avx512f", "avx512_bf16"}, ("-mavx512f", "-mavx512bf16")),
-    ("AVX-512", {"avx512f"}, ("-mavx512f",)),
-    ("AVX2 + FMA", {"avx2", "fma"}, ("-mavx2", "-mfma")),
-)
-BASELINE = "baseline"  # what the compiler assumes when told nothing
-#: How many of them a value of FLASHMLA_CPU passes over, so that limits are of what our kernels may use.
-PASSED_OVER = {"avx512": 1, "avx2": 2, "generic": 3}
 MULTIPLY_ADDS_PER_CYCLE = 2  # no core issues more vector multiply-adds
 L2_BYTES_PER_CYCLE = 64  # no core reads more from its L2 cache
 HIGHEST_HZ = 8e9
@@ -78,49 +71,6 @@ class Limits:
         return f"fp32 multiply-add, {self.instruction_set}"
 
 
-@dataclass(frozen=True)
-class Cpu:
-    """The parts of /proc/cpuinfo and /sys that name the machine."""
-
-    model: str
-    flags: frozenset[str]
-    l3_bytes: int
-    passed_over: int = 0  # of the instruction sets
-
-    @property
-    def instruction_set(self) -> tuple[str, tuple[str, ...]]:
-        """The best instruction set that is not passed over: name and compiler options."""
-        for name, needed, options in INSTRUCTION_SETS[self.passed_over :]:
-            if needed <= self.flags:
-                return name, options
-        return BASELINE, ()
-
-
-def parse_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
-    """Model name and flags of the first CPU in /proc/cpuinfo (``Features`` on Arm)."""
-    fields: dict[str, str] = {}
-    for line in text.split("\n\n", 1)[0].splitlines():
-        name, _, value = line.partition(":")
-        fields[name.strip()] = value.strip()
-    flags = fields.get("flags", fields.get("Features", ""))
-    return fields.get("model name", "unknown CPU"), frozenset(flags.split())
-
-
-def this_cpu() -> Cpu:
-    model, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
-    return Cpu(model, flags, l3_bytes(), PASSED_OVER.get(os.environ.get("FLASHMLA_CPU", ""), 0))
-
-
-def l3_bytes() -> int:
-    """Size of the last-level cache that the first CPU sees; 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        if (cache / "level").read_text().strip() == "3":
-            size = (cache / "size").read_text().strip()  # such as "32768K"
-            sizes = [int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]]
-    return sizes[0]
-
-
 class LimitMeter:
     """Measures the machine's limits whenever asked, and knows the medians over all it has seen. A context manager."""
 
@@ -163,7 +113,7 @@ class LimitMeter:
         return taken
 
     def run_program(self, seconds: float, names: Sequence[str]) -> str:
-        """What the measuring program, which has ended then, printed of the measurements named, or of all if none is."""
+        """Run the measuring program for the measurements named, or for all if none is; the text that it printed."""
         buffer = min(max(SMALLEST_DRAM_BUFFER, DRAM_BUFFER_OF_L3 * self.cpu.l3_bytes), LARGEST_DRAM_BUFFER)
         shared = max(SMALLEST_L3_BUFFER, self.cpu.l3_bytes // (L3_SHARE * self.threads))
         # Not our environment's OpenMP settings: here threads should wait for each other without sleeping.
@@ -199,7 +149,7 @@ def parse_output(text: str, threads: int, hz: float = HIGHEST_HZ) -> Samples:
     cycles = hz * threads * SLACK
     fp32 = cycles * MULTIPLY_ADDS_PER_CYCLE * 2 * output["vector_bytes"] / 4
     bounds = {"hz": HIGHEST_HZ, "fp32_flops": fp32, "bf16_flops": 2 * fp32}
-    # What lies behind a core's L2 comes through it. (Not the L2 samples beside: other load may have hit those alone.)
+    # Memory behind a core's L2 comes through it. (Not the L2 samples beside: other load may have hit those alone.)
     memory = ("l2_read", "l3_read", *DRAM)
     bounds |= dict.fromkeys(memory, cycles * L2_BYTES_PER_CYCLE)
     return {name: possible(name, samples[name], bound) for name, bound in bounds.items() if name in samples}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from bench.report import PICTURES, RESULTS, Row, bars_of, groups, load, peers_of, picture, split_keys
+from bench import report
+from bench.report import DRAWN, PICTURES, RESULTS, Row, bars_of, groups, load, peers_of, picture, split_keys
 from bench.runner import OURS
 from bench.suites import scaling
 from bench.summary import limit_of, machine_of
@@ -196,7 +198,7 @@ def title(results: Mapping[str, Any]) -> str:
     return f"{results['suite']}: {machine_of(results)}"
 
 
-def draw(results: Mapping[str, Any], folder: Path = PICTURES) -> list[Path]:
+def draw(results: Mapping[str, Any], folder: Path = DRAWN) -> list[Path]:
     """Write the pictures of one run. A roofline needs FLOPs and bytes in every case."""
     figures = {}
     if results["suite"] == scaling.NAME:
@@ -216,8 +218,12 @@ def draw(results: Mapping[str, Any], folder: Path = PICTURES) -> list[Path]:
     return written
 
 
-def draw_all(results: Path = RESULTS, folder: Path = PICTURES) -> None:
-    """Write the pictures of all committed results."""
-    for run in load(results):
+def draw_all(results: Path = RESULTS, folder: Path = DRAWN, kept: Path = PICTURES) -> None:
+    """Write the pictures of all committed results; those that documents show also to the folder ``kept``."""
+    runs = load(results)
+    for run in runs:
         for path in draw(run, folder):
             print(f"wrote {path}")
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in report.shown(runs, folder):
+        shutil.copy(path, kept)

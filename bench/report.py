@@ -16,10 +16,12 @@ from bench.summary import best_peer, limit_of
 
 README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "bench.md"
+#: All pictures, which git ignores, and those of them that documents show.
+DRAWN = ROOT / "bench" / "pictures"
 PICTURES = ROOT / "docs" / "bench"
 RESULTS = ROOT / "bench" / "results"
 NO_RESULTS = "No results yet: `make bench` writes them."
-#: The README's pictures of the machine with the most suites. All else is in `DOCUMENT`.
+#: The pictures that documents show, of the machine with the most suites.
 SHOWN = (("decode", "roofline"), ("scaling", "lines"), ("end_to_end", "bars"))
 INTRODUCTION = """# The bench
 
@@ -147,7 +149,8 @@ def heading(results: Mapping[str, Any]) -> str:
     beside = " measured beside the case" if all("dram_read" in row for row in results["results"]) else ""
     return (
         f"`{results['suite']}`: time of a call, median ± half the interquartile range (`~`: CPU time of the busiest"
-        f" thread, where other load disturbed the wall time). {host['cpu']}, {host['threads']} threads,"
+        f" thread, where other load disturbed the wall time). {host['microarchitecture']} ({host['cpu']}),"
+        f" {host['threads']} threads,"
         f" torch {versions['torch']}, commit {results['commit'][:12]}, {results['date'][:10]}."
         f" Limits measured in the same run: {peaks(results['limits'])}."
         f' "limit" is the larger of FLOPs over peak and bytes over DRAM bandwidth{beside}, where bytes are what must be'
@@ -159,6 +162,13 @@ def heading(results: Mapping[str, Any]) -> str:
 def picture(results: Mapping[str, Any], kind: str, folder: Path = PICTURES) -> Path:
     """Where a picture of a run lies."""
     return folder / f"{Path(file_name(results, quick=False)).stem}-{kind}.svg"
+
+
+def shown(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Where the pictures that documents show lie in a folder."""
+    for of_machine in summary.by_machine(runs).values():
+        return [picture(run, kind, folder) for suite, kind in SHOWN for run in of_machine if run["suite"] == suite]
+    return []
 
 
 def bars_of(group: str) -> str:
@@ -188,16 +198,14 @@ def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES)
 def overview(runs: Sequence[Mapping[str, Any]], beside: Path, pictures: Path = PICTURES) -> str:
     """All runs in short: a table for each machine, and pictures of the one with the most suites."""
     parts = []
-    for i, (machine, of_machine) in enumerate(summary.by_machine(runs).items()):
+    for machine, of_machine in summary.by_machine(runs).items():
         commits = sorted({run["commit"][:12] for run in of_machine})
         dates = sorted({run["date"][:10] for run in of_machine})
         limits = of_machine[-1]["limits"]
         about = f"torch {of_machine[-1]['versions']['torch']}, {' and '.join(dates)}, commit {' and '.join(commits)}"
         parts.append(f"**{machine}** ({about}; {peaks(limits)}).")
         parts.append(summary.table(of_machine))
-        for suite, kind in SHOWN if i == 0 else ():
-            for run in of_machine:
-                parts += link(picture(run, kind, pictures), beside) if run["suite"] == suite else []
+    parts[2:2] = [line for path in shown(runs, pictures) for line in link(path, beside)]
     return "\n\n".join(parts)
 
 

@@ -34,7 +34,7 @@ SCHEMA = 1  # of the JSON
 
 @dataclass(frozen=True)
 class Work:
-    """What one case is and how much it is to do."""
+    """One case, and how much work it is."""
 
     title: str
     case: Mapping[str, Any]
@@ -52,13 +52,13 @@ class Problem:
     calls: Mapping[str, Callable[[], Tensor]]
     skipped: Mapping[str, str]  # implementations that cannot run here, with the reason
     expected: Tensor  # float64
-    #: What of a result is compared with ``expected``; not timed.
+    #: The part of a result that is compared with ``expected``; not timed.
     read: Callable[[Tensor], Tensor] = lambda result: result
-    #: What must come out of implementations that compute something else, for comparison: float64, by name.
+    #: The expected results of implementations that compute something else, for comparison: float64, by name.
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def error(self, name: str, result: Tensor) -> float:
-        """Of an implementation's result."""
+        """The error of an implementation's result."""
         return row_error(self.read(result), self.others.get(name, self.expected))
 
 
@@ -216,6 +216,8 @@ def versions() -> dict[str, str]:
 def host(meter: LimitMeter) -> dict[str, Any]:
     return {
         "cpu": meter.cpu.model,
+        "microarchitecture": meter.cpu.microarchitecture,
+        "features": meter.cpu.features,
         "instruction_set": meter.cpu.instruction_set[0],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -225,7 +227,7 @@ def host(meter: LimitMeter) -> dict[str, Any]:
 
 
 def file_name(results: Mapping[str, Any], *, quick: bool) -> str:
-    """One file for each suite, CPU and thread count, so that a new run replaces the old; looks are kept apart."""
-    words = [results["suite"], results["host"]["cpu"], results["host"]["instruction_set"]]
+    """One file a suite, microarchitecture, instruction set and thread count: a new run replaces the old."""
+    words = [results["suite"], results["host"]["microarchitecture"], results["host"]["instruction_set"]]
     slug = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
     return f"{slug}-{results['host']['threads']}-threads" + ("-quick.json" if quick else ".json")

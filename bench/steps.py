@@ -124,7 +124,7 @@ def forget(cache: Any, length: int) -> None:
 
 
 def step_bytes(inputs: StepInputs) -> int:
-    """What a step must read: every weight but the embedding table, one row of that, and every layer's cache."""
+    """Bytes that a step must read: every weight but the embedding table, one row of that, and every layer's cache."""
     table = inputs.model.get_input_embeddings().weight
     weights: int = sum(parameter.nbytes for parameter in inputs.model.parameters()) - table.nbytes + table[0].nbytes
     return weights + sum(latent.nbytes + rope.nbytes for latent, rope in inputs.rows)

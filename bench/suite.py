@@ -1,4 +1,4 @@
-"""What a suite is: cases, and how one case becomes a `Problem` with everything that can run it."""
+"""A suite: cases, and how one case becomes a `Problem` with everything that can run it."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def lines_of(results: Mapping[str, Any]) -> list[Line]:
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in results["results"]:
         if row["timings"][OURS]["correct"]:
-            # Of a whole model, eager and compiled steps are two matters.
+            # Eager and compiled steps of a whole model are two matters.
             group = str(row["case"].get("group") or row["case"].get("mode", ""))
             grouped.setdefault((group, str(row["case"].get("dtype", ""))), []).append(row)
     lines = []
@@ -72,7 +72,7 @@ def lines_of(results: Mapping[str, Any]) -> list[Line]:
 
 def machine_of(results: Mapping[str, Any]) -> str:
     host = results["host"]
-    return f"{host['cpu']}, {host['instruction_set']}, {host['threads']} threads"
+    return f"{host['microarchitecture']}, {host['instruction_set']}, {host['threads']} threads"
 
 
 def by_machine(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

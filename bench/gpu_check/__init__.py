@@ -1,4 +1,4 @@
-"""What a machine with an NVIDIA GPU says of the CUDA kernels: are they right, are they seen by torch.compile, how fast.
+"""The CUDA kernels on a real GPU: are they right, does torch.compile see them, how fast are they.
 
     make gpu-check                                    # or: python -m bench.gpu_check
     python -m bench.gpu_check pack FOLDER             # what such a machine needs, if it has no network

@@ -154,7 +154,7 @@ Peer = Callable[[Size, str], Callable[[], object]]
 
 
 def peer_of(config: GemmConfig) -> Peer | None:
-    """What makes torch's own product of such operands, without what the epilogue adds; None where it has none."""
+    """The maker of torch's own product of such operands, without what the epilogue adds; None where it has none."""
     if config.family == "grouped":
         return grouped if config.a == "bf16" else None
     if config.family == "batched":

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured in the run: bytes and operations a second."""
+"""The limits of the device, measured in the run: bytes and operations a second."""
 
 from __future__ import annotations
 

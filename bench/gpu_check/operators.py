@@ -80,7 +80,7 @@ def check(report: Report, device: str, reserve: float) -> None:
 
 
 def attempt(run: Callable[[], Row]) -> Row:
-    """What a check says, or the error that ended it."""
+    """The row of a check, or the error that ended it."""
     try:
         return run()
     except Exception as error:  # any: a report of what does not work is what this is for

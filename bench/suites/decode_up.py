@@ -37,7 +37,7 @@ class UpCase:
 
     @property
     def bytes(self) -> int:
-        """Of the cache and the weights."""
+        """Bytes of the cache and the weights."""
         weights = self.h_q * self.decode.d_v * self.d_up * DTYPES[self.dtype].itemsize
         return self.decode.cache_bytes + weights
 

@@ -25,7 +25,7 @@ LENGTHS, THREADS = "lengths", "threads"
 SHORTEST = 4096
 #: The implementation that is not a peer: our kernel on the shortest sequences, as often as it takes.
 SHORT = f"{SHORTEST} tokens a call"
-#: What is timed, by name: a case of the other suites, but for its length.
+#: The operators that are timed, by name: a case of the other suites, but for its length.
 OPERATORS: dict[str, PagedCase | PrefillCase] = {
     "MLA decode, h_q 16": PagedCase(1, 16, 0, "bf16"),
     "MLA decode, h_q 128": PagedCase(1, 128, 0, "bf16"),

@@ -37,7 +37,7 @@ class GemmCase:
 
     @property
     def bytes(self) -> int:
-        """Of the weights: all else is small."""
+        """Bytes of the weights: all else is small."""
         size = 1 if self.weights == "int8" else DTYPES[self.dtype].itemsize
         return self.batch * self.k * self.n * size
 

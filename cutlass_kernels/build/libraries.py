@@ -106,7 +106,7 @@ class Sources:
 
 
 def key(source: str, config: GemmConfig, compiler: Nvcc, version: str) -> str:
-    """What a library depends on, hashed. ``version``: CUTLASS's."""
+    """A hash of all that a library depends on. ``version``: CUTLASS's."""
     digest = hashlib.sha256()
     for text in (source, *(path.read_text() for path in generate.glue_files(source))):
         digest.update(text.encode() + b"\0")

@@ -1,4 +1,4 @@
-"""What ptxas says about a compilation, and what of it may not ship."""
+"""The report of ptxas on a compilation, and the faults in it that may not ship."""
 
 from __future__ import annotations
 

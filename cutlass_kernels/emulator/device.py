@@ -25,7 +25,7 @@ from cutlass_kernels.emulator.report import Counters, Hazard, LaunchReport
 
 @dataclass(frozen=True)
 class Model:
-    """What a launch may ask of an architecture (CUDA C++ programming guide, "Technical Specifications")."""
+    """The limits of an architecture for a launch (CUDA C++ programming guide, "Technical Specifications")."""
 
     major: int
     minor: int

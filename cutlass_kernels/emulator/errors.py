@@ -1,4 +1,4 @@
-"""What the emulator raises. Each error says what was met, where, and in which PTX line."""
+"""The errors of the emulator. Each says what was met, where, and in which PTX line."""
 
 from __future__ import annotations
 

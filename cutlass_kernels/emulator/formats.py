@@ -31,7 +31,7 @@ def to_tf32(values: ArrayLike) -> Floats:
 
 
 def truncate_tf32(values: ArrayLike) -> Floats:
-    """What a tf32 tensor-core instruction reads of a register: the low 13 bits are ignored."""
+    """A register as a tf32 tensor-core instruction reads it: the low 13 bits are ignored."""
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 

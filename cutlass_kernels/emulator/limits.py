@@ -1,4 +1,4 @@
-"""What the emulator does not model, so that nobody takes silence for a proof."""
+"""The emulator does not model everything: a list, so that nobody takes silence for a proof."""
 
 from __future__ import annotations
 

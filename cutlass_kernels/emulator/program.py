@@ -96,7 +96,7 @@ class Program:
 
         return guarded
 
-    # What the scheduler needs
+    # For the scheduler
 
     def gathers(self, block: int) -> int:
         """How many threads make up the groups that must enter a block together; 0: any may."""

@@ -1,4 +1,4 @@
-"""What a launch leaves behind: hazards, counters, and the synchronising instructions that it executed."""
+"""A launch leaves a report: hazards, counters, and the synchronising instructions that it executed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class LaunchReport:
 
 @dataclass(frozen=True)
 class Report(Generic[Result]):
-    """What `run` returns: the caller's result and a report of every launch, in order."""
+    """The return value of `run`: the caller's result and a report of every launch, in order."""
 
     result: Result
     launches: tuple[LaunchReport, ...]

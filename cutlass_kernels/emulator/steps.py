@@ -1,4 +1,4 @@
-"""What an instruction becomes: closures over the machine and the lanes that execute (None: all of them)."""
+"""An instruction becomes a step: closures over the machine and the lanes that execute (None: all of them)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel does to a finished sum before it is rounded and stored.
+"""The epilogue: the work of a kernel on a finished sum before it is rounded and stored.
 
     d = act(alpha * acc * row_scale[m] * col_scale[n] + bias[n]) * silu(c) + c
 

@@ -83,7 +83,7 @@ def _universal(config: GemmConfig) -> str:
 
 
 def _facts(config: GemmConfig, body: str) -> str:
-    """What the glue needs to know of the kernel, as C++."""
+    """The facts about the kernel that the glue reads, as C++."""
     if config.epilogue.plain:
         kind = (
             "Kernel::EpilogueOutputOp::Params"

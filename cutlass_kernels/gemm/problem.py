@@ -1,4 +1,4 @@
-"""What a kernel is chosen by: the product, and the device that computes it."""
+"""A kernel is chosen by two things: the product, and the device that computes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cutlass_kernels.gemm.epilogue import Epilogue
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice depends on. ``shared_memory`` is what one block may use, in bytes."""
+    """The device that kernels are chosen for. ``shared_memory``: the bytes that one block may use."""
 
     capability: tuple[int, int]
     multiprocessors: int

@@ -30,7 +30,7 @@ Float = NDArray[np.float64]
 #: Bits of the significand, the leading one included, and the exponent of the smallest normal number.
 FORMATS = {"bf16": (8, -126), "fp16": (11, -14), "f32": (24, -126), "e4m3": (4, -6)}
 _SLOPES = {"none": 1.0, "relu": 1.0, "silu": 1.13, "gelu": 1.13}
-#: What a "special" operand has among its normal elements: the last two are subnormal. e4m3 has no infinities.
+#: A "special" operand has these among its normal elements: the last two are subnormal. e4m3 has no infinities.
 _SPECIAL = {
     "bf16": (np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-133, -(2.0**-130)),
     "fp16": (np.nan, np.inf, -np.inf, 0.0, -0.0, 2.0**-24, -(2.0**-20)),
@@ -40,7 +40,7 @@ _SPECIAL = {
 
 
 def encode(values: Float, element: str) -> Array:
-    """As it lies in memory; bf16 and e4m3 as bits."""
+    """Values as they lie in memory; bf16 and e4m3 as bits."""
     if element == "bf16":
         return np.asarray(emulator.to_bf16(values.astype(np.float32)))
     if element == "e4m3":

@@ -68,7 +68,7 @@ def reason(undetected: str) -> str | None:
 
 
 def mutants(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Of how many left-out instructions verification noticed how many."""
+    """How many instructions were left out, and how many of those verification noticed."""
     surveyed = [row for row in rows if row["mutants"]]
     found, all_of_them = (sum(row[name] for row in surveyed) for name in ("detected", "mutants"))
     return f"{found}/{all_of_them} ({len(surveyed)} kernels)" if surveyed else "–"

@@ -20,7 +20,7 @@ from cutlass_kernels.verify.problem import Problem
 
 Array = NDArray[Any]
 Result = TypeVar("Result")
-#: What lies between rows of strided operands, and of d: a NaN in every floating format, and 127 in s8.
+#: The byte between rows of strided operands, and of d: a NaN in every floating format, and 127 in s8.
 PADDING = 0x7F
 
 

@@ -22,7 +22,7 @@ def gemm(
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As ``flashmla::gemm``; arguments have been checked."""
+    """``flashmla::gemm``; arguments have been checked."""
     dtype = a.dtype if out_dtype is None else out_dtype
     type_ = torch.float32 if dtype == torch.float32 else a.dtype
     product = torch.nn.functional.linear(a.to(type_), as_rows(weight).to(type_))
@@ -44,12 +44,12 @@ def gemm(
 
 
 def bmm(a: Tensor, weight: Tensor) -> Tensor:
-    """As ``flashmla::bmm``."""
+    """``flashmla::bmm``."""
     return torch.bmm(a, weight).contiguous()
 
 
 def grouped_gemm(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """As ``flashmla::grouped_gemm``, without a look at the offsets on the host.
+    """``flashmla::grouped_gemm``, without a look at the offsets on the host.
 
     Every group multiplies every row, and the rows that are not its own are dropped: slow, but it never waits for the
     device, and it can be captured in a graph.

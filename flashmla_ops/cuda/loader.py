@@ -44,7 +44,7 @@ def _on_device(function: Callable[..., Tensor], a: Tensor, *rest: Any, **named: 
 def launcher(index: int) -> Launcher:
     """The launcher of a CUDA device. Kernels are looked up once: build them before the first call."""
     facts = torch.cuda.get_device_properties(index)
-    # What a block may use once it asks for it. The attribute is there in builds for CUDA only.
+    # The most that a block may use, once it asks for it. The attribute is there in builds for CUDA only.
     shared_memory = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
     device = Device((facts.major, facts.minor), facts.multi_processor_count, shared_memory)
     found = {config: built.library for config in kernels() if (built := libraries.find(config))}
@@ -58,7 +58,7 @@ def launcher(index: int) -> Launcher:
 
 
 def explain() -> list[str]:
-    """What runs on CUDA, and why, a line each."""
+    """The implementations that run on CUDA, and why, a line each."""
     built = [config for config in kernels() if libraries.find(config)]
     counts = ", ".join(f"{sum(c.arch == arch for c in built)} for {arch}" for arch in ("sm_80", "sm_90a"))
     version = heuristics.version()

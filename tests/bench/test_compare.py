@@ -65,7 +65,7 @@ def test_new_cases_and_other_machines(old: dict[str, Any]) -> None:
     new = copy.deepcopy(old)
     new["results"][0]["case"]["b"] = 99
     assert compare.compare(old, new) == []
-    for key in ("cpu", "threads"):
+    for key in ("microarchitecture", "threads"):
         with pytest.raises(ValueError, match=f"different {key}"):
             compare.compare(old, old | {"host": old["host"] | {key: "another"}})
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import limits
+from bench import cpu, limits
 from tests.support.bench_runs import dram, output, printed
 
 CPUINFO = """processor\t: 0
@@ -23,29 +23,56 @@ flags\t\t: fpu
 
 
 def test_cpuinfo() -> None:
-    model, flags = limits.parse_cpuinfo(CPUINFO)
-    assert model == "Some CPU @ 3 GHz"
-    assert limits.Cpu(model, flags, 0).instruction_set[0] == "AVX-512 BF16"
+    fields = cpu.parse_cpuinfo(CPUINFO)
+    assert fields["model name"] == "Some CPU @ 3 GHz"
+    found = cpu.Cpu("", frozenset(fields["flags"].split()), 0)
+    assert found.instruction_set[0] == "AVX-512 BF16"
+    assert found.features == ["avx2", "fma", "avx512f", "avx512_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "stepping", "name"),
+    [
+        ("AuthenticAMD", 25, 17, 1, "Zen 4"),
+        ("AuthenticAMD", 25, 1, 1, "Zen 3"),
+        ("AuthenticAMD", 25, 0xA0, 2, "Zen 4"),
+        ("AuthenticAMD", 26, 2, 1, "Zen 5"),
+        ("AuthenticAMD", 23, 49, 0, "Zen 2"),
+        ("GenuineIntel", 6, 207, 2, "Emerald Rapids"),
+        ("GenuineIntel", 6, 143, 8, "Sapphire Rapids"),
+        ("GenuineIntel", 6, 85, 4, "Skylake-SP"),
+        ("GenuineIntel", 6, 85, 7, "Cascade Lake"),
+        ("GenuineIntel", 6, 1, 1, "Some CPU"),
+        ("Another", 25, 17, 1, "Some CPU"),
+    ],
+)
+def test_microarchitectures(vendor: str, family: int, model: int, stepping: int, name: str) -> None:
+    fields = {"vendor_id": vendor, "cpu family": family, "model": model, "stepping": stepping, "model name": "Some CPU"}
+    assert cpu.microarchitecture({key: str(value) for key, value in fields.items()}) == name
+
+
+def test_a_cpu_that_says_little_has_a_name() -> None:
+    assert cpu.microarchitecture({}) == "unknown CPU"
 
 
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [("avx512f avx2 fma", "AVX-512"), ("avx2 fma", "AVX2 + FMA"), ("avx2", limits.BASELINE), ("", limits.BASELINE)],
+    [("avx512f avx2 fma", "AVX-512"), ("avx2 fma", "AVX2 + FMA"), ("avx2", cpu.BASELINE), ("", cpu.BASELINE)],
 )
 def test_instruction_set_by_flags(flags: str, name: str) -> None:
-    assert limits.Cpu("", frozenset(flags.split()), 0).instruction_set[0] == name
+    assert cpu.Cpu("", frozenset(flags.split()), 0).instruction_set[0] == name
 
 
 @pytest.mark.parametrize(
     ("wanted", "name"),
-    [("avx512_bf16", "AVX-512 BF16"), ("avx512", "AVX-512"), ("avx2", "AVX2 + FMA"), ("generic", limits.BASELINE)],
+    [("avx512_bf16", "AVX-512 BF16"), ("avx512", "AVX-512"), ("avx2", "AVX2 + FMA"), ("generic", cpu.BASELINE)],
 )
 def test_instruction_sets_that_our_kernels_may_not_use_are_passed_over(
     wanted: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHMLA_CPU", wanted)
-    monkeypatch.setattr(limits, "parse_cpuinfo", lambda _: ("", frozenset({"fma", "avx2", "avx512f", "avx512_bf16"})))
-    assert limits.this_cpu().instruction_set[0] == name
+    monkeypatch.setattr(cpu, "parse_cpuinfo", lambda _: {"flags": "fma avx2 avx512f avx512_bf16"})
+    assert cpu.this_cpu().instruction_set[0] == name
 
 
 def test_limits_are_medians_and_dram_is_the_best_of_the_ways() -> None:

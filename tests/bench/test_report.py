@@ -132,7 +132,7 @@ def test_a_wrong_result_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_machines_are_told_apart_the_one_with_most_suites_first(monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run(monkeypatch)
-    other = run | {"host": run["host"] | {"cpu": "another"}}
+    other = run | {"host": run["host"] | {"microarchitecture": "another"}}
     assert [len(runs) for runs in summary.by_machine([other, run, run]).values()] == [2, 1]
 
 

@@ -1,4 +1,4 @@
-"""What tests of compiled kernels share: the smoke list, built once."""
+"""Tests of compiled kernels share one thing: the smoke list, built once."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_most_dropped_synchronisation_is_noticed(built: dict[GemmConfig, Built])
     assert result.mutants is not None
     assert result.detected is not None
     assert result.mutants >= 15
-    # Of those left, every case passes without all at once: see docs/cuda_verify.md.
+    # Mutants that go unnoticed: every case passes without all at once: see docs/cuda_verify.md.
     assert result.detected >= 0.75 * result.mutants, result.undetected
     assert all(report.reason(each) for each in result.undetected)
 

@@ -19,7 +19,7 @@ ASYNC_AGENTS = 48
 MOST_WARPS = 512
 
 Ints = NDArray[np.int64]
-#: What is known of every agent, generic and through the asynchronous proxy: [2, agents].
+#: The knowledge about every agent, generic and through the asynchronous proxy: [2, agents].
 Knowledge = NDArray[np.int32]
 
 
@@ -43,7 +43,7 @@ class Clocks:
         return np.asarray(self.know[0][domain, warp, warp])
 
     def release(self, domain: Ints, warp: Ints) -> NDArray[np.int32]:
-        """What the warps know, for others to acquire; what they do from now on is later: [2, warps, agents]."""
+        """The knowledge of the warps, for others to acquire; their work from now on is later: [2, warps, agents]."""
         given = self.know[:, domain, warp]
         self._tick(domain, warp)
         return np.asarray(given)
@@ -54,7 +54,7 @@ class Clocks:
             self.know[0][domain, warp, self.near + domain * self.warps + warp] += 1
 
     def of_all(self, domain: Ints, warp: Ints, other: Ints) -> NDArray[np.int32]:
-        """What warps know of others, numbered among all."""
+        """The knowledge of warps about others, numbered among all."""
         return np.asarray(self.know[0][domain, warp, self.near + other])
 
     def acquire_far(self, domain: Ints, warp: Ints, knowledge: NDArray[np.int32]) -> None:

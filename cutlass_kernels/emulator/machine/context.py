@@ -1,4 +1,4 @@
-"""What the parts of a machine share: who the lanes are, the memories, the clocks, and who looks for hazards.
+"""The parts of a machine share a context: who the lanes are, the memories, the clocks, and who looks for hazards.
 
 Every part is given a `Context` and the other parts that it calls, so that none knows the whole machine.
 """
@@ -153,7 +153,7 @@ class Context:
         memory.write(offsets, width, values)
 
     def forget(self, space: Space, address: Array, lanes: Ints, size: int, unknown: NDArray[np.bool_]) -> None:
-        """What some lanes just stored was never written by anybody: a hazard in global memory, elsewhere remembered."""
+        """Some lanes stored values that nobody ever wrote: a hazard in global memory, elsewhere remembered."""
         space, memory, offsets = self.locate(space, address, lanes, size)
         if space is Space.GLOBAL:
             self.taint.report("a store", int(unknown.sum()))

@@ -175,6 +175,6 @@ class CopyGroups:
             raw = data.view(np.uint8).reshape(copies.lanes.size, copies.size)
             raw[np.arange(copies.size) >= copies.wanted[:, None]] = 0
         context.shared.write(copies.target, width, data)
-        # What nobody wrote to global memory has not been written to shared memory either.
+        # A byte that nobody wrote to global memory stays unwritten in shared memory too.
         if missing is not None and (unknown := missing & ~short).any():
             context.shared.forget(copies.target[unknown], copies.size)

@@ -28,7 +28,7 @@ _TIMEOUTS = 3
 
 
 class Code(Protocol):
-    """What a machine asks of the program that it runs: see `cutlass_kernels.emulator.program.Program`."""
+    """The program that a machine runs (`cutlass_kernels.emulator.program.Program`), as far as it knows it."""
 
     kernel: Kernel
     layout: Layout

@@ -32,13 +32,13 @@ class Visibility:
         self.writer = np.zeros(words, np.int32)
         self.written_at = np.zeros(words, np.int32)
         self.manner = np.zeros(words, np.uint8)
-        #: What those who acquire a word come to know.
+        #: The knowledge that an acquire of each word gives.
         self._published: dict[int, NDArray[np.int32]] = {}
         domains, warps = clocks.domains, clocks.warps
-        # What each warp's last fence lets its later strong writes publish, and the warp's clock at that fence.
+        # The knowledge that each warp's later strong writes publish since its last fence, and its clock at that fence.
         self._fenced = np.zeros((domains, warps, clocks.far), np.int32)
         self._fenced_at = np.full((domains, warps), _NEVER, np.int32)
-        # What each warp has read strongly, and will know after its next fence.
+        # The knowledge that each warp has read strongly, and has from its next fence on.
         self._seen = np.zeros((domains, warps, clocks.far), np.int32)
 
     def access(
@@ -85,7 +85,7 @@ class Visibility:
                 self._published[word] = np.maximum(given, published) if reads and published is not None else given
 
     def _given(self, domain: int, warp: int, order: Order) -> NDArray[np.int32]:
-        """What a strong write publishes: all that is known with .release, else what was known at fences before it."""
+        """The knowledge that a strong write publishes: all of it with .release, else that of fences before it."""
         clocks = self.clocks
         if order in ("release", "acq_rel"):
             return np.asarray(clocks.release(np.array([domain]), np.array([warp]))[0][0, clocks.near :])

@@ -21,7 +21,7 @@ _SCOPES = "relaxed release acquire cta cluster gpu sys"
 
 
 def dropped(t: Translator, item: Instruction) -> Step | None:
-    """What is left of a synchronising instruction that is left out: a wait that succeeds at once, or nothing."""
+    """The step in place of a synchronising instruction that is left out: a wait that succeeds at once, or nothing."""
     if item.opcode[:2] in (("mbarrier", "try_wait"), ("mbarrier", "test_wait")):
         write = t.write(item.operands[0])
         return lambda machine, lanes: write(machine, lanes, np.bool_(True))
@@ -264,7 +264,7 @@ def _test(t: Translator, item: Instruction) -> Callable[[Machine, Lanes, Ints], 
     "acquire release gpu sys cta cluster sync_restrict::shared::cta sync_restrict::shared::cluster",
 )
 def _proxy_fence(t: Translator, item: Instruction) -> Step:
-    """Of the proxies only the asynchronous one is followed."""
+    """Only one proxy is followed: the asynchronous one."""
     if "async" not in item.opcode:
         return lambda machine, lanes: None
 
@@ -278,7 +278,7 @@ def _proxy_fence(t: Translator, item: Instruction) -> Step:
 
 @instruction("fence.sc", "fence.acq_rel", "membar", kind="barrier", waits=True, accepts=f"gl {_SCOPES}")
 def _fence(t: Translator, item: Instruction) -> Step:
-    """What is ordered between CTAs by flags in global memory; values themselves are seen at once here."""
+    """A fence orders CTAs that use flags in global memory; values themselves are seen at once here."""
     if not {"gpu", "gl", "sys"} & set(item.opcode):
         return lambda machine, lanes: None
 

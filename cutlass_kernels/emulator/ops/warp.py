@@ -20,7 +20,7 @@ from cutlass_kernels.emulator.registry import instruction
 from cutlass_kernels.emulator.steps import Step
 from cutlass_kernels.emulator.translate import Translator
 
-#: What a warp-wide instruction does for lanes that have their members with them.
+#: The work of a warp-wide instruction for lanes that have their members with them.
 Action = Callable[["Machine", "Lanes", Array], None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cutlass_kernels.build import ptxas
 
-# As nvcc 13.0 writes it.
+# The words of nvcc 13.0.
 CLEAN = """\
 ptxas info    : 17 bytes gmem
 ptxas info    : Compiling entry function '_Z6squarePf' for 'sm_80'

@@ -23,7 +23,7 @@ START = "mov.u32 %r0, %tid.x; ld.param.u64 %d0, [p0]; mad.wide.u32 %d1, %r0, 4, 
 
 
 def results(body: str, threads: int = 64, **options: int) -> tuple[list[int], int]:
-    """What lanes store, and the blocks that it took."""
+    """The values that lanes store, and the blocks that it took."""
     device = Device(options=Options(**options)) if options else Device()
     out = device.zeros(threads, np.uint32)
     report = launch(kernel(f"{START} {body}", 1), [out.pointer], device=device, block=(threads, 1, 1))

@@ -145,7 +145,7 @@ def survey(built: Built, shape: tuple[int, int, int]) -> emulator.Survey:
 
 
 def test_mutants_on_sm80_are_noticed() -> None:
-    """What is left is redundant: a barrier before anything is shared, one of two in a row, a wait for no copies."""
+    """The rest is redundant: a barrier before anything is shared, one of two in a row, a wait for no copies."""
     found = survey(SM80, (64, 64, 256))
     undetected = [site.text for site in found.undetected]
     assert found.detection >= 0.8, undetected
@@ -153,7 +153,7 @@ def test_mutants_on_sm80_are_noticed() -> None:
 
 
 def test_mutants_on_sm90_are_noticed() -> None:
-    """What is left is redundant at this shape.
+    """The rest is redundant at this shape.
 
     The producer's last waits (nobody fills those buffers again), an arrival that nobody waits for, a wgmma.fence after
     which no register was written, and the epilogue's waits for buffers that a tile of two parts does not use twice.

@@ -15,7 +15,7 @@ LANE = "mov.u32 %r0, %tid.x;"
 
 
 def copied(body: str, source: Array, *, shared: str = "", bytes_out: int | None = None, threads: int = 32) -> Array:
-    """What a kernel with parameters (source, target) leaves in its target; a clean run is asserted."""
+    """The target of a kernel with parameters (source, target) after a run, which must be clean."""
     device = Device("sm_90a")
     given, out = device.array(source), device.empty(bytes_out or source.nbytes)
     report = launch(kernel(body, 2, shared=shared), [given.pointer, out.pointer], device=device, block=(threads, 1, 1))
@@ -200,7 +200,7 @@ def test_one_stray_thread_is_named() -> None:
 UNWRITTEN = f"""{LANE} ld.param.u64 %d0, [p0]; ld.param.u64 %d1, [p1]; mad.wide.u32 %d2, %r0, 4, %d0;
     mad.wide.u32 %d3, %r0, 4, %d1; mov.u32 %r9, tile; mad.lo.u32 %r8, %r0, 4, %r9; setp.lt.u32 %p1, %r0, 16;
     ld.global.u32 %r1, [%d2]; mul.lo.u32 %r2, %r1, 3; mov.u32 %r5, 31;"""
-#: What is done with %r2, of which lanes 16 and up nobody wrote, and how many lanes that concerns.
+#: A use of %r2, whose lanes from 16 on nobody wrote, and how many lanes that concerns.
 USES = [
     ("", 0),
     ("st.global.u32 [%d3], %r2;", 16),

@@ -31,7 +31,7 @@ PROBLEMS = st.builds(
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where nvidia-matmul-heuristics is not installed."""
+    """A machine on which nvidia-matmul-heuristics is not installed."""
     monkeypatch.setattr(heuristics, "version", lambda: None)
     choose.cache_clear()
 

@@ -1,4 +1,4 @@
-"""What a `GemmConfig` may be: every rule named when broken, and nothing illegal constructed."""
+"""The rules of a `GemmConfig`: every rule named when broken, and nothing illegal constructed."""
 
 from __future__ import annotations
 
