@@ -1,10 +1,15 @@
 # `make help` lists the targets. The only needs are Python 3.11 or newer, g++ and make.
 
 PYTHON ?= python3
-VENV := .venv
+# With TORCH=2.15.0 or TRANSFORMERS=5.24.0 a target uses a venv of its own: these in place of their pins, all other pins.
+OTHERS := $(if $(TORCH),-torch$(TORCH))$(if $(TRANSFORMERS),-transformers$(TRANSFORMERS))
+VENV := .venv$(OTHERS)
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+CONSTRAINTS := $(VENV)/constraints.txt
+REPIN := $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
+	$(if $(TRANSFORMERS),-e 's/^transformers==.*/transformers==$(TRANSFORMERS)/') -e ''
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 # The extras of pyproject.toml that development needs, as requirements.
 EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	wanted = [r for e in ("transformers", "cutlass", "demo", "bench", "dev") for r in project["optional-dependencies"][e]]; \
@@ -20,7 +25,7 @@ help:  ## show this list
 demo: kernels  ## run a trained MLA model through FlashMLA and show what it gained
 	$(PY) -m flashmla_ops.demo
 
-test: kernels  ## run the tests, without the slow ones
+test: kernels  ## run the tests, without the slow ones; TORCH=2.15.0 TRANSFORMERS=5.24.0: with other versions
 	$(PY) -m pytest -m "not slow"
 
 test-all: kernels  ## run every test
@@ -73,14 +78,15 @@ hooks: $(INSTALLED)  ## install pre-commit and its git hook
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove everything that make created, .venv included
-	rm -rf $(VENV) $(PEERS) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-torch* .venv-transformers* $(PEERS) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: whatever is installed after it finds the pinned torch present and leaves it.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch into $(VENV) (once; a few hundred megabytes)"
+	@sed $(REPIN) constraints.txt > $(CONSTRAINTS)
+	@echo "installing $$(grep ^torch== $(CONSTRAINTS)) into $(VENV) (once; a few hundred megabytes, or gigabytes with CUDA)"
 	@$(PIP_INSTALL) torch
 	@echo "installing the other dependencies"
 	@$(PY) -c '$(EXTRAS)' > $(VENV)/requirements.txt

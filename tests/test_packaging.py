@@ -217,6 +217,49 @@ def test_development_pins_are_inside_the_supported_ranges() -> None:
     assert "torchvision" not in pins
 
 
+def steps(*variables: str) -> str:
+    """What ``make test`` would run in a fresh clone."""
+    command = ["make", "--dry-run", "--no-print-directory", "-f", str(ROOT / "Makefile"), "test", *variables]
+    ours = {
+        "MAKEFLAGS",
+        "MAKEOVERRIDES",
+        "MFLAGS",
+        "MAKELEVEL",
+        "TORCH",
+        "TRANSFORMERS",
+    }  # of a make that runs this test
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("variables", "venv"),
+    [
+        ((), ".venv"),
+        (("TORCH=2.15.0",), ".venv-torch2.15.0"),
+        (("TORCH=2.15.0", "TRANSFORMERS=5.24.0"), ".venv-torch2.15.0-transformers5.24.0"),
+    ],
+)
+def test_other_versions_are_tested_in_a_venv_of_their_own(variables: tuple[str, ...], venv: str) -> None:
+    run = steps(*variables)
+    assert set(re.findall(r"\.venv[\w.-]*", run)) == {venv}
+    assert f"{venv}/bin/python -m pytest" in run
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_only_the_pins_that_are_asked_for_change() -> None:
+    (repin,) = re.findall(
+        r"^sed .*(?= > )", steps("--always-make", "TORCH=2.15.0", "TRANSFORMERS=5.24.0"), re.MULTILINE
+    )
+    changed = subprocess.run(
+        repin, shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    before = (ROOT / "constraints.txt").read_text().splitlines()
+    assert set(changed) - set(before) == {"torch==2.15.0", "transformers==5.24.0"}
+    assert len(changed) == len(before)
+
+
 def imports(path: Path) -> Iterator[str]:
     """The absolute names of the modules that a Python file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
