@@ -57,6 +57,8 @@ def _serve(writer: Writer, candidate: Candidate) -> str | None:
     refuse_gradient(writer.graph)
     if known(attention.i.size == attention.j.size):
         raise Refusal("there are no keys but the queries' own, so that expanding them is no dearer")
+    if attention.scale is None:
+        raise Refusal("the default scale of a size that is not static, which absorption changes")
     served_by = rewrite(writer, attention, expanded(attention))
     return f"{PATTERN}, {candidate.pattern} -> absorbed flashmla::{served_by}{given_why(attention)}"
 

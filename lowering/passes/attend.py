@@ -110,7 +110,7 @@ def rewrite(writer: Writer, attention: Attention) -> str:
     if prefill and isinstance(attention.visible, Visible):
         served_by, out = "prefill", _prefill(writer, attention, attention.visible, q, keys, values)
     else:
-        d_v = attention.x.size
+        d_v = writer.size(attention.x.size)
         served_by, out = attend_rows(writer, attention, axes.sequences, axes.heads, q, values, keys, d_v, d_v)
     index = (entry(axes.sequences), whole(attention.i), entry(axes.heads), whole(attention.x))
     groups = [*([axis] for axis in attention.outer), [attention.i], [attention.x]]
@@ -149,8 +149,8 @@ def attend_rows(
     q: Node,
     kv_cache: Node,
     k_cache: Node,
-    d_v: Size,
-    qk_start: int,
+    d_v: Node | int,
+    qk_start: Node | int,
 ) -> tuple[str, Node]:
     """Attention on rows of a cache, and the name of the operator that serves it: `decode`, or `attend_masked`."""
     visible = attention.visible

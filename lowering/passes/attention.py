@@ -56,7 +56,7 @@ class Attention:
     q: Access
     k: Access
     v: Access
-    scale: float
+    scale: float | None  # None: e.size ** -0.5, which the operators take themselves, whatever the size is
     visible: Visible | Given
 
     @property
@@ -104,8 +104,6 @@ def match(candidate: Candidate) -> Attention:
     for name, read in (("q", found.q), ("k", found.k), ("v", found.v)):
         if (dtype := read.node.meta["val"].dtype) != found.dtype:
             raise Refusal(f"mixed dtypes: {name} is {_name(dtype)}, the output {_name(found.dtype)}")
-    if not isinstance(found.e.size, int) or not isinstance(found.x.size, int):
-        raise Refusal("the size of a key or a value is not static")
     return found
 
 
@@ -150,11 +148,10 @@ def _match_sdpa(node: Node) -> Attention:
     i, j = Axis("i", s_q), Axis("j", shape(key)[-2])
     e, x = Axis("e", d_qk), Axis("x", shape(val)[-1])
     scale = bound["scale"]
-    if scale is None:
-        if not isinstance(d_qk, int):
-            raise Refusal("the default scale of a size that is not static")
+    if scale is None and isinstance(d_qk, int):
         scale = d_qk**-0.5
-    _check_scale(scale)
+    if scale is not None:
+        _check_scale(scale)
     masks = []
     _tie(shape(val)[-2], j.size)
     if mask is not None:

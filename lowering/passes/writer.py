@@ -10,6 +10,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from lowering.passes.elements import Access, Axis, Digit, Entry, Size, aten, cut_digits, inputs, known, prims, shape
 from lowering.passes.masks import Refusal
@@ -103,6 +104,8 @@ class Writer:
                     else self.call(function, first, term)
                 )
             return first
+        if isinstance(expr, FloorDiv):
+            return self.call(operator.floordiv, *map(self._expression, expr.args))
         for node in self._earlier():
             if isinstance(val := node.meta.get("val"), torch.SymInt) and val.node.expr == expr:
                 return node

@@ -127,6 +127,21 @@ def test_a_cache_has_no_position_before_its_first(s_q: int) -> None:
             graph(q, k, v, new, torch.tensor(at))
 
 
+@pytest.mark.parametrize("name", ["sdpa", "sdpa-mask-bool", "gqa-sdpa", "gqa-mask", "no-scale"])
+def test_every_size_is_dynamic(name: str) -> None:
+    """The default scale of a size that is not known is the operators' own default."""
+    function, h_kv = ALL[name]
+    compiled = Rewritten(function)
+    for factor in (1, 2, 3):
+        shapes = ((attentions.H, 5), (h_kv, 9), (h_kv, 9))
+        tensors = tuple(torch.randn(2 * factor, h * factor, s * factor, 16 * factor) for h, s in shapes)
+        for x in tensors:
+            torch._dynamo.mark_dynamic(x, [0, 1, 2, 3])
+        assert_equal_to(compiled(*tensors), function(*(x.double() for x in tensors)))
+    assert compiled.refusals == []
+    assert len(compiled.graphs) == 1
+
+
 @pytest.mark.parametrize("name", ["sdpa-mask-bool", "eager-mask-least", "gqa-mask", "gqa-repeat", "sdpa-causal"])
 def test_one_graph_for_all_lengths(name: str) -> None:
     """Of a cache that grows by concatenation: there are as many keys as past ones and queries together.

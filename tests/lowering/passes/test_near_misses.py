@@ -180,16 +180,6 @@ def test_near_miss(name: str) -> None:
     check_untouched(graph, near_miss.reason)
 
 
-def test_sizes_of_rows_must_be_static() -> None:
-    compiled = Rewritten(eager)
-    tensors = inputs(5, 9)
-    for x in tensors:
-        torch._dynamo.mark_dynamic(x, 3)
-    compiled(*tensors)
-    (refusal,) = compiled.refusals
-    assert "not static" in refusal
-
-
 @pytest.mark.parametrize("h_kv", [H, H_KV])
 def test_lengths_that_are_not_proven_to_fit(h_kv: int) -> None:
     """`is_causal` counts from the first key, which is right only where there are no more queries than keys."""
