@@ -215,10 +215,8 @@ def visible_length(writer: Writer, visible: Visible, s_kv: Size) -> Node | int:
         number: Node | int = writer.size(visible.length.constant)
         return number
     ((load, _),) = visible.length.loads()
-    seen_by_first = visible.length.constant - visible.earlier
-    last = _plus(
-        writer, _in_int64(writer, writer.lay_out(load.element, [])), seen_by_first - 1
-    )  # key of the first query
+    place = _in_int64(writer, writer.lay_out(load.element, []))
+    last = _plus(writer, place, visible.length.constant - visible.earlier - 1)  # the last key that the first query sees
     length = _plus(writer, last, visible.earlier + 1)
     # A length that is negative is refused by every operator, in words that name the position.
     length = writer.call(aten.where.self, writer.call(aten.ge.Scalar, last, 0), length, last)

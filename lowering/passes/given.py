@@ -70,8 +70,8 @@ def mask_that_is_added(element: Access, bias: Any) -> Mask:
     try:
         seen = hidden_unless(found)
     except Refusal as refusal:
-        # Where all keys are hidden by float16's least number, what is left of scores depends on how their sum rounds.
-        rounds = element.node.target == aten.add.Tensor and element.node.meta["val"].dtype == torch.float16
+        # Where -65504, say, is added to all scores of a query, what a half type leaves of them is how their sums round.
+        rounds = element.node.target == aten.add.Tensor and element.node.meta["val"].dtype != torch.float32
         if rounds or not _is_input(source.node):
             raise
         seen = Condition((Opaque(str(refusal)),))

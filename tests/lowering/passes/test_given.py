@@ -253,9 +253,10 @@ def test_what_is_left_alone(name: str) -> None:
     assert reason in decision.reason
 
 
-def test_float16_scores_round_what_their_least_number_leaves() -> None:
-    mask = additive(PADDING["all"], -math.inf)[:, None, None].half()
-    graph = traced(eager, *inputs(S_Q, S_KV, dtype=torch.float16), mask)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_round_what_a_large_number_leaves_of_scores(dtype: torch.dtype) -> None:
+    mask = additive(PADDING["all"], -math.inf)[:, None, None].to(dtype)
+    graph = traced(eager, *inputs(S_Q, S_KV, dtype=dtype), mask)
     (decision,) = rewrite(graph)
     assert not decision.rewritten
     assert "not known" in decision.reason
