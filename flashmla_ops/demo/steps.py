@@ -14,6 +14,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DynamicCache
 from flashmla_ops.demo.text import COMPILED, EAGER, TRANSFORMERS
 from flashmla_ops.demo.timing import median_times
 from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, enable
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 
 CONTEXTS = (1024, 4096)
 ROUNDS = {torch.float32: 7, torch.bfloat16: 3}
@@ -63,7 +64,7 @@ class Ways:
         self.theirs = model
         self.ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         enable(self.ours)
-        self.compiled = torch.compile(self.ours.forward, fullgraph=True)
+        self.compiled = torch.compile(self.ours.forward, backend="flashmla", fullgraph=True)
         self.static = StaticPagedLatentCache(self.ours, CONTEXTS[-1] + PAGE_SIZE, page_size=PAGE_SIZE)
         self.advance = advance
 
@@ -89,7 +90,8 @@ class Ways:
         forwards = {TRANSFORMERS: self.theirs.forward, EAGER: self.ours.forward, COMPILED: self.compiled}
 
         def step(name: str) -> Tensor:
-            logits: Tensor = forwards[name](token, past_key_values=caches[name], position_ids=position).logits
+            cache = {CACHE_ARGUMENT: caches[name]}
+            logits: Tensor = forwards[name](token, position_ids=position, **cache).logits
             return logits
 
         return {name: (lambda name=name: step(name)) for name in forwards}  # type: ignore[misc]
@@ -122,8 +124,8 @@ class Ways:
             return lambda: modules[name](
                 hidden,
                 attention_mask=None,
-                past_key_values=caches[name],
                 position_embeddings=position_embeddings,
+                **{CACHE_ARGUMENT: caches[name]},
             )
 
         calls = {name: attend(name) for name in modules}

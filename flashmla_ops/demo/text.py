@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from flashmla_ops.demo.timing import single_threaded
-from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, enable
+from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, compile, enable
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 
 MODEL = Path(__file__).parent.parent / "fixtures" / "tiny_mla_lm"
 PROMPTS = ("A computer is", "Unix", "The Free On-line Dictionary of Computing is", "An operating system that")
@@ -70,14 +71,13 @@ def run(advance: Callable[[str], None]) -> TextResult:
     ours = copy.deepcopy(theirs)
     enable(ours)
     capacity = inputs["input_ids"].shape[1] + NEW_TOKENS
-    compile_config = CompileConfig(fullgraph=True, mode="default")
-    compile_config._compile_all_devices = True  # without it generate() compiles on GPUs only
+    compiled = compile(copy.deepcopy(ours), fullgraph=True)
     ways: dict[str, Callable[[], Generation]] = {
         TRANSFORMERS: lambda: generate(theirs, inputs, DynamicCache(config=theirs.config)),
         EAGER: lambda: generate(ours, inputs, PagedLatentCache(ours, page_size=PAGE_SIZE)),
-        COMPILED: lambda: generate(ours, inputs, compiled_cache, compile_config=compile_config),
+        COMPILED: lambda: generate(compiled, inputs, compiled_cache),
     }
-    compiled_cache = StaticPagedLatentCache(ours, capacity, page_size=PAGE_SIZE)
+    compiled_cache = StaticPagedLatentCache(compiled, capacity, page_size=PAGE_SIZE)
     generations: dict[str, Generation] = {}
     for name, way in ways.items():
         advance(f"trained model: {name}")
@@ -87,17 +87,16 @@ def run(advance: Callable[[str], None]) -> TextResult:
     return TextResult(generations, texts)
 
 
-def generate(model: Any, inputs: dict[str, Tensor], cache: Any, **options: Any) -> Generation:
+def generate(model: Any, inputs: dict[str, Tensor], cache: Any) -> Generation:
     """Greedy continuation of all prompts as one batch, from an empty cache."""
     cache.reset()
     start = time.perf_counter()
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         do_sample=False,
         min_new_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS,
-        **options,
     )
     seconds = time.perf_counter() - start
     return Generation(out[:, inputs["input_ids"].shape[1] :], seconds, cache_bytes(cache))

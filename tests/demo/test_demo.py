@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,10 +94,7 @@ def test_the_trained_model_writes_the_same_text_both_ways(monkeypatch: pytest.Mo
     """The real fixture, with the compiled way left out."""
     monkeypatch.setattr(text, "NEW_TOKENS", 24)
     monkeypatch.setattr(text, "TIMED_ROUNDS", 1)
-    generate = text.generate
-    monkeypatch.setattr(
-        text, "generate", lambda model, inputs, cache, compile_config=None: generate(model, inputs, cache)
-    )
+    monkeypatch.setattr(text, "compile", lambda model, fullgraph: model)
     stages: list[str] = []
     with torch.no_grad():
         result = text.run(stages.append)
@@ -111,8 +109,13 @@ def test_the_three_ways_of_a_step_agree(monkeypatch: pytest.MonkeyPatch) -> None
     """The step comparison at a small size, with the compiler's graph but not its code."""
     monkeypatch.setattr(steps, "CONTEXTS", (32, 64))
     monkeypatch.setattr(steps, "ROUNDS", {torch.float32: 1})
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compile_(function, backend="eager"))
+    compile_, backends = torch.compile, []
+
+    def trace(function: Callable[..., Any], backend: str, fullgraph: bool) -> Callable[..., Any]:
+        backends.append(backend)
+        return compile_(function, backend="eager", fullgraph=fullgraph)
+
+    monkeypatch.setattr(torch, "compile", trace)
     stages: list[str] = []
     with torch.no_grad():
         result = steps.run(stages.append)
@@ -120,6 +123,7 @@ def test_the_three_ways_of_a_step_agree(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.wrong() == []
     assert all(seconds > 0 for step in result.steps for seconds in step.seconds.values())
     assert set(result.attention) == {TRANSFORMERS, EAGER}
+    assert backends == ["flashmla"]
 
 
 def test_median_times_interleaves() -> None:

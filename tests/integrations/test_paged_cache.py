@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -131,8 +132,26 @@ def test_out_of_pages_changes_nothing(pair: Pair) -> None:
 def test_past_the_end_of_a_static_cache(pair: Pair) -> None:
     cache = StaticPagedLatentCache(pair.absorbed, 6, page_size=4)
     pair.absorbed(tokens(1, 5), past_key_values=cache)
-    with pytest.raises(RuntimeError, match=r"slot_mapping.*slots below 8, got 8 at \[1\]"):
+    with pytest.raises(ArgumentError, match="6 tokens at most, the cache's max_cache_len, got 2 behind 5 cached"):
         pair.absorbed(tokens(1, 2), past_key_values=cache)
+    compiled = torch.compile(pair.absorbed.forward, backend="eager")
+    for fits in (True, False):
+        with nullcontext() if fits else pytest.raises(RuntimeError, match=r"slots below 8, got 8"):
+            compiled(tokens(1, 1), past_key_values=cache)
+
+
+def test_a_static_batch_keeps_its_size(pair: Pair) -> None:
+    cache, ids = StaticPagedLatentCache(pair.absorbed, 16, page_size=4), tokens(2, 10)
+    pair.absorbed(ids, past_key_values=cache)
+    cache.batch_repeat_interleave(1)
+    cache.batch_select_indices(torch.tensor([1, 1]))
+    more = tokens(2, 3, seed=1)
+    out = pair.absorbed(more, past_key_values=cache).logits
+    expected = pair.eager(torch.cat([ids[[1, 1]], more], dim=1)).logits[:, 10:]
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    for change in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
+        with pytest.raises(UnsupportedModelError, match="pages are for a batch of 2"):
+            change()
 
 
 def test_another_batch_size(pair: Pair, new_cache: Callable[..., AnyCache]) -> None:

@@ -1,12 +1,15 @@
-"""transformers models whose attention is MLA, served by `torch.ops.flashmla.*`.
+"""transformers models, served by `torch.ops.flashmla.*`.
 
-enable(model)     # absorbed attention on transformers' own caches
+enable(model)     # a model whose attention is MLA: absorbed attention on transformers' own caches
+compile(model)    # any language model: generate's decode steps through torch.compile(backend="flashmla")
 model.generate(...)
+uncompile(model)
 disable(model)
 """
 
 from flashmla_ops.integrations.transformers import versions as versions
 from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION
+from flashmla_ops.integrations.transformers.compiled import compile, uncompile
 from flashmla_ops.integrations.transformers.hook import SUPPORTED_MODEL_TYPES, disable, enable, is_enabled, why_not
 from flashmla_ops.integrations.transformers.paged_cache import PagedLatentCache, StaticPagedLatentCache
 
@@ -15,8 +18,10 @@ __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "PagedLatentCache",
     "StaticPagedLatentCache",
+    "compile",
     "disable",
     "enable",
     "is_enabled",
+    "uncompile",
     "why_not",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
 from flashmla_ops.integrations.transformers.attention import Pages
@@ -180,7 +181,8 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
     def __init__(self, model: nn.Module, max_cache_len: int, *, page_size: int = 64) -> None:
         """Room for ``max_cache_len`` tokens in each sequence of the first batch. Raises as `PagedLatentCache` does.
 
-        A forward that would write past ``max_cache_len`` raises `RuntimeError`, and `ArgumentError` for a size below 1.
+        A forward that would write past ``max_cache_len`` raises `ArgumentError`; a compiled one raises the RuntimeError
+        of `append_`, which names slots. So does a size below 1.
         """
         if max_cache_len < 1:
             raise ArgumentError("StaticPagedLatentCache", "max_cache_len", "at least 1", max_cache_len)
@@ -218,12 +220,33 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
         """Sequence i goes on from sequence ``beam_idx[i]``: it shares full pages and gets a copy of the last one."""
         self._rearrange(int(self.layers[0].get_seq_length()), beam_idx.tolist())
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Raises `UnsupportedModelError` unless the batch keeps its size."""
+        self._select([i for i in range(self.batch_size) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make the batch out of these sequences. Raises `UnsupportedModelError` unless it keeps its size."""
+        self._select(torch.arange(max(0, self.batch_size), device=indices.device)[indices].tolist())
+
+    def check_room(self, n: int) -> None:
+        """Raise `ArgumentError` unless ``n`` more tokens fit. Reads the length, so not while a graph is traced."""
+        layer = self.layers[0]
+        check_room(int(layer.get_seq_length()), n, layer.max_cache_len)
+
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as in transformers."""
         length = length_after_crop(int(self.layers[0].get_seq_length()), tokens_to_remove)
         self._rearrange(length, list(range(self.batch_size)))
         for layer in self.layers:
             layer.cumulative_length.fill_(length)
+
+    def _select(self, parents: list[int]) -> None:
+        if len(parents) != max(0, self.batch_size):
+            raise UnsupportedModelError(
+                f"StaticPagedLatentCache: its pages are for a batch of {self.batch_size}, not {len(parents)};"
+                " make one for the new size, or use PagedLatentCache"
+            )
+        self._rearrange(int(self.layers[0].get_seq_length()), parents)
 
     def _rearrange(self, length: int, parents: list[int]) -> None:
         """Cut all sequences to ``length``, make the batch out of ``parents``, and reserve the pages behind again."""
@@ -280,10 +303,12 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         if b != self.block_table.shape[0]:
             expected = f"a batch of {self.block_table.shape[0]}, as reserved"
             raise ArgumentError("StaticPagedLatentCache", "key_states", expected, b)
+        if not is_tracing(key_states):
+            check_room(int(self.cumulative_length), n, self.max_cache_len)
         positions = (torch.arange(n, device=key_states.device) + self.cumulative_length).expand(b, n)
         inside = positions < self.max_cache_len
         slots = slot_mapping(self.block_table, torch.where(inside, positions, 0), self.cache.page_size)
-        # A token past the end gets a slot past the end, which append_ refuses by name.
+        # A compiled step cannot look: a token past the end gets a slot past the end, which append_ refuses by name.
         slots = torch.where(inside.flatten(), slots, self.block_table.numel() * self.cache.page_size)
         append_rows(self.slab, key_states, value_states, slots)
         self.cumulative_length.add_(n)
@@ -314,6 +339,13 @@ def count_layers(model: nn.Module) -> int:
         name = type(model).__name__
         raise UnsupportedModelError(f"{name}: only layers {indices} cache latents, and a paged cache needs all to")
     return len(indices)
+
+
+def check_room(length: int, n: int, max_cache_len: int) -> None:
+    """Raise `ArgumentError` unless a cache of ``max_cache_len`` tokens that holds ``length`` takes ``n`` more."""
+    if length + n > max_cache_len:
+        expected = f"{max_cache_len} tokens at most, the cache's max_cache_len"
+        raise ArgumentError("StaticPagedLatentCache", "key_states", expected, f"{n} behind {length} cached")
 
 
 def slab_for(key_states: Tensor, value_states: Tensor, n_pages: int, page_size: int) -> Tensor:
