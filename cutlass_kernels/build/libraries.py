@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from cutlass_kernels.build import ptxas
-from cutlass_kernels.build.toolchain import Nvcc, cache_root, nvcc
+from cutlass_kernels.build.toolchain import Nvcc, nvcc
+from cutlass_kernels.cache import cache_root
 from cutlass_kernels.errors import BuildError
 from cutlass_kernels.gemm import cppgen, generate
 from cutlass_kernels.gemm.config import GemmConfig
@@ -153,14 +154,14 @@ def build(
 def find(config: GemmConfig) -> Built | None:
     """The current library of a kernel, if it has been built. Needs neither nvcc nor cutlass_cppgen."""
     try:
-        root = cache_root()
+        root = cache_root("cutlass")
         return _read(config, root / json.loads((root / "index" / f"{config.name}.json").read_text())["folder"])
-    except (OSError, ValueError, KeyError):
+    except (BuildError, OSError, ValueError, KeyError):
         return None
 
 
 def _find_or_build(config: GemmConfig, sources: Sources, compiler: Nvcc, enough: Callable[[], bool]) -> Built | None:
-    root, source = cache_root(), sources.text(config)
+    root, source = cache_root("cutlass"), sources.text(config)
     folder = root / f"{config.name}-{key(source, config, compiler, sources.version)}"
     with contextlib.suppress(OSError, ValueError):
         return _indexed(_read(config, folder))

@@ -1,4 +1,4 @@
-"""Finding nvcc, and the folder in which built kernels are kept."""
+"""Finding nvcc."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cutlass_kernels.errors import BuildError, MissingToolError
+from cutlass_kernels.errors import MissingToolError
 
 HOW_TO_GET_IT = "install the CUDA toolkit (12.8 or newer), pip install nvidia-cuda-nvcc, or set NVCC"
 
@@ -46,23 +45,3 @@ def _candidates() -> list[str]:
     for root in (spec.submodule_search_locations or []) if spec else []:
         places += [str(path) for pattern in ("cu*/bin/nvcc", "cuda_nvcc/bin/nvcc") for path in Path(root).glob(pattern)]
     return [place for place in places if place]
-
-
-def cache_root() -> Path:
-    """``cutlass`` in $FLASHMLA_CACHE, else in the user's cache folder: where flashmla_ops keeps its libraries too.
-
-    A temporary folder of this user's if that cannot be written.
-    """
-    override = os.environ.get("FLASHMLA_CACHE")
-    base = Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmla"
-    root = base / "cutlass"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError:
-        fallback = Path(tempfile.gettempdir()) / f"flashmla-{os.getuid()}" / "cutlass"
-        fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if fallback.parent.stat().st_uid != os.getuid():
-            raise BuildError(f"no cache folder: {root} cannot be written and {fallback} is another user's") from None
-        return fallback

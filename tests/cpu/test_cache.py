@@ -134,7 +134,12 @@ def test_no_folder_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 AS_CONTAINER_USER = ["unshare", "--user", "--map-user=54321"]
-IMPORT = "import flashmla_ops; from flashmla_ops.cpu import STATE, cache; print(STATE.active, cache.cache_root())"
+IMPORT = """
+from flashmla_ops import capability
+from flashmla_ops.cpu import STATE, cache
+print(STATE.active, cache.cache_root())
+capability.explain()
+"""
 
 
 def has_user_namespaces() -> bool:

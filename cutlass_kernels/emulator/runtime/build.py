@@ -12,7 +12,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from cutlass_kernels.cache import cache_root
 from cutlass_kernels.emulator.errors import RuntimeUnavailable
+from cutlass_kernels.errors import BuildError
 
 SOURCE = Path(__file__).with_name("mock.cpp")
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra")
@@ -29,29 +31,22 @@ def needed(library: Path) -> str:
 
 def compiler() -> str:
     """$CXX or the first C++ compiler on PATH. Raises `RuntimeUnavailable`."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    path = next((path for name in names if (path := shutil.which(name))), None)
+    wanted = os.environ.get("CXX")
+    path = next(filter(None, map(shutil.which, [wanted] if wanted else ["g++", "c++", "clang++"])), None)
     if path is None:
-        raise RuntimeUnavailable("the mock CUDA runtime needs a C++ compiler: install g++ or set CXX")
+        why = f"CXX={wanted} names nothing that runs" if wanted else "install g++ or set CXX"
+        raise RuntimeUnavailable(f"the mock CUDA runtime needs a C++ compiler: {why}")
     return path
-
-
-def _cache() -> Path:
-    override = os.environ.get("FLASHMLA_CACHE")
-    root = Path(override) if override else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmla"
-    folder = root / "emulator"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="flashmla-emulator-"))
-    return folder
 
 
 def build(soname: str) -> Path:
     """The mock under a SONAME, from the cache or compiled now. Raises `RuntimeUnavailable`."""
     cxx = compiler()
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), soname.encode(), cxx.encode(), repr(_FLAGS).encode()]))
-    folder = _cache()
+    try:
+        folder = cache_root("emulator")
+    except BuildError as error:
+        raise RuntimeUnavailable(str(error)) from error
     target = folder / f"mock-{key.hexdigest()[:16]}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
