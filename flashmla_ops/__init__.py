@@ -28,3 +28,4 @@ __version__ = "0.1.0"
 versions.warn_if_untested("torch", torch.__version__)
 cpu.load()
 cuda.load()
+ops.complete()

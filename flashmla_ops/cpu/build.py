@@ -81,16 +81,16 @@ CORE_UNITS = (
     Unit("append_quantized.cpp", ("-O3",)),
 )
 #: What registers the kernels with torch, by the stable ABI of the oldest torch that we support.
-BINDING_UNITS = (
-    *(
-        Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
-        for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up")
-    ),
-    Unit("requires_grad.cpp"),
+BINDING_UNITS = tuple(
+    Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
+    for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up")
 )
 #: The core without them is reached through ctypes.
 CTYPES = Library("flashmla_cpu_ctypes", CORE_UNITS)
 STABLE_ABI = Library("flashmla_cpu", (*BINDING_UNITS, *CORE_UNITS), links_torch=True, otherwise=CTYPES)
+#: What tells autograd of the operators. It knows more of torch than the stable ABI, and fits this version alone;
+#: without it, the same runs in Python.
+AUTOGRAD = Library(f"flashmla_autograd_{torch.__version__}", (Unit("autograd.cpp"),), links_torch=True)
 
 
 def source_key() -> str:
@@ -133,7 +133,7 @@ def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: 
 
 def in_wheels() -> list[Library]:
     """What a wheel with kernels holds: all that a processor may choose."""
-    return [ISAS, STABLE_ABI, *(library for isa, library in KERNELS.items() if isa != EMULATED)]
+    return [ISAS, STABLE_ABI, AUTOGRAD, *(library for isa, library in KERNELS.items() if isa != EMULATED)]
 
 
 def copy_to(folder: Path, *, verbose: bool = False) -> Path:
@@ -189,7 +189,7 @@ def _link(compilation: Compilation, library: Library, folder: Path) -> Path:
 
 def _arguments(unit: Unit) -> list[str]:
     """How to compile a unit; only those that bind to torch see its headers."""
-    torch_flags = _torch_flags() if unit in BINDING_UNITS else []
+    torch_flags = _torch_flags() if unit in (*BINDING_UNITS, *AUTOGRAD.units) else []
     return [*COMMON_FLAGS, *unit.flags, f"-I{CSRC}", *torch_flags, str(CSRC / unit.source)]
 
 

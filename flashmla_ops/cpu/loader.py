@@ -90,6 +90,9 @@ def _load(wanted: str, *, anew: bool) -> None:
     _use(isa)
     if not stable:
         ctypes_binding.register(STATE.library)
+        return
+    with contextlib.suppress(BuildError, OSError):
+        torch.ops.load_library(*build.find_or_build([build.AUTOGRAD], anew=anew))
 
 
 def _isas(path: Path) -> dict[str, bool]:

@@ -12,10 +12,12 @@ from flashmla_ops.ops import (
     quantize,
     schedule,
 )
+from flashmla_ops.ops._library import complete
 
 __all__ = [
     "append",
     "attend_masked",
+    "complete",
     "decode",
     "decode_up",
     "gemm",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashmla_ops.errors import ArgumentError, NotDifferentiableError
+from flashmla_ops.errors import ArgumentError
+from flashmla_ops.ops import _autocast, _autograd
 
 NAMESPACE = "flashmla"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 (lives as long as the process)
@@ -20,22 +21,58 @@ FLOAT_NAMES = "float32, bfloat16 or float16"
 Function = Callable[..., Any]
 
 
+class Rules(NamedTuple):
+    """What `complete` binds to an operator when all are defined."""
+
+    vmap: Function | None
+    autocast: _autocast.Rule | None
+
+
+#: Every operator, as "append_" and "append_.two".
+DEFINED: dict[str, Rules] = {}
+
+LIBRARY.define("_refuse_gradient(str op, str argument) -> ()")
+LIBRARY.impl("_refuse_gradient", _autograd.raise_refusal, "CompositeImplicitAutograd")
+
+
 def define(
     schema: str,
     *,
     fake: Function,
     reference: Function,
+    vmap: Function | None = None,
+    autocast: _autocast.Rule | None = None,
     tags: Sequence[torch.Tag] = (),
 ) -> None:
-    """Define an operator: its schema, its fake and the reference that runs where no kernel is registered.
+    """Define an operator: its schema, its fake, the reference that runs where no kernel is registered, and its rules.
 
     A kernel for a device is registered by the library that holds it (`flashmla_ops.cpu` for the CPU). The reference
-    sits below every device key, so an operator works wherever torch does.
+    sits below every device key, so an operator works wherever torch does. ``vmap`` is as `torch.library.register_vmap`
+    takes it, ``autocast`` as in `_autocast`; without one, arguments stay as they are. No operator has a backward yet:
+    `_autograd` refuses a gradient for all of them.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    DEFINED[name] = Rules(vmap, autocast)
+
+
+def complete() -> None:
+    """Bind to every operator what depends on all of them, and what the compiled kernels, loaded by now, did not."""
+    operators = {name: operator(name) for name in DEFINED}
+    _autograd.complete(LIBRARY, list(operators.values()))
+    for name, (vmap, autocast) in DEFINED.items():
+        if vmap is not None:
+            torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
+        if autocast is not None:
+            _autocast.register(LIBRARY, operators[name], autocast)
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """``torch.ops.flashmla.append_.two`` for "append_.two". Only when all are defined: torch lists overloads once."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.flashmla, packet), overload or "default")  # type: ignore[no-any-return]
 
 
 def require(op: str, argument: str, condition: Any, expected: str, actual: object) -> None:
@@ -69,15 +106,6 @@ def require_contiguous_rows(op: str, argument: str, tensor: Tensor) -> None:
         "a contiguous last dimension",
         f"stride {tensor.stride(-1)}",
     )
-
-
-def refuse_gradient(op: str, **tensors: Tensor | None) -> None:
-    """Raise at the forward if a gradient would be needed: no operator here has a backward yet."""
-    if not torch.is_grad_enabled():
-        return
-    for argument, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise NotDifferentiableError(op, argument)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

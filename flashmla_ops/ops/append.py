@@ -5,16 +5,18 @@ With a ``row_format`` other than "native" the cache holds bytes, and rows are qu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.layouts import NATIVE, QUANTIZED_FORMATS
+from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
     define,
     dtype_name,
-    refuse_gradient,
     require,
     require_contiguous_rows,
     require_device,
@@ -22,13 +24,14 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops._overlap import require_apart
+from flashmla_ops.ops._vmap import Dims, each
 from flashmla_ops.ops.quantize import BYTE_NAMES, BYTES
 
 OP = "append_"
 
 
 def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str, rows_name: str) -> None:
-    refuse_gradient(OP, **{cache_name: cache, rows_name: rows})
     require_dims(OP, cache_name, cache, "[n_pages, page_size, h_kv, d]")
     require_float(OP, cache_name, cache)
     require_contiguous_rows(OP, cache_name, cache)
@@ -40,6 +43,7 @@ def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str,
     require(OP, rows_name, rows.size(1) == h_kv, f"{h_kv} KV heads, as {cache_name}", rows.size(1))
     require(OP, rows_name, rows.size(2) == d, f"rows of {d} elements, as {cache_name}", rows.size(2))
     _check_slot_mapping(rows, slot_mapping, rows_name)
+    require_apart(OP, cache_name, cache, **{rows_name: rows}, slot_mapping=slot_mapping)
 
 
 def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> None:
@@ -47,7 +51,6 @@ def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_fo
     known = ", ".join((NATIVE.name, *QUANTIZED_FORMATS))
     require(OP, "row_format", row_format in QUANTIZED_FORMATS, f"one of {known}", row_format)
     row = QUANTIZED_FORMATS[row_format]
-    refuse_gradient(OP, rows=rows)
     require_dims(OP, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
     require(OP, "kv_cache", kv_cache.dtype in BYTES, BYTE_NAMES, dtype_name(kv_cache.dtype))
     require_contiguous_rows(OP, "kv_cache", kv_cache)
@@ -60,6 +63,7 @@ def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_fo
     require(OP, "rows", rows.size(1) == h_kv, f"{h_kv} KV heads, as kv_cache", rows.size(1))
     require(OP, "rows", rows.size(2) == row.elements, f"rows of {row.elements} elements", rows.size(2))
     _check_slot_mapping(rows, slot_mapping, "rows")
+    require_apart(OP, "kv_cache", kv_cache, rows=rows, slot_mapping=slot_mapping)
 
 
 def _check_slot_mapping(rows: Tensor, slot_mapping: Tensor, rows_name: str) -> None:
@@ -98,6 +102,8 @@ def append_two_fake(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Ten
     for dim in range(2):
         same = k_cache.size(dim) == kv_cache.size(dim)
         require(OP, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim))
+    require_apart(OP, "kv_cache", kv_cache, k_rows=k_rows)
+    require_apart(OP, "k_cache", k_cache, rows=rows, kv_cache=kv_cache)
 
 
 def append_two_reference(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
@@ -107,13 +113,45 @@ def append_two_reference(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows
     reference.append(k_cache, k_rows, slot_mapping)
 
 
+def append_autocast(dtype: torch.dtype, kv_cache: Tensor, rows: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Rows in the cache's dtype; rows for a cache of bytes are quantised from what they are."""
+    return kv_cache, cast(rows, kv_cache.dtype), *rest
+
+
+def append_two_autocast(
+    dtype: torch.dtype, kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor
+) -> tuple[Any, ...]:
+    return kv_cache, k_cache, cast(rows, kv_cache.dtype), cast(k_rows, k_cache.dtype), slot_mapping
+
+
+def append_vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+    """One append for each entry, into a view of its cache."""
+    _require_mapped(in_dims, kv_cache=0)
+    return each(torch.ops.flashmla.append_.default, info, in_dims, *args)
+
+
+def append_two_vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+    _require_mapped(in_dims, kv_cache=0, k_cache=1)
+    return each(torch.ops.flashmla.append_.two, info, in_dims, *args)
+
+
+def _require_mapped(in_dims: Dims, **caches: int) -> None:
+    """Raise if a cache is the same for all entries, which cannot all write it. Torch's in-place operators do too."""
+    for name, position in caches.items():
+        require(OP, name, in_dims[position] is not None, "a cache for each entry under vmap", "one for all")
+
+
 define(
     f'{OP}(Tensor(a!) kv_cache, Tensor rows, Tensor slot_mapping, str row_format="native") -> ()',
     fake=append_fake,
     reference=append_reference,
+    vmap=append_vmap,
+    autocast=append_autocast,
 )
 define(
     f"{OP}.two(Tensor(a!) kv_cache, Tensor(b!) k_cache, Tensor rows, Tensor k_rows, Tensor slot_mapping) -> ()",
     fake=append_two_fake,
     reference=append_two_reference,
+    vmap=append_two_vmap,
+    autocast=append_two_autocast,
 )

@@ -14,14 +14,16 @@ too, through ``torch.nn.functional.scaled_dot_product_attention``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
+from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
     define,
     dtype_name,
-    refuse_gradient,
     require,
     require_contiguous_rows,
     require_device,
@@ -29,13 +31,13 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops._vmap import loop
 
 OP = "attend_masked"
 
 
 def check(q: Tensor, kv_cache: Tensor, k_cache: Tensor | None, mask: Tensor, d_v: int, qk_start: int) -> None:
     """The preconditions that shapes, strides and dtypes decide; the C++ binding checks the same, in the same words."""
-    refuse_gradient(OP, q=q, kv_cache=kv_cache, k_cache=k_cache, mask=mask)
     require_dims(OP, "q", q, "[b, s_q, h_q, d_qk]")
     require_float(OP, "q", q)
     b, s_q, h_q, d_qk = q.shape
@@ -101,9 +103,19 @@ def by_reference(
     return out.to(q.dtype).contiguous()
 
 
+def autocast(
+    dtype: torch.dtype, q: Tensor, kv_cache: Tensor, k_cache: Tensor | None, mask: Tensor, *options: Any
+) -> tuple[Any, ...]:
+    """Queries, and a mask that is added, in the cache's dtype: to cast the cache would copy it."""
+    added = mask if mask.dtype == torch.float32 else cast(mask, kv_cache.dtype)
+    return cast(q, kv_cache.dtype), kv_cache, k_cache, added, *options
+
+
 define(
     f"{OP}(Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor mask, SymInt d_v, SymInt qk_start=0,"
     " float? softmax_scale=None, bool nan_where_empty=False) -> Tensor",
     fake=fake,
     reference=by_reference,
+    vmap=loop(lambda: torch.ops.flashmla.attend_masked.default),
+    autocast=autocast,
 )

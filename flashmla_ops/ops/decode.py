@@ -13,6 +13,7 @@ each keeps in memory.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,9 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.layouts import ROW_FORMATS
+from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
-    LIBRARY,
     define,
-    refuse_gradient,
     require,
     require_contiguous_rows,
     require_device,
@@ -32,6 +32,8 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops._overlap import require_apart
+from flashmla_ops.ops._vmap import Dims, each, folded
 from flashmla_ops.ops.schedule import check_schedule
 from flashmla_ops.reference.schedule import schedule_numel
 
@@ -61,7 +63,6 @@ def check(
 
     ``op``: the operator that names itself in an error: `decode`, or one that has its arguments and more.
     """
-    refuse_gradient(op, q=q, kv_cache=kv_cache, k_cache=k_cache, attn_sink=attn_sink)
     require(op, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
     uncut = levels == 3 or schedule is None
     require(op, "schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
@@ -196,12 +197,12 @@ def decode_reference(
     return out.to(q.dtype), lse.to(torch.float32)
 
 
-def check_out(q: Tensor, d_v: int, out: Tensor, lse: Tensor) -> None:
-    """The preconditions of the output tensors of ``decode.out``."""
-    op = "decode"
+def check_out(out: Tensor, lse: Tensor, inputs: dict[str, Any]) -> None:
+    """The preconditions of the output tensors of ``decode.out``; ``inputs`` are its other arguments."""
+    op, q = "decode", inputs["q"]
     b, s_q, h_q, _ = q.shape
     for name, tensor, shape, dtype in (
-        ("out", out, (b, s_q, h_q, d_v), q.dtype),
+        ("out", out, (b, s_q, h_q, inputs["d_v"]), q.dtype),
         ("lse", lse, (b, h_q, s_q), torch.float32),
     ):
         require_dtype(op, name, tensor, dtype)
@@ -209,35 +210,24 @@ def check_out(q: Tensor, d_v: int, out: Tensor, lse: Tensor) -> None:
         same = tensor.dim() == len(shape) and all(x == y for x, y in zip(tensor.shape, shape, strict=True))
         require(op, name, same, f"shape {list(shape)}", list(tensor.shape))
     require_contiguous_rows(op, "out", out)
+    read = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    require_apart(op, "out", out, **read)
+    require_apart(op, "lse", lse, **read, out=out)
 
 
-def decode_out_fake(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> None:
-    decode_fake(q, *args, **kwargs)  # type: ignore[arg-type]
-    check_out(q, args[4] if len(args) > 4 else kwargs["d_v"], out, lse)  # type: ignore[arg-type]
+_SIGNATURE = inspect.signature(decode_fake)
 
 
-def decode_out_reference(q: Tensor, *args: object, out: Tensor, lse: Tensor, **kwargs: object) -> None:
-    check_out(q, args[4] if len(args) > 4 else kwargs["d_v"], out, lse)  # type: ignore[arg-type]
-    new_out, new_lse = decode_reference(q, *args, **kwargs)  # type: ignore[arg-type]
+def decode_out_fake(*args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
+    decode_fake(*args, **kwargs)
+    check_out(out, lse, _SIGNATURE.bind(*args, **kwargs).arguments)
+
+
+def decode_out_reference(*args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
+    check_out(out, lse, _SIGNATURE.bind(*args, **kwargs).arguments)
+    new_out, new_lse = decode_reference(*args, **kwargs)
     out.copy_(new_out)
     lse.copy_(new_lse)
-
-
-define(f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)", fake=decode_fake, reference=decode_reference)
-# It returns nothing and is not tagged torch.Tag.out. With the tag, Inductor lowers `decode` to ExternKernelMultiOut,
-# which in torch 2.13 takes the fake outputs' SymInt sizes for sympy expressions and asserts as soon as a size is
-# dynamic; and without it, an operator that returns its arguments cannot be traced.
-define(
-    f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()",
-    fake=decode_out_fake,
-    reference=decode_out_reference,
-)
-
-
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """[size, n, ...] -> [size * n, ...], the mapped dimension ``dim`` (None: the same for all) coming first."""
-    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return mapped.flatten(0, 1)
 
 
 class Folded(NamedTuple):
@@ -251,39 +241,56 @@ class Folded(NamedTuple):
 
 
 def fold(
-    op: str,
     size: int,
-    in_dims: tuple[int | None, ...],
+    in_dims: Dims,
     q: Tensor,
     kv_cache: Tensor,
     k_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
 ) -> Folded:
-    """Caches that are mapped too join their pages. ``in_dims``: of these five tensors."""
+    """Caches that are mapped too join their pages, as `folds` has found. ``in_dims``: of these five tensors."""
     q_dim, kv_dim, k_dim, table_dim, lengths_dim = in_dims
-    require(op, "k_cache", k_cache is None or (k_dim is None) == (kv_dim is None), "mapped as kv_cache", "not")
-    tables = _fold(block_table, table_dim, size)
+    tables = folded(block_table, table_dim, size)
     if kv_dim is not None:
         n_pages = kv_cache.movedim(kv_dim, 0).size(1)
         first = torch.arange(size, dtype=torch.int32, device=tables.device).repeat_interleave(tables.size(0) // size)
         # A page that is not in its own cache must not become a page of the next one.
         tables = torch.where((tables >= 0) & (tables < n_pages), tables + n_pages * first[:, None], -1)
-        kv_cache = _fold(kv_cache, kv_dim, size)
-        k_cache = None if k_cache is None else _fold(k_cache, k_dim, size)
-    return Folded(_fold(q, q_dim, size), kv_cache, k_cache, tables, _fold(cache_seqlens, lengths_dim, size))
+        kv_cache = folded(kv_cache, kv_dim, size)
+        k_cache = None if k_cache is None else folded(k_cache, k_dim, size)
+    return Folded(folded(q, q_dim, size), kv_cache, k_cache, tables, folded(cache_seqlens, lengths_dim, size))
 
 
-def require_same_for_all(op: str, in_dims: tuple[int | None, ...], **positions: int) -> None:
-    """Raise if an argument, given by its position, is mapped."""
-    for argument, position in positions.items():
-        dim = in_dims[position] if len(in_dims) > position else None
-        require(op, argument, dim is None, "the same heads for all under vmap", "a mapped dimension")
+def folds(in_dims: Dims, kv_cache: Tensor, k_cache: Tensor | None, **shared: int) -> bool:
+    """Whether one call can serve all entries: without a copy of a cache, and with heads that are the same for all.
+
+    ``shared``: the positions of the arguments that belong to heads.
+    """
+    kv_dim, k_dim = in_dims[1:3]
+    if any(in_dims[position] is not None for position in shared.values() if position < len(in_dims)):
+        return False
+    if k_cache is not None and (kv_dim is None) != (k_dim is None):
+        return False
+    return _joins(kv_cache, kv_dim) and (k_cache is None or _joins(k_cache, k_dim))
+
+
+def _joins(cache: Tensor, dim: int | None) -> bool:
+    """Whether the mapped dimension and the pages are one dimension in memory."""
+    if dim is None:
+        return True
+    entries = cache.movedim(dim, 0)
+    return entries.stride(0) == entries.size(1) * entries.stride(1)
+
+
+def autocast(dtype: torch.dtype, q: Tensor, kv_cache: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Queries in the cache's dtype, whatever autocast's is: to cast the cache would copy it. Results have it too."""
+    return cast(q, kv_cache.dtype), kv_cache, *rest
 
 
 def vmap(
     info: Any,
-    in_dims: tuple[int | None, ...],
+    in_dims: Dims,
     q: Tensor,
     kv_cache: Tensor,
     k_cache: Tensor | None,
@@ -297,23 +304,29 @@ def vmap(
     row_format: str = "native",
     attn_sink: Tensor | None = None,
     levels: int = 3,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+) -> tuple[Any, Any]:
     """The mapped dimension joins the sequences."""
-    op, size = "decode", info.batch_size
-    require(op, "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
-    require_same_for_all(op, in_dims, attn_sink=11)
-    out, lse = torch.ops.flashmla.decode(
-        *fold(op, size, in_dims[:5], q, kv_cache, k_cache, block_table, cache_seqlens),
-        d_v,
-        qk_start,
-        softmax_scale,
-        causal,
-        None,
-        row_format,
-        attn_sink,
-        levels,
-    )
+    size, cache = info.batch_size, (q, kv_cache, k_cache, block_table, cache_seqlens)
+    require("decode", "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
+    options = (d_v, qk_start, softmax_scale, causal, None, row_format, attn_sink, levels)
+    if not folds(in_dims, kv_cache, k_cache, attn_sink=11):
+        return each(torch.ops.flashmla.decode.default, info, in_dims, *cache, *options)
+    out, lse = torch.ops.flashmla.decode(*fold(size, in_dims[:5], *cache), *options)
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
-torch.library.register_vmap("flashmla::decode", vmap, lib=LIBRARY)
+define(
+    f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    fake=decode_fake,
+    reference=decode_reference,
+    vmap=vmap,
+    autocast=autocast,
+)
+# It returns nothing and is not tagged torch.Tag.out. With the tag, Inductor lowers `decode` to ExternKernelMultiOut,
+# which in torch 2.13 takes the fake outputs' SymInt sizes for sympy expressions and asserts as soon as a size is
+# dynamic; and without it, an operator that returns its arguments cannot be traced.
+define(
+    f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    fake=decode_out_fake,
+    reference=decode_out_reference,
+)

@@ -15,21 +15,20 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops import decode
+from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
-    LIBRARY,
     define,
-    refuse_gradient,
     require,
     require_device,
     require_dims,
     require_dtype,
 )
+from flashmla_ops.ops._vmap import Dims, each
 
 OP = "decode_up"
 
 
 def check_weight(q: Tensor, weight: Tensor, d_v: int) -> None:
-    refuse_gradient(OP, weight=weight)
     require_dims(OP, "weight", weight, "[h_q, d_v, d_up]")
     require_dtype(OP, "weight", weight, q.dtype)
     require_device(OP, "weight", weight, q.device)
@@ -97,16 +96,16 @@ def by_reference(
     return out.to(q.dtype).contiguous(), lse.to(torch.float32)
 
 
-define(
-    f"{OP}({decode.TENSORS}, Tensor weight, {decode.OPTIONS}) -> (Tensor out, Tensor lse)",
-    fake=fake,
-    reference=by_reference,
-)
+def autocast(dtype: torch.dtype, q: Tensor, kv_cache: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """As of `decode`, and the weight in the cache's dtype too."""
+    k_cache, block_table, cache_seqlens, weight, *options = rest
+    weight = cast(weight, kv_cache.dtype)
+    return cast(q, kv_cache.dtype), kv_cache, k_cache, block_table, cache_seqlens, weight, *options
 
 
 def vmap(
     info: Any,
-    in_dims: tuple[int | None, ...],
+    in_dims: Dims,
     q: Tensor,
     kv_cache: Tensor,
     k_cache: Tensor | None,
@@ -121,24 +120,21 @@ def vmap(
     row_format: str = "native",
     attn_sink: Tensor | None = None,
     levels: int = 3,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+) -> tuple[Any, Any]:
     """The mapped dimension joins the sequences, which share the weight."""
-    size = info.batch_size
+    size, cache = info.batch_size, (q, kv_cache, k_cache, block_table, cache_seqlens)
     require(OP, "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
-    decode.require_same_for_all(OP, in_dims, weight=5, attn_sink=12)
-    out, lse = torch.ops.flashmla.decode_up(
-        *decode.fold(OP, size, in_dims[:5], q, kv_cache, k_cache, block_table, cache_seqlens),
-        weight,
-        d_v,
-        qk_start,
-        softmax_scale,
-        causal,
-        None,
-        row_format,
-        attn_sink,
-        levels,
-    )
+    options = (weight, d_v, qk_start, softmax_scale, causal, None, row_format, attn_sink, levels)
+    if not decode.folds(in_dims, kv_cache, k_cache, weight=5, attn_sink=12):
+        return each(torch.ops.flashmla.decode_up.default, info, in_dims, *cache, *options)
+    out, lse = torch.ops.flashmla.decode_up(*decode.fold(size, in_dims[:5], *cache), *options)
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
-torch.library.register_vmap(f"flashmla::{OP}", vmap, lib=LIBRARY)
+define(
+    f"{OP}({decode.TENSORS}, Tensor weight, {decode.OPTIONS}) -> (Tensor out, Tensor lse)",
+    fake=fake,
+    reference=by_reference,
+    vmap=vmap,
+    autocast=autocast,
+)

@@ -8,17 +8,20 @@ epilogue.
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
+from flashmla_ops.ops._autocast import all_cast, cast
 from flashmla_ops.ops._library import (
     FLOAT_NAMES,
     FLOATS,
     Function,
     define,
     dtype_name,
-    refuse_gradient,
     require,
     require_contiguous_rows,
     require_device,
@@ -26,6 +29,8 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops._overlap import require_apart, same_elements
+from flashmla_ops.ops._vmap import Dims, each, folded, front
 from flashmla_ops.panels import PANEL
 
 OP = "gemm"
@@ -44,7 +49,6 @@ def check(
     out_dtype: torch.dtype | None,
 ) -> list[int]:
     """Raise on a bad argument; the shape of out otherwise. The C++ binding checks the same, with the same words."""
-    refuse_gradient(OP, a=a, weight=weight, bias=bias, residual=residual, weight_scale=weight_scale)
     require(OP, "activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", activation)
     require(OP, "a", a.dim() >= 1, "shape [..., k]", f"{a.dim()} dimensions")
     require_float(OP, "a", a)
@@ -117,7 +121,6 @@ def gemm_reference(
 
 def bmm_fake(a: Tensor, weight: Tensor) -> Tensor:
     op = "bmm"
-    refuse_gradient(op, a=a, weight=weight)
     require_dims(op, "a", a, "[batch, m, k]")
     require_float(op, "a", a)
     require_dims(op, "weight", weight, "[batch, k, n]")
@@ -133,49 +136,113 @@ def bmm_reference(a: Tensor, weight: Tensor) -> Tensor:
     return reference.bmm(a, weight).to(a.dtype).contiguous()
 
 
+def gemm_vmap(
+    info: Any,
+    in_dims: Dims,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """The mapped dimension is one more of those that rows lie in, if the weight and what belongs to it are shared."""
+    gemm = torch.ops.flashmla.gemm.default
+    a_dim, weight_dim, bias_dim, residual_dim, scale_dim = (*in_dims, None, None, None)[:5]
+    if weight_dim is not None or bias_dim is not None or scale_dim is not None:
+        return each(gemm, info, in_dims, a, weight, bias, residual, weight_scale, activation, out_dtype)
+    rows = front(a, a_dim, info.batch_size)
+    added = None if residual is None else front(residual, residual_dim, info.batch_size)
+    return gemm(rows, weight, bias, added, weight_scale, activation, out_dtype), 0
+
+
+def gemm_autocast(
+    dtype: torch.dtype,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    """The residual is cast to the dtype of the result, which may be asked for."""
+    left, right, added = (cast(x, dtype) for x in (a, weight, bias))
+    return left, right, added, cast(residual, out_dtype or left.dtype), weight_scale, activation, out_dtype
+
+
+def bmm_vmap(info: Any, in_dims: Dims, a: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    """The mapped dimension joins the batch, or the rows where the weight is shared, which is then read once."""
+    size, (a_dim, weight_dim) = info.batch_size, in_dims
+    if weight_dim is None:
+        rows = front(a, a_dim, size).movedim(0, 1)  # [batch, size, m, k]
+        out = torch.ops.flashmla.bmm(rows.flatten(1, 2), weight)
+        return out.unflatten(1, rows.shape[1:3]), 1
+    out = torch.ops.flashmla.bmm(folded(a, a_dim, size), folded(weight, weight_dim, size))
+    return out.unflatten(0, (size, weight.size(0 if weight_dim else 1))), 0
+
+
 ARGUMENTS = (
     "Tensor a, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_scale=None,"
     ' str activation="none", ScalarType? out_dtype=None'
 )
 
 
-def check_out(op: str, out: Tensor, expected: Tensor) -> None:
-    """The preconditions of an output tensor, against the fake result: shape, dtype, device. Any strides will do."""
+def check_out(op: str, out: Tensor, expected: Tensor, inputs: dict[str, Any]) -> None:
+    """The preconditions of an output tensor: those of the fake result, and no memory of the ``inputs``."""
     require_dtype(op, "out", out, expected.dtype)
     require_device(op, "out", out, expected.device)
     same = out.dim() == expected.dim() and all(x == y for x, y in zip(out.shape, expected.shape, strict=True))
     require(op, "out", same, f"shape {list(expected.shape)}", list(out.shape))
-    refuse_gradient(op, out=out)
+    read = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    if "residual" in read and same_elements(out, read["residual"]):
+        del read["residual"]  # each element is read before it is written
+    require_apart(op, "out", out, **read)
 
 
-def into(functional: Function, op: str) -> Function:
+def into(functional: Function, fake: Function, op: str) -> Function:
     """The implementation of an ``.out`` overload by the functional one, on whatever device that has a kernel."""
+    signature = inspect.signature(fake)
 
     def implementation(*args: object, out: Tensor, **kwargs: object) -> None:
-        result = functional(*args, **kwargs)
-        check_out(op, out, result)
-        out.copy_(result)
+        check_out(op, out, fake(*args, **kwargs), signature.bind(*args, **kwargs).arguments)
+        out.copy_(functional(*args, **kwargs))
 
     return implementation
 
 
 def into_fake(fake: Function, op: str) -> Function:
+    signature = inspect.signature(fake)
+
     def implementation(*args: object, out: Tensor, **kwargs: object) -> None:
-        check_out(op, out, fake(*args, **kwargs))
+        check_out(op, out, fake(*args, **kwargs), signature.bind(*args, **kwargs).arguments)
 
     return implementation
 
 
-define(f"{OP}({ARGUMENTS}) -> Tensor", fake=gemm_fake, reference=gemm_reference)
-define("bmm(Tensor a, Tensor weight) -> Tensor", fake=bmm_fake, reference=bmm_reference)
+define(
+    f"{OP}({ARGUMENTS}) -> Tensor",
+    fake=gemm_fake,
+    reference=gemm_reference,
+    vmap=gemm_vmap,
+    autocast=gemm_autocast,
+)
+define(
+    "bmm(Tensor a, Tensor weight) -> Tensor",
+    fake=bmm_fake,
+    reference=bmm_reference,
+    vmap=bmm_vmap,
+    autocast=all_cast,
+)
 # They return nothing, as `decode.out` does and for its reasons.
 define(
     f"{OP}.out({ARGUMENTS}, *, Tensor(a!) out) -> ()",
     fake=into_fake(gemm_fake, OP),
-    reference=into(torch.ops.flashmla.gemm.default, OP),
+    reference=into(torch.ops.flashmla.gemm.default, gemm_fake, OP),
 )
 define(
     "bmm.out(Tensor a, Tensor weight, *, Tensor(a!) out) -> ()",
     fake=into_fake(bmm_fake, "bmm"),
-    reference=into(torch.ops.flashmla.bmm.default, "bmm"),
+    reference=into(torch.ops.flashmla.bmm.default, bmm_fake, "bmm"),
 )

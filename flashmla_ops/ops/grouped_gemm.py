@@ -13,10 +13,10 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.ops._autocast import all_cast
 from flashmla_ops.ops._library import (
     LIBRARY,
     define,
-    refuse_gradient,
     require,
     require_contiguous_rows,
     require_device,
@@ -24,6 +24,7 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.gemm import into, into_fake
 
 OP = "grouped_gemm"
@@ -35,7 +36,6 @@ def grouped_gemm_fake(
     weight: Tensor,  # [groups, n, k]
     offsets: Tensor,  # [groups + 1] int32: the rows of group g are offsets[g] to offsets[g + 1]
 ) -> Tensor:  # [rows, n]
-    refuse_gradient(OP, a=a, weight=weight)
     require_dims(OP, "a", a, "[rows, k]")
     require_float(OP, "a", a)
     require_dims(OP, "weight", weight, "[groups, n, k]")
@@ -78,10 +78,16 @@ def grouped_gemm_cpu(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-define(f"{OP}({ARGUMENTS}) -> Tensor", fake=grouped_gemm_fake, reference=grouped_gemm_reference)
+define(
+    f"{OP}({ARGUMENTS}) -> Tensor",
+    fake=grouped_gemm_fake,
+    reference=grouped_gemm_reference,
+    vmap=loop(lambda: torch.ops.flashmla.grouped_gemm.default),
+    autocast=all_cast,
+)
 define(
     f"{OP}.out({ARGUMENTS}, *, Tensor(a!) out) -> ()",
     fake=into_fake(grouped_gemm_fake, OP),
-    reference=into(torch.ops.flashmla.grouped_gemm.default, OP),
+    reference=into(torch.ops.flashmla.grouped_gemm.default, grouped_gemm_fake, OP),
 )
 LIBRARY.impl(OP, grouped_gemm_cpu, "CPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor
 
 from flashmla_ops import reference
+from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
-    LIBRARY,
     define,
-    refuse_gradient,
     require,
     require_device,
     require_dtype,
@@ -34,7 +34,6 @@ def check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     )
     *batch, s_q, h_q, _ = first.shape
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        refuse_gradient(OP, **{f"outs[{i}]": out, f"lses[{i}]": lse})
         require_dtype(OP, f"outs[{i}]", out, first.dtype)
         require_dtype(OP, f"lses[{i}]", lse, torch.float32)
         for name, tensor, shape in (
@@ -57,7 +56,10 @@ def by_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
     return out.to(outs[0].dtype).contiguous(), lse.to(torch.float32).contiguous()
 
 
-define(f"{OP}(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)", fake=fake, reference=by_reference)
+def autocast(dtype: torch.dtype, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Parts of several dtypes in the widest of them, as torch.cat has it."""
+    widest = functools.reduce(torch.promote_types, (out.dtype for out in outs)) if outs else dtype
+    return [cast(out, widest) for out in outs], lses
 
 
 def vmap(
@@ -76,4 +78,10 @@ def vmap(
     return (out, lse), (0, 0)
 
 
-torch.library.register_vmap(f"flashmla::{OP}", vmap, lib=LIBRARY)
+define(
+    f"{OP}(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
+    fake=fake,
+    reference=by_reference,
+    vmap=vmap,
+    autocast=autocast,
+)

@@ -9,14 +9,17 @@ are kept, for comparison; 2 and 3 are the same here, where blocks of queries occ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.ops._autocast import all_cast
 from flashmla_ops.ops._library import (
     define,
-    refuse_gradient,
+    dtype_name,
     require,
     require_contiguous_rows,
     require_device,
@@ -24,13 +27,13 @@ from flashmla_ops.ops._library import (
     require_dtype,
     require_float,
 )
+from flashmla_ops.ops._vmap import Dims, folded, front
 
 OP = "prefill"
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, levels: int) -> None:
     """The preconditions that shapes, strides and dtypes decide; the C++ binding checks the same, in the same words."""
-    refuse_gradient(OP, q=q, k=k, v=v)
     require(OP, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
     require_dims(OP, "q", q, "[t_q, h_q, d_qk]")
     require_float(OP, "q", q)
@@ -48,7 +51,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
     require(OP, "v", v.size(2) >= 1, "d_v of at least 1", v.size(2))
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         require_dims(OP, name, tensor, "[b + 1]")
-        require_dtype(OP, name, tensor, torch.int32)
+        known = tensor.dtype in (torch.int32, torch.int64)
+        require(OP, name, known, "int32 or int64", dtype_name(tensor.dtype))
         require_device(OP, name, tensor, q.device)
         require(OP, name, tensor.size(0) >= 1, "at least 1 element", tensor.size(0))
     same = cu_seqlens_k.size(0) == cu_seqlens_q.size(0)
@@ -58,6 +62,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
 def check_bounds(name: str, cu_seqlens: Tensor, tokens: int) -> None:
     """Raise unless ``cu_seqlens`` begins at 0, never falls and ends at ``tokens``."""
     bounds: list[int] = cu_seqlens.tolist()
+    for i, bound in enumerate(bounds):
+        if not -(2**31) <= bound < 2**31:
+            raise ArgumentError(OP, name, "values that int32 holds", f"{bound} at [{i}]")
     if bounds[0] != 0:
         raise ArgumentError(OP, name, "0 at [0]", bounds[0])
     for i in range(1, len(bounds)):
@@ -98,9 +105,49 @@ def by_reference(
     return out.to(q.dtype), lse.to(torch.float32)
 
 
+def vmap(
+    info: Any,
+    in_dims: Dims,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    levels: int = 3,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """The mapped dimension joins the query heads, if only q is mapped, or else the sequences."""
+    size, prefill = info.batch_size, torch.ops.flashmla.prefill.default
+    q_dim, k_dim, v_dim, cu_q_dim, cu_k_dim = in_dims[:5]
+    if k_dim is None and v_dim is None and cu_q_dim is None and cu_k_dim is None:
+        groups = front(q, q_dim, size).unflatten(2, (k.size(1), -1)).permute(1, 2, 0, 3, 4)  # [t_q, h_kv, size, g, d]
+        out, lse = prefill(groups.flatten(1, 3), k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, levels)
+        out = out.unflatten(1, groups.shape[1:4]).movedim(2, 0).flatten(2, 3)
+        return (out, lse.unflatten(0, groups.shape[1:4]).movedim(1, 0).flatten(1, 2)), (0, 0)
+    q, k, v = folded(q, q_dim, size), folded(k, k_dim, size), folded(v, v_dim, size)
+    bounds_q = _joined(front(cu_seqlens_q, cu_q_dim, size), q.size(0) // size)
+    bounds_k = _joined(front(cu_seqlens_k, cu_k_dim, size), k.size(0) // size)
+    out, lse = prefill(q, k, v, bounds_q, bounds_k, causal, softmax_scale, levels)
+    return (out.unflatten(0, (size, -1)), lse.unflatten(1, (size, -1))), (0, 1)
+
+
+def _joined(bounds: Tensor, tokens: int) -> Tensor:
+    """The boundaries of all entries, [size, b + 1], as one row: entry i has the tokens from i * ``tokens`` on.
+
+    Between two entries lies an empty sequence. Where an entry's boundaries do not span its tokens a negative one makes
+    the operator raise, as that entry alone would.
+    """
+    first = torch.arange(bounds.size(0), dtype=bounds.dtype, device=bounds.device)[:, None] * tokens
+    spans = (bounds[:, :1] == 0) & (bounds[:, -1:] == tokens)
+    return torch.where(spans, bounds + first, -1).flatten()
+
+
 define(
     f"{OP}(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal=False,"
     " float? softmax_scale=None, int levels=3) -> (Tensor out, Tensor lse)",
     fake=fake,
     reference=by_reference,
+    vmap=vmap,
+    autocast=all_cast,
 )

@@ -15,10 +15,8 @@ from flashmla_ops.layouts import QUANTIZED_FORMATS, Fp8V32Row
 from flashmla_ops.ops._library import (
     FLOAT_NAMES,
     FLOATS,
-    LIBRARY,
     define,
     dtype_name,
-    refuse_gradient,
     require,
     require_float,
 )
@@ -35,7 +33,6 @@ def format_of(op: str, row_format: str) -> Fp8V32Row:
 
 def quantize_fake(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
     op = "quantize_rows"
-    refuse_gradient(op, rows=rows)
     row = format_of(op, row_format)
     require(op, "rows", rows.dim() >= 1, "shape [..., d]", f"{rows.dim()} dimensions")
     require_float(op, "rows", rows)
@@ -63,16 +60,6 @@ def dequantize_reference(rows: Tensor, row_format: str = "fp8_v32", dtype: torch
     return reference.dequantize_rows(rows, QUANTIZED_FORMATS[row_format]).to(dtype)
 
 
-define(
-    'quantize_rows(Tensor rows, str row_format="fp8_v32") -> Tensor', fake=quantize_fake, reference=quantize_reference
-)
-define(
-    'dequantize_rows(Tensor rows, str row_format="fp8_v32", ScalarType dtype=bfloat16) -> Tensor',
-    fake=dequantize_fake,
-    reference=dequantize_reference,
-)
-
-
 def quantize_vmap(
     info: Any, in_dims: tuple[int | None, ...], rows: Tensor, row_format: str = "fp8_v32"
 ) -> tuple[Tensor, int]:
@@ -90,5 +77,15 @@ def dequantize_vmap(
     return torch.ops.flashmla.dequantize_rows(rows.movedim(in_dims[0] or 0, 0), row_format, dtype), 0
 
 
-torch.library.register_vmap("flashmla::quantize_rows", quantize_vmap, lib=LIBRARY)
-torch.library.register_vmap("flashmla::dequantize_rows", dequantize_vmap, lib=LIBRARY)
+define(
+    'quantize_rows(Tensor rows, str row_format="fp8_v32") -> Tensor',
+    fake=quantize_fake,
+    reference=quantize_reference,
+    vmap=quantize_vmap,
+)
+define(
+    'dequantize_rows(Tensor rows, str row_format="fp8_v32", ScalarType dtype=bfloat16) -> Tensor',
+    fake=dequantize_fake,
+    reference=dequantize_reference,
+    vmap=dequantize_vmap,
+)

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.ops._library import define, require, require_dims, require_dtype
+from flashmla_ops.ops._vmap import loop
 from flashmla_ops.reference.schedule import HEADER, MAX_PARTS, row_block, schedule_numel
 
 OP = "decode_schedule"
@@ -63,4 +64,5 @@ define(
     f"{OP}(Tensor cache_seqlens, SymInt s_q, SymInt h_q, SymInt h_kv, SymInt num_parts) -> Tensor",
     fake=fake,
     reference=by_reference,
+    vmap=loop(lambda: torch.ops.flashmla.decode_schedule.default),
 )

@@ -118,6 +118,17 @@ def test_merged_halves_are_the_whole() -> None:
     torch.testing.assert_close(merged, whole, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("cu_seqlens_q",), ("cu_seqlens_k",), ("cu_seqlens_q", "cu_seqlens_k")])
+@pytest.mark.parametrize("implementation", ["eager", "reference", "compiled"])
+def test_bounds_in_int64(implementation: str, names: tuple[str, ...]) -> None:
+    inputs = build(PrefillCase(((5, 7), (0, 3)), dtype="float32"))
+    long = inputs | {name: torch.stack([inputs[name].long()] * 2, -1)[:, 0] for name in names}
+    eager = torch.ops.flashmla.prefill.default
+    calls = {"reference": prefill.by_reference, "compiled": torch.compile(lambda **named: eager(**named))}
+    call = calls.get(implementation, eager)
+    assert all(map(torch.equal, call(**long), call(**inputs)))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_opcheck(dtype: str, strided: bool) -> None:
@@ -139,13 +150,14 @@ BAD = [
     ({"k": GOOD["k"][..., :23]}, "k", "d_qk 24, as q"),
     ({"v": GOOD["v"][:10]}, "v", "11 tokens, as k"),
     ({"v": GOOD["v"].transpose(1, 2).contiguous().transpose(1, 2)}, "v", "a contiguous last dimension"),
-    ({"cu_seqlens_q": GOOD["cu_seqlens_q"].long()}, "cu_seqlens_q", "int32"),
+    ({"cu_seqlens_q": GOOD["cu_seqlens_q"].short()}, "cu_seqlens_q", "int32 or int64"),
     ({"cu_seqlens_k": GOOD["cu_seqlens_k"][:2]}, "cu_seqlens_k", "3 elements, as cu_seqlens_q"),
 ]
 BAD_VALUES = [
     ("cu_seqlens_q", [1, 4, 7], "0 at [0]", "1"),
     ("cu_seqlens_q", [0, 8, 7], "at least 8 at [2]", "7"),
     ("cu_seqlens_k", [0, 6, 10], "11 at [2], the number of tokens", "10"),
+    ("cu_seqlens_k", [0, 6, 2**32 + 11], "values that int32 holds", f"{2**32 + 11} at [2]"),
 ]
 
 
@@ -166,6 +178,6 @@ def test_bad_bounds_are_named(
 ) -> None:
     call = torch.ops.flashmla.prefill if implementation == "kernel" else prefill.by_reference
     with pytest.raises(RuntimeError) as raised:
-        call(**GOOD | {argument: torch.tensor(bounds, dtype=torch.int32)})
+        call(**GOOD | {argument: torch.tensor(bounds)})
     error = from_message(str(raised.value))
     assert (error.argument, error.expected, error.actual) == (argument, expected, actual)

@@ -34,10 +34,6 @@ struct Arguments {
 
 void check_arguments(const Arguments& a) {
   const Check check{kOp};
-  check.gradient("q", a.q);
-  check.gradient("kv_cache", a.kv_cache);
-  if (a.k_cache) check.gradient("k_cache", *a.k_cache);
-  check.gradient("mask", a.mask);
   check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
   check.floating("q", a.q);
   if (a.s_q() < 1) check.fail("q", "at least 1 query token (s_q)", text(a.s_q()));

@@ -52,6 +52,19 @@ void decode_out(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k
   check.on_cpu("lse", lse);
   check.shape("lse", lse, {q.size(0), q.size(2), q.size(1)});
   check.contiguous_rows("out", out);
+  const auto apart = [&](const char* name, const Tensor& tensor, const Tensor* other) {
+    check.apart(name, tensor,
+                {{"q", &q},
+                 {"kv_cache", &kv_cache},
+                 {"k_cache", given(k_cache)},
+                 {"block_table", &block_table},
+                 {"cache_seqlens", &cache_seqlens},
+                 {"schedule", given(schedule)},
+                 {"attn_sink", given(attn_sink)},
+                 {"out", other}});
+  };
+  apart("out", out, nullptr);
+  apart("lse", lse, &out);
   run_decode(a, out, lse);
 }
 
@@ -74,14 +87,32 @@ Tensor decode_schedule(const Tensor& cache_seqlens, int64_t s_q, int64_t h_q, in
   return schedule;
 }
 
+// cu_seqlens as the C interface takes them: int64 ones are converted.
+struct Boundaries {
+  std::vector<int32_t> converted;
+  const int32_t* data;
+  int64_t stride;
+
+  Boundaries(const Check& check, const char* name, const Tensor& tensor) {
+    if (tensor.scalar_type() == ScalarType::Int) {
+      data = tensor.const_data_ptr<int32_t>(), stride = tensor.stride(0);
+      return;
+    }
+    const int64_t* given = tensor.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tensor.size(0); i++) {
+      const int64_t value = given[i * tensor.stride(0)];
+      if (value != int32_t(value)) check.fail(name, "values that int32 holds", text(value, " at [", i, "]"));
+      converted.push_back(int32_t(value));
+    }
+    data = converted.data(), stride = 1;
+  }
+};
+
 std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                                    const Tensor& cu_seqlens_k, bool causal, std::optional<double> softmax_scale,
                                    int64_t levels) {
   const Check check{"prefill"};
   check_levels(check, levels);
-  check.gradient("q", q);
-  check.gradient("k", k);
-  check.gradient("v", v);
   check.dims("q", q, 3, "[t_q, h_q, d_qk]");
   check.floating("q", q);
   if (q.size(2) < 1) check.fail("q", "d_qk of at least 1", text(q.size(2)));
@@ -103,13 +134,16 @@ std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tenso
   for (const auto& [name, tensor] :
        {std::pair{"cu_seqlens_q", &cu_seqlens_q}, std::pair{"cu_seqlens_k", &cu_seqlens_k}}) {
     check.dims(name, *tensor, 1, "[b + 1]");
-    check.dtype(name, *tensor, ScalarType::Int);
+    if (tensor->scalar_type() != ScalarType::Int && tensor->scalar_type() != ScalarType::Long) {
+      check.fail(name, "int32 or int64", name_of(tensor->scalar_type()));
+    }
     check.on_cpu(name, *tensor);
     if (tensor->size(0) < 1) check.fail(name, "at least 1 element", text(tensor->size(0)));
   }
   if (cu_seqlens_k.size(0) != cu_seqlens_q.size(0)) {
     check.fail("cu_seqlens_k", text(cu_seqlens_q.size(0), " elements, as cu_seqlens_q"), text(cu_seqlens_k.size(0)));
   }
+  const Boundaries bounds_q(check, "cu_seqlens_q", cu_seqlens_q), bounds_k(check, "cu_seqlens_k", cu_seqlens_k);
 
   const Tensor out = new_tensor({q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   const Tensor lse = new_tensor({q.size(1), q.size(0)}, ScalarType::Float);
@@ -121,8 +155,8 @@ std::tuple<Tensor, Tensor> prefill(const Tensor& q, const Tensor& k, const Tenso
   call.q = q.const_data_ptr(), call.k = k.const_data_ptr(), call.v = v.const_data_ptr();
   for (int i = 0; i < 3; i++) call.q_stride[i] = q.stride(i);
   for (int i = 0; i < 2; i++) call.k_stride[i] = k.stride(i), call.v_stride[i] = v.stride(i);
-  call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>(), call.cu_seqlens_q_stride = cu_seqlens_q.stride(0);
-  call.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>(), call.cu_seqlens_k_stride = cu_seqlens_k.stride(0);
+  call.cu_seqlens_q = bounds_q.data, call.cu_seqlens_q_stride = bounds_q.stride;
+  call.cu_seqlens_k = bounds_k.data, call.cu_seqlens_k_stride = bounds_k.stride;
   call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
@@ -146,8 +180,6 @@ void check_rows(const Check& check, const char* name, const Tensor& rows, const 
 void check_append(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping, const char* cache_name,
                   const char* rows_name) {
   const Check check{"append_"};
-  check.gradient(cache_name, cache);
-  check.gradient(rows_name, rows);
   check.dims(cache_name, cache, 4, "[n_pages, page_size, h_kv, d]");
   check.floating(cache_name, cache);
   check.contiguous_rows(cache_name, cache);
@@ -157,6 +189,7 @@ void check_append(const Tensor& cache, const Tensor& rows, const Tensor& slot_ma
   check.on_cpu(rows_name, rows);
   check_rows(check, rows_name, rows, cache, cache_name, cache.size(3), text(" elements, as ", cache_name),
              slot_mapping);
+  check.apart(cache_name, cache, {{rows_name, &rows}, {"slot_mapping", &slot_mapping}});
 }
 
 FlashmlaAppend append_of(const Tensor& cache, const Tensor& rows) {
@@ -185,7 +218,6 @@ void run_append(const FlashmlaAppend (&tensors)[N], const Tensor& slots) {
 // As check_append, of a cache of bytes and rows of floating-point numbers.
 void check_append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping) {
   const Check check{"append_"};
-  check.gradient("rows", rows);
   check.dims("kv_cache", cache, 4, "[n_pages, page_size, h_kv, d]");
   if (cache.scalar_type() != ScalarType::Byte && cache.scalar_type() != ScalarType::Float8_e4m3fn) {
     check.fail("kv_cache", "uint8 or float8_e4m3fn", name_of(cache.scalar_type()));
@@ -198,6 +230,7 @@ void check_append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor&
   check.floating("rows", rows);
   check.on_cpu("rows", rows);
   check_rows(check, "rows", rows, cache, "kv_cache", kFp8V32Elements, " elements", slot_mapping);
+  check.apart("kv_cache", cache, {{"rows", &rows}, {"slot_mapping", &slot_mapping}});
 }
 
 void append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slots) {
@@ -227,7 +260,10 @@ void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping, std
 void append_two(Tensor kv_cache, Tensor k_cache, const Tensor& rows, const Tensor& k_rows, const Tensor& slot_mapping) {
   check_append(kv_cache, rows, slot_mapping, "kv_cache", "rows");
   check_append(k_cache, k_rows, slot_mapping, "k_cache", "k_rows");
-  Check{"append_"}.same_pages(kv_cache, k_cache, 2);
+  const Check check{"append_"};
+  check.same_pages(kv_cache, k_cache, 2);
+  check.apart("kv_cache", kv_cache, {{"k_rows", &k_rows}});
+  check.apart("k_cache", k_cache, {{"rows", &rows}, {"kv_cache", &kv_cache}});
   run_append({append_of(kv_cache, rows), append_of(k_cache, k_rows)}, slot_mapping);
 }
 
@@ -253,8 +289,6 @@ std::tuple<Tensor, Tensor> merge_states(std::vector<Tensor> outs, std::vector<Te
   out_data.reserve(parts), lse_data.reserve(parts), out_strides.reserve(4 * parts), lse_strides.reserve(3 * parts);
   for (size_t i = 0; i < parts; i++) {
     const Check part{"merge_states", int64_t(i)};
-    part.gradient("outs", outs[i]);
-    part.gradient("lses", lses[i]);
     part.dtype("outs", outs[i], outs[0].scalar_type());
     part.dtype("lses", lses[i], ScalarType::Float);
     part.on_cpu("outs", outs[i]);

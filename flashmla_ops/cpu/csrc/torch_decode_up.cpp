@@ -11,7 +11,6 @@ constexpr const char* kOp = "decode_up";
 
 void check_weight(const DecodeArguments& a, const Tensor& weight) {
   const Check check{kOp};
-  check.gradient("weight", weight);
   check.dims("weight", weight, 3, "[h_q, d_v, d_up]");
   check.dtype("weight", weight, a.q.scalar_type());
   check.on_cpu("weight", weight);

@@ -34,11 +34,6 @@ void check_row_vector(const Check& check, const char* name, const Tensor& tensor
 // The shape of out.
 std::vector<int64_t> check_gemm(const GemmArguments& g) {
   const Check check{"gemm"};
-  check.gradient("a", g.a);
-  check.gradient("weight", g.weight);
-  if (g.bias) check.gradient("bias", *g.bias);
-  if (g.residual) check.gradient("residual", *g.residual);
-  if (g.weight_scale) check.gradient("weight_scale", *g.weight_scale);
   const bool gated = activation_of(check, g.activation) == FLASHMLA_SILU_MUL;
   if (g.a.dim() < 1) check.fail("a", "shape [..., k]", "0 dimensions");
   check.floating("a", g.a);
@@ -52,8 +47,7 @@ std::vector<int64_t> check_gemm(const GemmArguments& g) {
   check.on_cpu("weight", g.weight);
   if (!panels) check.contiguous_rows("weight", g.weight);
   if (panels && (g.weight.size(2) != FLASHMLA_PANEL || !g.weight.is_contiguous())) {
-    const std::string strides = text("[", g.weight.stride(0), ", ", g.weight.stride(1), ", ", g.weight.stride(2), "]");
-    check.fail("weight", "contiguous [n / 16, k, 16]", text(shape_of(g.weight), ", strides ", strides));
+    check.fail("weight", "contiguous [n / 16, k, 16]", text(shape_of(g.weight), ", strides ", strides_of(g.weight)));
   }
   const int64_t rows = g.weight.size(0) * (panels ? FLASHMLA_PANEL : 1), k = g.weight.size(1);
   if (g.a.size(-1) != k) check.fail("a", text("rows of ", k, " elements, as weight"), text(g.a.size(-1)));
@@ -97,11 +91,17 @@ struct Rows {
   }
 };
 
-void check_out(const Check& check, const Tensor& out, ScalarType type, const std::vector<int64_t>& shape) {
+void check_out(const Check& check, const Tensor& out, ScalarType type, const std::vector<int64_t>& shape,
+               std::initializer_list<std::pair<const char*, const Tensor*>> inputs) {
   check.dtype("out", out, type);
   check.on_cpu("out", out);
   check.shape("out", out, shape);
-  check.gradient("out", out);
+  check.apart("out", out, inputs);
+}
+
+// Whether the two are one: each element of `a` is read before it is written in its place.
+bool same_elements(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && shape_of(a) == shape_of(b) && strides_of(a) == strides_of(b);
 }
 
 // Whether rows of n contiguous elements, all one stride apart, are written where `out` lies.
@@ -159,7 +159,13 @@ void gemm_out(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias,
               Tensor out) {
   const GemmArguments g{a, weight, bias, residual, weight_scale, activation, out_dtype.value_or(a.scalar_type())};
   const std::vector<int64_t> shape = check_gemm(g);
-  check_out(Check{"gemm"}, out, g.out_dtype, shape);
+  const Tensor* added = residual && !same_elements(out, *residual) ? &*residual : nullptr;
+  check_out(Check{"gemm"}, out, g.out_dtype, shape,
+            {{"a", &a},
+             {"weight", &weight},
+             {"bias", given(bias)},
+             {"residual", added},
+             {"weight_scale", given(weight_scale)}});
   const Tensor result = gemm_in(g, shape, has_rows(out, shape.back()) ? out : new_tensor(shape, g.out_dtype));
   if (result.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(out, result);
 }
@@ -167,8 +173,6 @@ void gemm_out(const Tensor& a, const Tensor& weight, std::optional<Tensor> bias,
 // The shape of out.
 std::vector<int64_t> check_bmm(const Tensor& a, const Tensor& weight) {
   const Check check{"bmm"};
-  check.gradient("a", a);
-  check.gradient("weight", weight);
   check.dims("a", a, 3, "[batch, m, k]");
   check.floating("a", a);
   check.dims("weight", weight, 3, "[batch, k, n]");
@@ -211,7 +215,7 @@ Tensor bmm(const Tensor& a, const Tensor& weight) {
 
 void bmm_out(const Tensor& a, const Tensor& weight, Tensor out) {
   const std::vector<int64_t> shape = check_bmm(a, weight);
-  check_out(Check{"bmm"}, out, a.scalar_type(), shape);
+  check_out(Check{"bmm"}, out, a.scalar_type(), shape, {{"a", &a}, {"weight", &weight}});
   const bool in_place = out.stride(2) == 1 || shape[2] == 1;
   const Tensor result = bmm_in(a, weight, in_place ? out : new_tensor(shape, a.scalar_type()));
   if (result.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(out, result);

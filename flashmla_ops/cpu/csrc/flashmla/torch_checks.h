@@ -7,14 +7,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flashmla/interface.h"
-#include "flashmla/requires_grad.h"
+#include "flashmla/overlap.h"
 
 namespace flashmla {
 
@@ -59,12 +61,25 @@ std::string text(const Parts&... parts) {
   return stream.str();
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+template <class Of>
+std::string listed(int64_t n, Of of) {
   std::ostringstream stream;
-  for (int64_t i = 0; i < tensor.dim(); i++) stream << (i ? ", " : "[") << tensor.size(i);
-  stream << (tensor.dim() ? "]" : "[]");
+  for (int64_t i = 0; i < n; i++) stream << (i ? ", " : "[") << of(i);
+  stream << (n ? "]" : "[]");
   return stream.str();
 }
+
+inline std::string shape_of(const Tensor& tensor) {
+  return listed(tensor.dim(), [&](int64_t i) { return tensor.size(i); });
+}
+
+inline std::string strides_of(const Tensor& tensor) {
+  return listed(tensor.dim(), [&](int64_t i) { return tensor.stride(i); });
+}
+
+inline const Tensor* given(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+inline Extent extent_of(const Tensor& tensor) { return Extent(tensor, int64_t(tensor.element_size())); }
 
 // Checks of one operator's arguments, or of element `index` of its lists. Messages are built only when a check fails.
 struct Check {
@@ -75,13 +90,6 @@ struct Check {
   [[noreturn]] void fail(const char* argument, const std::string& expected, const std::string& actual) const {
     throw std::runtime_error(
         text("flashmla::", op, ": argument '", name(argument), "': expected ", expected, ", got ", actual));
-  }
-  void gradient(const char* argument, const Tensor& tensor) const {
-    if (aoti_torch_grad_mode_is_enabled() && flashmla_requires_grad(tensor.get())) {
-      throw std::runtime_error(text("flashmla::", op, ": argument '", name(argument),
-                                    "' requires a gradient, but the operator has no backward; call it under "
-                                    "torch.no_grad() or detach the argument"));
-    }
   }
   void dims(const char* argument, const Tensor& tensor, int64_t n, const char* shape) const {
     if (tensor.dim() != n) fail(argument, text("shape ", shape), text(tensor.dim(), " dimensions"));
@@ -101,6 +109,18 @@ struct Check {
       fail(argument, "a contiguous last dimension", text("stride ", tensor.stride(-1)));
     }
   }
+  // Of a tensor that is written: that it does not overlap itself, nor any of the others.
+  void apart(const char* argument, const Tensor& tensor,
+             std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
+    const Extent written = extent_of(tensor);
+    if (!tensor.is_contiguous() && overlaps_itself(written)) {
+      fail(argument, "elements that share no memory",
+           text("sizes ", shape_of(tensor), ", strides ", strides_of(tensor)));
+    }
+    for (const auto& [name, other] : others) {
+      if (other && overlap(written, extent_of(*other))) fail(argument, text("memory apart from ", name), "an overlap");
+    }
+  }
   void size(const char* argument, const Tensor& tensor, int64_t dim, int64_t wanted, const char* rest) const {
     if (tensor.size(dim) != wanted) fail(argument, text(wanted, rest), text(tensor.size(dim)));
   }
@@ -115,9 +135,8 @@ struct Check {
     bool same = tensor.dim() == int64_t(wanted.size());
     for (size_t i = 0; same && i < wanted.size(); i++) same = tensor.size(int64_t(i)) == wanted[i];
     if (same) return;
-    std::ostringstream expected;
-    for (size_t i = 0; i < wanted.size(); i++) expected << (i ? ", " : "shape [") << wanted[i];
-    fail(argument, expected.str() + "]", shape_of(tensor));
+    const auto expected = listed(int64_t(wanted.size()), [&](int64_t i) { return wanted[size_t(i)]; });
+    fail(argument, "shape " + expected, shape_of(tensor));
   }
 };
 

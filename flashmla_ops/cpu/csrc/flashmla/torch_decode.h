@@ -32,10 +32,6 @@ inline void check_levels(const Check& check, int64_t levels) {
 // Raise on a bad argument of `op`, a decode.
 inline void check_decode(const char* op, const DecodeArguments& a) {
   const Check check{op};
-  check.gradient("q", a.q);
-  check.gradient("kv_cache", a.kv_cache);
-  if (a.k_cache) check.gradient("k_cache", *a.k_cache);
-  if (a.attn_sink) check.gradient("attn_sink", *a.attn_sink);
   check_levels(check, a.levels);
   if (a.levels < 3 && a.schedule) check.fail("schedule", "None below level 3, where no sequence is cut", "a tensor");
   if (a.row_format != "native") check.fail("row_format", "one of native", a.row_format);

@@ -1,0 +1,82 @@
+"""What autograd is told of our operators, for all of them in one place: the kernels at two of torch's dispatch keys.
+
+At the Autograd key an operator without a backward refuses a gradient. Nowhere below would do: under `torch.func` and
+`torch.autograd.forward_ad` kernels see plain tensors, without the wrapper or the tangent that asks for a derivative,
+and the derivative of what they return would be zero. At the ADInplaceOrView key the version of every tensor that an
+operator writes to goes up, which is how a backward learns that a tensor saved for it has changed.
+
+Every call passes here, so both are C++ (`cpu/csrc/autograd.cpp`) where that could be compiled. `complete` registers the
+same in Python for operators that have no such kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashmla_ops.errors import NotDifferentiableError
+
+
+def raise_refusal(op: str, argument: str) -> None:
+    """The implementation of ``flashmla::_refuse_gradient``, by which C++ raises an exception of Python's."""
+    raise NotDifferentiableError(op, argument)
+
+
+def complete(library: torch.library.Library, operators: list[torch._ops.OpOverload]) -> None:
+    """Register the kernels of both keys for those of ``operators`` that have none yet."""
+    for op in operators:
+        name = op.name()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"):
+            library.impl(name, _autograd(op), "Autograd", with_keyset=True)
+        mutable = op._schema.is_mutable
+        if mutable and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "ADInplaceOrView"):
+            library.impl(name, _mutation(op), "ADInplaceOrView", with_keyset=True)
+
+
+def _autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    name = op._schema.name.removeprefix("flashmla::")
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        for argument, tensor in _tensors(op, args, kwargs):
+            if _differentiated(tensor):
+                raise NotDifferentiableError(name, argument)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
+
+
+def _mutation(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    written = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        mutated = [tensor for name, tensor in _tensors(op, args, kwargs) if name in written]
+        # Outside inference mode an inference tensor has no version and refuses, and nothing must have been written.
+        torch.autograd.graph.increment_version([tensor for tensor in mutated if tensor.is_inference()])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        torch.autograd.graph.increment_version([tensor for tensor in mutated if not tensor.is_inference()])
+        return result
+
+    return kernel
+
+
+def _differentiated(tensor: Tensor) -> bool:
+    """Whether a gradient could be asked for, or the tensor is a dual number with a tangent."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a call with their names, which are ``outs[1]`` in a list."""
+    named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            yield from ((f"{name}[{i}]", x) for i, x in enumerate(value) if isinstance(x, Tensor))
