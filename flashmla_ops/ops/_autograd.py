@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashmla_ops.errors import NotDifferentiableError
+from flashmla_ops.errors import FlashMLAError, NotDifferentiableError
 
 
 def raise_refusal(op: str, argument: str) -> None:
@@ -55,8 +55,9 @@ def _mutation(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         mutated = [tensor for name, tensor in _tensors(op, args, kwargs) if name in written]
-        # Outside inference mode an inference tensor has no version and refuses, and nothing must have been written.
-        torch.autograd.graph.increment_version([tensor for tensor in mutated if tensor.is_inference()])
+        if any(tensor.is_inference() for tensor in mutated) and not torch.is_inference_mode_enabled():
+            # In torch's words: such a tensor has no version that could be counted.
+            raise FlashMLAError("Inplace update to inference tensor outside InferenceMode is not allowed.")
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
         torch.autograd.graph.increment_version([tensor for tensor in mutated if not tensor.is_inference()])

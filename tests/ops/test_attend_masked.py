@@ -217,7 +217,6 @@ WRONG: dict[str, dict[str, Any]] = {
     "mask-dtype": {"mask": torch.ones(2, 1, 3, 20, dtype=torch.int64)},
     "mask-size": {"mask": torch.ones(2, 1, 3, 19, dtype=torch.bool)},
     "mask-heads": {"mask": torch.ones(2, 2, 3, 20, dtype=torch.bool)},
-    "gradient": {"q": torch.zeros(2, 3, 4, 16, requires_grad=True)},
 }
 
 
