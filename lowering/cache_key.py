@@ -1,8 +1,9 @@
 """What compiled code depends on besides the graph, as part of every cache key of torch.compile.
 
 Inductor's caches know the graph, the configuration and torch's own sources. They do not know lowerings: with a changed
-lowering they would return the old kernel. So a hash of our sources and the settings in force are appended to
-``torch.compiler.config.cache_key_tag``, and whatever stands in it stays there.
+lowering they would return the old kernel. So a hash of our sources, the instruction set that the library runs, and
+generated kernels with it, and the settings in force are appended to ``torch.compiler.config.cache_key_tag``, and
+whatever stands in it stays there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from flashmla_ops import cpu
 from flashmla_ops.cpu import build
 
 SOURCES = Path(__file__).parent
@@ -30,6 +32,6 @@ def source_hash() -> str:
 
 def extended_tag(tag: str, settings: object) -> str:
     """``tag`` with our part appended, once however often it is asked for."""
-    ours = f"flashmla-{source_hash()}-{settings}"
+    ours = f"flashmla-{source_hash()}-{cpu.STATE.active}-{settings}"
     parts = [part for part in tag.split("+") if part and part != ours]
     return "+".join([*parts, ours])

@@ -15,6 +15,7 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 
+from flashmla_ops import cpu
 from lowering import choose
 from lowering.session import session
 from lowering.templates.decode import ELEMENTS, Arguments, DecodeTemplate
@@ -85,6 +86,8 @@ def why_not(q: TensorBox, d_v: Any, qk_start: Any, row_format: str, levels: int)
         return f"rows of format {row_format!r} and type {q.get_dtype()}"
     if levels != 3:
         return f"levels {levels}, the template has 3"
+    if cpu.STATE.active == cpu.REFERENCE:
+        return f"the reference runs here: {cpu.STATE.reason}"
     if lse_is_used(V.graph.current_node):
         return "the LSE is used, and a template has one result"
     return ""

@@ -2,12 +2,12 @@
 // for, with one element type, and with a function that is called for each finished row.
 #pragma once
 
+#include "flashmla/isa/emulated.h"
 #if defined(__AVX512F__)
 #include "flashmla/isa/avx512.h"
-#elif defined(__AVX2__)
+#endif
+#if defined(__AVX2__)
 #include "flashmla/isa/avx2.h"
-#else
-#include "flashmla/isa/emulated.h"
 #endif
 
 #include <omp.h>
@@ -21,9 +21,14 @@
 namespace flashmla::FLASHMLA_ISA {
 namespace {
 
-#if defined(__AVX512BF16__) && !defined(FLASHMLA_WIDEN_BF16)
+// FLASHMLA_ON_<name> names the kernels that the library runs here; the flags may allow for more.
+#if defined(FLASHMLA_ON_emulated)
+using Isa = Emulated;
+#elif defined(FLASHMLA_ON_generic)
+using Isa = Portable<4, false>;
+#elif defined(__AVX512BF16__) && defined(FLASHMLA_ON_avx512_bf16)
 using Isa = Avx512<true>;
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && !defined(FLASHMLA_ON_avx2)
 using Isa = Avx512<false>;
 #elif defined(__AVX2__)
 using Isa = Avx2;
@@ -40,11 +45,12 @@ public:
 
   // Throws std::runtime_error with the operator's message.
   void run(const int32_t* schedule, int64_t schedule_numel) const {
-    const Kernels kernels{.name = "generated",
-                          .accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
-                          .scratch_bytes = attention_scratch<Isa, T>,
-                          .attend = attend_tokens<Isa, T>,
-                          .finish = finish};
+    const AttentionKernels attention{.accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
+                                     .scratch_bytes = attention_scratch<Isa, T>,
+                                     .attend = attend_tokens<Isa, T>,
+                                     .finish = finish,
+                                     .merge = nullptr};
+    const Kernels kernels{attention, {}, "generated"};
     char message[FLASHMLA_MESSAGE];
     const FlashmlaRuntime runtime{omp_get_max_threads(), parallel};
     if (decode(kernels, call_, schedule, schedule_numel, runtime, message)) throw std::runtime_error(message);

@@ -135,7 +135,7 @@ class DecodeTemplate(CppTemplate):
                 self._template_from_string(TEMPLATE).render(
                     template=self,
                     kernel=kernel,
-                    target=isa_pragma(),
+                    target=instruction_set(),
                     headers=header("decode.h"),
                     inputs={name: node for name, node in inputs.items() if node is not None},
                     aliases=plan.aliases,
@@ -162,16 +162,16 @@ class DecodeTemplate(CppTemplate):
             )
 
 
-def isa_pragma() -> str:
-    """Products of bf16 pairs exactly where the library uses them.
+def instruction_set() -> str:
+    """The kernels that the library runs here, ``FLASHMLA_CPU`` obeyed, as far as Inductor compiles for them.
 
-    ``-march=native`` of an older compiler leaves them out although the processor has them; and some have them, but are
-    faster without.
+    ``-march=native`` of an older compiler leaves products of bf16 pairs out although the processor has them.
     """
-    if "avx512" not in str(cpu_vec_isa.pick_vec_isa()) or not torch.cpu._is_avx512_bf16_supported():
-        return ""
-    pairs = next((name for name, usable in cpu.STATE.isas.items() if usable), "") == "avx512_bf16"
-    return '#pragma GCC target("avx512bf16")' if pairs else "#define FLASHMLA_WIDEN_BF16"
+    active = cpu.STATE.active
+    chosen = f"#define FLASHMLA_ON_{active}"
+    if active == "avx512_bf16" and "avx512" in str(cpu_vec_isa.pick_vec_isa()):
+        return f'{chosen}\n#pragma GCC target("avx512bf16")'
+    return chosen
 
 
 @dataclass

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import lowering
-from lowering import versions
+from flashmla_ops import cpu
+from lowering import Settings, cache_key, versions
 from tests.lowering.compiled import Compiled
 from tests.strategies import DTYPES
 from tests.support.cases import DecodeCase, build
@@ -126,6 +127,27 @@ def test_every_argument_reaches_the_kernel(dtype: str) -> None:
     assert [step.kind for step in compiled.program.steps] == ["kernel"] * (
         len(CASES) + 1
     )  # a strided schedule is copied
+
+
+@pytest.mark.parametrize(
+    "isa", ["avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generic", "emulated", "avx512"))]
+)
+def test_a_chosen_instruction_set_reaches_the_kernel(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.STATE.isas.get(isa):
+        pytest.skip(f"this processor does not run {isa}")
+    monkeypatch.setattr(cpu.STATE, "active", isa)
+    compiled, inputs = Compiled(decode_then(gate_residual_cast), TEMPLATE), step_arguments(CASE)
+    expected = decode_then(gate_residual_cast)(*inputs)  # by kernels that may round products of bf16 otherwise
+    torch.testing.assert_close(compiled(*inputs), expected, atol=2e-2, rtol=2e-2)
+    assert f"#define FLASHMLA_ON_{isa}\n" in compiled.sources[0]
+    assert cache_key.extended_tag("", Settings()).split("-")[2] == isa
+
+
+def test_the_reference_is_not_replaced_by_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.STATE, "active", cpu.REFERENCE)
+    compiled = Compiled(decode_then(gate_residual_cast), TEMPLATE)
+    compiled(*step_arguments(CASE))
+    assert "flashmla.decode.default" in [step.name for step in compiled.program.steps]
 
 
 def test_errors_are_those_of_the_operator() -> None:
