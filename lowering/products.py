@@ -163,6 +163,8 @@ def lower_cat(tensors: list[TensorBox], dim: int = 0) -> TensorBox | None:
     if not places:
         return None
 
+    placed = False
+
     class Concat(ir.ConcatKernel):
         @classmethod
         def realize_into(cls, src: Any, dst: Any, *aliasing: Any, **named: Any) -> Any:
@@ -172,11 +174,14 @@ def lower_cat(tensors: list[TensorBox], dim: int = 0) -> TensorBox | None:
             layout = None if place is None else place.layout(wanted)
             if place is None or layout is None:
                 return super().realize_into(src, dst, *aliasing, **named)
+            nonlocal placed
+            placed = True
             place.product.layout = ir.NonOwningLayout(ir.ReinterpretView(data=storage, layout=layout))
             return place.product
 
     out = TensorBox(Concat.create(tensors, dim % len(tensors[0].get_size())))
-    current.lowered.rewrote(PATTERN, node)
+    if placed:
+        current.lowered.rewrote(PATTERN, node)
     return out
 
 
