@@ -52,10 +52,12 @@ class StepInputs:
 
     def step(self, forward: Callable[..., Any], cache: Any, undo: Callable[[], object]) -> Bound:
         """A step of a token a sequence that forgets it again: every call finds the cache as it was. Returns logits."""
+        from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
+
         token, position = torch.full((self.case.b, 1), 5), torch.full((self.case.b, 1), self.case.s_kv)
 
         def step() -> Tensor:
-            logits: Tensor = forward(token, past_key_values=cache, position_ids=position).logits
+            logits: Tensor = forward(token, position_ids=position, **{CACHE_ARGUMENT: cache}).logits
             undo()
             return logits
 

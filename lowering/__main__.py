@@ -34,14 +34,16 @@ def decode_step() -> Explanation:
     """A step of two sequences on transformers' static cache of 256 tokens, by a model that is not changed."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, StaticCache
 
+    from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
+
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES)).eval()
     cache = StaticCache(config=model.config, max_cache_len=256)
     with torch.no_grad():
-        model(torch.arange(20).view(2, 10), past_key_values=cache)
+        model(torch.arange(20).view(2, 10), **{CACHE_ARGUMENT: cache})
 
     def step(ids: Tensor, past: Any) -> Tensor:
-        logits: Tensor = model(ids, past_key_values=past).logits
+        logits: Tensor = model(ids, **{CACHE_ARGUMENT: past}).logits
         return logits
 
     return explain(step, torch.tensor([[3], [5]]), cache)

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
+
 PAD, VOCABULARY = 0, 256
 
 COMMON: dict[str, Any] = {
@@ -74,6 +76,11 @@ def tiny_model(model_type: str = "deepseek_v3", *, moe: bool = False, **changes:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.12)
     return model.eval()
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """The argument with which this transformers takes a cache."""
+    return {CACHE_ARGUMENT: cache}
 
 
 def tokens(b: int, length: int, seed: int = 0) -> Tensor:

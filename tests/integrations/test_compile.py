@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from flashmla_ops.integrations.transformers import StaticPagedLatentCache, enable
-from tests.integrations.models import left_padded, tiny_model, tokens
+from tests.integrations.models import cached, left_padded, tiny_model, tokens
 from tests.integrations.test_generate import generate
 
 CAPACITY, PROMPT, STEPS = 512, 20, 10
@@ -45,15 +45,15 @@ def compile_and_compare(
     eager, absorbed = (tiny_model(model_type, **changes) for _ in range(2))
     enable(absorbed)
     ours, theirs = new_cache(absorbed), CACHES["contiguous"](eager)
-    absorbed(tokens(2, PROMPT), past_key_values=ours)
-    eager(tokens(2, PROMPT), past_key_values=theirs)
+    absorbed(tokens(2, PROMPT), **cached(ours))
+    eager(tokens(2, PROMPT), **cached(theirs))
     compiled = torch.compile(absorbed.forward, fullgraph=True, backend=backend)
     counters.clear()
-    logits, code = run_and_get_code(lambda: compiled(**step_inputs(0), past_key_values=ours).logits)
+    logits, code = run_and_get_code(lambda: compiled(**step_inputs(0), **cached(ours)).logits)
     for i in range(STEPS):
         if i > 0:
-            logits = compiled(**step_inputs(i), past_key_values=ours).logits
-        expected = eager(**step_inputs(i), past_key_values=theirs).logits
+            logits = compiled(**step_inputs(i), **cached(ours)).logits
+        expected = eager(**step_inputs(i), **cached(theirs)).logits
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     layer = ours.layers[0]
     return code, (layer.slab if hasattr(layer, "slab") else layer.values).numel()
@@ -89,7 +89,7 @@ def test_generate_compiles_its_decode_step_once(cache: str, lengths: list[int]) 
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True
     inputs = left_padded(lengths)
-    out = generate(absorbed, inputs, past_key_values=CACHES[cache](absorbed), compile_config=config)
+    out = generate(absorbed, inputs, **cached(CACHES[cache](absorbed)), compile_config=config)
     assert torch.equal(out, generate(eager, inputs))
     assert counters["stats"]["unique_graphs"] == 1
 

@@ -36,7 +36,7 @@ from flashmla_ops.integrations.transformers import (
     uncompile,
 )
 from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
-from tests.integrations.models import left_padded, tiny_model, tokens
+from tests.integrations.models import cached, left_padded, tiny_model, tokens
 from tests.integrations.test_generate import generate
 
 
@@ -135,7 +135,7 @@ def test_a_cache_of_the_callers() -> None:
     expected = generate(model, inputs)
     compile(model, backend="aot_eager")
     for n, cache in enumerate((StaticCache(config=model.config, max_cache_len=64), StaticPagedLatentCache(model, 64))):
-        assert torch.equal(generate(model, inputs, **{CACHE_ARGUMENT: cache}), expected)
+        assert torch.equal(generate(model, inputs, **cached(cache)), expected)
         assert graphs() == n + 1
 
 
@@ -210,12 +210,12 @@ def test_uncompile_restores() -> None:
 def test_training_and_gradients_are_not_compiled() -> None:
     model = compile(tiny_llama(), backend="aot_eager")
     cache: Any = StaticCache(config=model.config, max_cache_len=16)
-    model(tokens(1, 3), **{CACHE_ARGUMENT: cache})
+    model(tokens(1, 3), **cached(cache))
     with torch.enable_grad():
-        logits: Tensor = model(tokens(1, 1), **{CACHE_ARGUMENT: cache}).logits
+        logits: Tensor = model(tokens(1, 1), **cached(cache)).logits
         logits.sum().backward()
     assert model.lm_head.weight.grad is not None
-    model.train()(tokens(1, 1), **{CACHE_ARGUMENT: cache})
+    model.train()(tokens(1, 1), **cached(cache))
     assert graphs() == 0
 
 

@@ -11,8 +11,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flashmla_ops.integrations.transformers import SUPPORTED_MODEL_TYPES, enable
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from tests.integrations.conftest import Pair
-from tests.integrations.models import left_padded, tiny_model, tokens
+from tests.integrations.models import cached, left_padded, tiny_model, tokens
 
 LENGTHS = [MAX_ABSORBED_QUERIES + 6, 33, 3]  # the prompt is expanded; the last is mostly padding
 
@@ -61,9 +62,9 @@ def test_assisted(pair: Pair) -> None:
 
 def test_several_turns_on_one_cache(pair: Pair) -> None:
     cache = DynamicCache(config=pair.absorbed.config)
-    first = generate(pair.absorbed, {"input_ids": tokens(1, 20)}, past_key_values=cache)
+    first = generate(pair.absorbed, {"input_ids": tokens(1, 20)}, **cached(cache))
     second = {"input_ids": torch.cat([first, tokens(1, 5, seed=1)], dim=1)}
-    assert torch.equal(generate(pair.absorbed, second, past_key_values=cache), generate(pair.eager, second))
+    assert torch.equal(generate(pair.absorbed, second, **cached(cache)), generate(pair.eager, second))
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
@@ -89,8 +90,8 @@ def test_other_dtypes_are_as_near_as_eager_attention(dtype: torch.dtype) -> None
     ids, past = tokens(2, 9), tokens(2, 30, seed=1)
 
     def logits(model: PreTrainedModel) -> Tensor:
-        cache = model(past, use_cache=True).past_key_values
-        out: Tensor = model(ids, past_key_values=cache).logits
+        cache = model(past, use_cache=True)[CACHE_ARGUMENT]
+        out: Tensor = model(ids, **cached(cache)).logits
         return out.double()
 
     truth = logits(exact)

@@ -14,13 +14,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers import ABSORBED_ATTENTION, disable, enable, is_enabled
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from flashmla_ops.nn.fast_linear import fast_linear
-from tests.integrations.models import left_padded, tiny_model, tokens
+from tests.integrations.models import cached, left_padded, tiny_model, tokens
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    cache = model(tokens(2, MAX_ABSORBED_QUERIES + 1), use_cache=True).past_key_values
-    out: torch.Tensor = model(tokens(2, 3, seed=1), past_key_values=cache).logits
+    cache = model(tokens(2, MAX_ABSORBED_QUERIES + 1), use_cache=True)[CACHE_ARGUMENT]
+    out: torch.Tensor = model(tokens(2, 3, seed=1), **cached(cache)).logits
     return out
 
 
@@ -50,10 +51,10 @@ def test_the_operator_reads_the_cache_in_place(static: bool, padded: bool) -> No
     enable(model)
     cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache(config=model.config)
     inputs = left_padded([20, 11 if padded else 20])
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **cached(cache))
     padding = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
     with mock.patch.object(torch.ops.flashmla, "decode_up", wraps=torch.ops.flashmla.decode_up) as decode:
-        model(tokens(2, 1), past_key_values=cache, attention_mask=padding)
+        model(tokens(2, 1), **cached(cache), attention_mask=padding)
     for call, layer in zip(decode.call_args_list, cache.layers, strict=True):
         for read, own in zip(call.args[1:3], (layer.keys, layer.values), strict=True):
             assert read.data_ptr() == own.data_ptr()

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, attention
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
 from tests.integrations.conftest import Pair
-from tests.integrations.models import left_padded, tokens
+from tests.integrations.models import cached, left_padded, tokens
 
 CAPACITY, LONG = 200, MAX_ABSORBED_QUERIES + 6
 CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
@@ -38,8 +38,8 @@ def test_logits_are_those_of_eager_attention(pair: Pair, cache: str, past: tuple
     for i, length in enumerate((*past, LONG)):
         ids = tokens(2, length, seed=i)
         with count_prefills() as prefill, mock.patch.object(attention, "prefill_with_prefix", in_chunks):
-            logits = pair.absorbed(ids, past_key_values=ours).logits
-        expected = pair.eager(ids, past_key_values=theirs).logits
+            logits = pair.absorbed(ids, **cached(ours)).logits
+        expected = pair.eager(ids, **cached(theirs)).logits
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     chunks = -(-2 * sum(past) // 13)
     assert prefill.call_count == len(ours.layers) * (1 + chunks)
@@ -58,12 +58,12 @@ def test_a_compiled_prefill_is_one_graph(pair: Pair, past: int) -> None:
     torch._dynamo.reset()
     cache, theirs = CACHES["static paged"](pair.absorbed), CACHES["dynamic"](pair.eager)
     if past:
-        pair.absorbed(tokens(2, past), past_key_values=cache)
-        pair.eager(tokens(2, past), past_key_values=theirs)
+        pair.absorbed(tokens(2, past), **cached(cache))
+        pair.eager(tokens(2, past), **cached(theirs))
     else:
         cache.reserve(2, torch.device("cpu"))
     compiled = torch.compile(pair.absorbed.forward, fullgraph=True, backend="eager")
     ids, positions = tokens(2, LONG, seed=1), torch.arange(past, past + LONG)[None]
-    logits = compiled(ids, past_key_values=cache, position_ids=positions).logits
-    expected = pair.eager(ids, past_key_values=theirs).logits
+    logits = compiled(ids, **cached(cache), position_ids=positions).logits
+    expected = pair.eager(ids, **cached(theirs)).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
