@@ -17,6 +17,7 @@ from lowering.figure import draw
 from lowering.passes import Decision
 from lowering.program import Program, read_programs
 from lowering.session import recording
+from lowering.undisturbed import undisturbed
 
 _names = itertools.count()
 
@@ -84,8 +85,9 @@ class _Watch:
 def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
     """Compile ``model`` for these inputs and say what became of it.
 
-    The model runs twice on deep copies of the inputs, under `torch.no_grad` and without torch's compilation caches; the
-    inputs and what the process has compiled stay as they are. ``options`` as for ``torch.compile(backend="flashmla")``.
+    The model runs twice on deep copies of the inputs and of its buffers, under `torch.no_grad` and without torch's
+    compilation caches; it, the inputs, the random numbers to come and what the process has compiled stay as they are.
+    ``options`` as for ``torch.compile(backend="flashmla")``.
     """
     before, _ = _compiled(model, args, kwargs, lambda g, x: versions.compile_fx(g, x, _inductor_only(options)))
     registration.install()
@@ -112,7 +114,7 @@ def _compiled(
     args, kwargs = copy.deepcopy((args, kwargs))
     missed, missed_bytes = ReinplaceCounters.get_total_missed(), ReinplaceCounters.get_total_missed_bytes()
     seen = dict(counters["graph_break"])
-    with versions.without_caches(), read_programs() as programs, torch.no_grad():
+    with undisturbed(model), versions.without_caches(), read_programs() as programs, torch.no_grad():
         torch.compile(_fresh(model), backend=watch)(*args, **kwargs)
     program = Program.joined(
         programs,

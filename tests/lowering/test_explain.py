@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 
@@ -120,3 +121,43 @@ def test_reading_a_generated_module() -> None:
     )
     assert program.buffers == (Buffer("buf0", "s0, 8", "float32"), Buffer("buf2", "1, 5", "bfloat16"))
     assert program.nbytes == 8 * 4 + 5 * 2
+
+
+class Counting(torch.nn.Module):
+    """State of every kind that a forward may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("cache", torch.zeros(2, 4), persistent=False)
+        self.row = self.cache[1]  # a view, and a plain attribute
+        self.total, self.last = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.cache[0] = x[0]
+        self.row.add_(1)
+        self.total += 1
+        self.last = x
+        return self.linear(torch.nn.functional.dropout(x + self.cache.sum(), 0.5))
+
+
+@pytest.mark.parametrize("form", ["module", "method", "function", "partial"])
+def test_a_model_stays_as_it_was(form: str) -> None:
+    model, x = Counting(), torch.ones(3, 4)
+    buffers, state = dict(model.named_buffers()), torch.random.get_rng_state()
+    forms = {
+        "module": model,
+        "method": model.forward,
+        "function": lambda x: model(x),
+        "partial": functools.partial(model, x),
+    }
+    lowering.explain(forms[form], *([] if form == "partial" else [x]))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (model.total, model.last) == (0, None)
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name]
+        assert (buffer == 0).all()
+    assert model.row.data_ptr() == model.cache[1].data_ptr()
