@@ -109,6 +109,27 @@ def test_a_written_cache_proves_its_length(s_q: int) -> None:
     assert check(written_cache, q, k, v, new, torch.tensor(5)) == ["decode"]
 
 
+CROPS: dict[str, Function] = {
+    "longer-than-all": lambda q, k, v: attentions.sdpa()(q, k[:, :, -12:], v[:, :, -12:]),
+    "begins-before-all": lambda q, k, v: attentions.sdpa()(q, k[:, :, -8:4], v[:, :, -8:4]),
+    "ends-behind-all": lambda q, k, v: attentions.sdpa()(q, k[:, :, 2:40], v[:, :, 2:40]),
+    "all-but-the-last": lambda q, k, v: attentions.sdpa()(q, k[:, :, -20:-1], v[:, :, -20:-1]),
+    "written": lambda q, k, v: attentions.sdpa()(q, torch.slice_scatter(k, q[:, :, :2], 2, -40, 2), v),
+}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_crops_beyond_the_keys(crop: str) -> None:
+    """Places count from the end, and are cut to the dimension, whatever its size is."""
+    function, compiled = CROPS[crop], Rewritten(CROPS[crop])
+    assert check(function, *inputs(3, 5)) == ["decode"]
+    assert check(function, *inputs(3, 9)) == ["decode"]
+    for s_kv in (5, 6, 9, 10):
+        q, k, v = inputs(3, s_kv)
+        dynamic_lengths(k, v)
+        assert_equal_to(compiled(q, k, v), function(q, k, v))
+
+
 @pytest.mark.parametrize("s_q", [1, 3, 70])
 def test_a_cache_has_no_position_before_its_first(s_q: int) -> None:
     """A query there sees no key. Rows of a negative position would be written at the end of the cache."""
