@@ -10,10 +10,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from flashmla_ops.nn.panel_weight import PanelWeight
 from flashmla_ops.panels import PANEL, from_panels, to_panels
 
 
-class FastLinear(nn.Linear):
+class _AsLinear(type):
+    """Of a class that takes the place of ``nn.Linear`` in tables of module classes too.
+
+    ``torch.ao.quantization.quantize_dynamic`` looks layers up by their exact class, and would pass ours over.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is nn.Linear
+
+    def __hash__(cls) -> int:
+        return hash(nn.Linear)
+
+
+class FastLinear(nn.Linear, metaclass=_AsLinear):
     """An ``nn.Linear`` whose forward is `flashmla::gemm`. Parameters, hooks and state_dict are those of the original.
 
     Where a gradient is required, or under autocast, it is the original: the operator has no backward.
@@ -23,31 +37,47 @@ class FastLinear(nn.Linear):
         weight = self._stored()
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         if needs_grad or torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype:
-            return super().forward(input)
+            return nn.functional.linear(input, self._rows(), self.bias)
         out: Tensor = torch.ops.flashmla.gemm(input, weight, self.bias)
         return out
 
     def _stored(self) -> Tensor:
         return self.weight
 
+    def _rows(self) -> Tensor:
+        return self.weight
+
 
 class PanelLinear(FastLinear):
     """A `FastLinear` whose weight is kept in panels, for inference: a buffer, which is no parameter.
 
-    state_dict is that of the original, and ``weight`` a copy in its shape, made at each access.
+    state_dict is that of the original, a copy. So is ``weight``, made at each access: it can be read, and replaced by
+    assignment, but whoever writes into it gets an `ArgumentError`.
     """
 
     panels: Tensor  # [out_features / 16, in_features, 16]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        rows = self._rows()
+        # A graph that is being traced reads shape and dtype of it at most: no tensor subclass need enter it.
+        return rows if torch.compiler.is_compiling() else rows.as_subclass(PanelWeight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            with _unpacked(self):
+                setattr(self, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+        else:
+            super().__setattr__(name, value)
+
+    def _rows(self) -> Tensor:
         return from_panels(self.panels)
 
     def _stored(self) -> Tensor:
         return self.panels
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self._rows()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -112,7 +142,7 @@ def _pack(layer: nn.Linear) -> None:
 
 
 def _unpack(layer: nn.Linear) -> None:
-    weight = layer.weight
+    weight = from_panels(layer.panels)  # type: ignore[arg-type]
     del layer._buffers["panels"]
     layer._non_persistent_buffers_set.discard("panels")
     layer.__class__ = FastLinear

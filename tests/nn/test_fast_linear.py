@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import nn
+from torch import Tensor, nn
 
+from flashmla_ops.errors import ArgumentError
 from flashmla_ops.nn import FastLinear, PanelLinear, fast_linear, restore_linear
 
 
@@ -104,3 +106,79 @@ def test_panels_pass_gradients_to_their_input() -> None:
     fast_linear(model, panels=True)
     (actual,) = torch.autograd.grad(model(x).sum(), x)
     torch.testing.assert_close(actual, expected)
+
+
+def merge(weight: Tensor) -> None:
+    weight.data += torch.ones_like(weight)
+
+
+def into_the_first_row(weight: Tensor) -> None:
+    weight[0] = 1.0
+
+
+def through_data(weight: Tensor) -> None:
+    weight.data = torch.ones_like(weight)
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda w: w.mul_(2),
+    "of a view": lambda w: w.T[:, 1].add_(1),
+    "LoRA": merge,
+    "data": through_data,
+    "copy": lambda w: w.detach().copy_(torch.ones_like(w)),
+    "index": into_the_first_row,
+    "init": nn.init.xavier_uniform_,
+    "init of a row": lambda w: nn.init.zeros_(w[0]),
+    "out": lambda w: torch.add(w, 1, out=w),
+    "foreach": lambda w: torch._foreach_add_([w], 1.0),
+    "operator": lambda w: torch.ops.aten.add_.Tensor(w, w),
+    "gradient": lambda w: w.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_write_into_panels_is_refused(write: str, mode: type) -> None:
+    model = mlp()
+    fast_linear(model, panels=True)
+    before = model.state_dict()
+    with mode(), pytest.raises(ArgumentError, match="a weight that is kept in panels"):
+        WRITES[write](model[0].weight)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_reads_a_weight_in_panels_gets_plain_tensors() -> None:
+    model, plain = mlp(), mlp()[0].weight.detach()
+    fast_linear(model, panels=True)
+    weight = model[0].weight
+    copies = (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)))
+    for read in (weight + 1, weight.clone(), weight.half(), weight.sum(), weight @ weight.T, *copies):
+        assert type(read) is Tensor
+    assert all(type(x) is Tensor for x in model.state_dict().values())
+    assert torch.equal(weight, plain)
+    assert torch.equal(plain.clone().add_(weight), 2 * plain)
+    assert (weight.dtype, weight.shape, weight.device.type) == (plain.dtype, plain.shape, "cpu")
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+@torch.no_grad()
+def test_an_assigned_weight_is_computed_with(parameter: bool) -> None:
+    model, x = mlp(), torch.randn(5, 24)
+    fast_linear(model, panels=True)
+    weight = torch.randn(48, 24)
+    model[0].weight = nn.Parameter(weight) if parameter else weight
+    assert type(model[0]) is PanelLinear
+    torch.testing.assert_close(model[0](x), nn.functional.linear(x, weight, model[0].bias))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("panels", [False, True])
+@torch.no_grad()
+def test_quantize_dynamic_finds_the_layers(panels: bool) -> None:
+    model, x = mlp(), torch.randn(5, 24)
+    expected = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}, dtype=torch.qint8)
+    fast_linear(model, panels=panels)
+    actual = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert [type(layer) for layer in actual] == [type(layer) for layer in expected]
+    assert torch.equal(actual(x), expected(x))
