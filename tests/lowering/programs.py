@@ -28,6 +28,10 @@ def in_place_where(c: Tensor, x: Tensor) -> Tensor:
     return c.add_(torch.where(x.t() > 0, x.t(), 0.0))
 
 
+def in_place_masked(c: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    return c.add_(torch.where(mask, x.t(), 0.0))
+
+
 def two_updates(c: Tensor, x: Tensor) -> Tensor:
     c.mul_(2).add_(x.t())
     c[1:].sub_(x.t()[:-1])
@@ -101,6 +105,7 @@ UPDATES: dict[str, Program] = {
     "add": (lambda c, x: c.add_(x), of((30, 20), (30, 20))),
     "where across": (in_place_where, of((17, 48), (48, 17))),
     "where across, square": (in_place_where, of((33, 33), (33, 33))),
+    "masked across": (in_place_masked, lambda dtype: (*of((17, 48), (48, 17))(dtype), torch.ones(17, 48).bool())),
     "two updates": (two_updates, of((20, 35), (35, 20))),
     "slice": (slice_update, of((10, 40), (8, 20))),
     "copy across": (lambda c, x: c.copy_(x.t()), of((21, 48), (48, 21))),
