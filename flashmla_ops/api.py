@@ -123,8 +123,8 @@ def flash_attn_varlen_func(
     q: Tensor,  # [t_q, h_q, d_qk]
     k: Tensor,  # [t_k, h_kv, d_qk]
     v: Tensor,  # [t_k, h_kv, d_v]
-    cu_seqlens_qo: Tensor,  # [b + 1] int32
-    cu_seqlens_kv: Tensor,  # [b + 1] int32
+    cu_seqlens_qo: Tensor,  # [b + 1] int32 or int64
+    cu_seqlens_kv: Tensor,  # [b + 1] int32 or int64
     max_seqlen_qo: int,
     max_seqlen_kv: int,
     dropout_p: float = 0.0,
@@ -159,7 +159,7 @@ def flash_attn_varlen_func(
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,  # [t, h, d_qk + d_qk + d_v]
-    cu_seqlens: Tensor,  # [b + 1] int32
+    cu_seqlens: Tensor,  # [b + 1] int32 or int64
     max_seqlen: int,
     head_dim_qk: int,
     dropout_p: float = 0.0,
@@ -178,8 +178,8 @@ def flash_attn_varlen_qkvpacked_func(
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,  # [t_q, h_q, d_qk]
     kv: Tensor,  # [t_k, h_kv, d_qk + d_v]
-    cu_seqlens_qo: Tensor,  # [b + 1] int32
-    cu_seqlens_kv: Tensor,  # [b + 1] int32
+    cu_seqlens_qo: Tensor,  # [b + 1] int32 or int64
+    cu_seqlens_kv: Tensor,  # [b + 1] int32 or int64
     max_seqlen_qo: int,
     max_seqlen_kv: int,
     head_dim_qk: int,

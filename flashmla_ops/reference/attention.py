@@ -85,8 +85,8 @@ def prefill(
     q: Tensor,  # [t_q, h_q, d_qk]
     k: Tensor,  # [t_k, h_kv, d_qk]
     v: Tensor,  # [t_k, h_kv, d_v]
-    cu_seqlens_q: Tensor,  # [b + 1] int32
-    cu_seqlens_k: Tensor,  # [b + 1] int32
+    cu_seqlens_q: Tensor,  # [b + 1] int32 or int64
+    cu_seqlens_k: Tensor,  # [b + 1] int32 or int64
     causal: bool = False,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # out [t_q, h_q, d_v], lse [h_q, t_q], float64
