@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowering import registration, versions
+from lowering.passes.names import user_name
 from lowering.settings import Settings
 
 #: Options that start with this are ours; all others are Inductor's.
@@ -40,5 +41,6 @@ def flashmla(
     """Compile one graph. ``mode`` and ``options`` are those of Inductor; options of `Settings` start "flashmla."."""
     settings, theirs = split_options(options)
     patches = versions.inductor_options(mode, theirs)
-    with registration.entered(settings):
+    with registration.entered(settings) as current:
+        current.names = [user_name(versions.source_name(node)) for node in graph.graph.find_nodes(op="placeholder")]
         return versions.compile_fx(graph, example_inputs, registration.inductor_patches(patches))

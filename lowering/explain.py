@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,13 +95,31 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     registration.install()
     with recording() as session:
         after, facts = _compiled(model, args, kwargs, lambda g, x: backend.flashmla(g, x, options=options))
+    names = {f"args[{i}]": name for i, name in enumerate(_parameters(model))}
     return Explanation(
         **facts,
-        rewrites=tuple(decision for record in session.rewrites for decision in record),
+        rewrites=tuple(_renamed(decision, names) for record in session.rewrites for decision in record),
         lowered=tuple(session.lowered),
         before=before,
         after=after,
     )
+
+
+def _parameters(model: Callable[..., Any]) -> list[str]:
+    """The names of the model's positional arguments, as far as they have any."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _renamed(decision: Decision, names: dict[str, str]) -> Decision:
+    def said(text: str) -> str:
+        return re.sub(r"\bargs\[\d+\]", lambda found: names.get(found.group(), found.group()), text)
+
+    return replace(decision, pattern=said(decision.pattern), reason=said(decision.reason))
 
 
 def _inductor_only(options: dict[str, Any] | None) -> dict[str, Any]:

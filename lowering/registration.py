@@ -34,9 +34,10 @@ class RunPasses(versions.CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         current = session()
-        record = run_passes(graph, current.settings if current is not None else Settings())
-        if current is not None:
-            current.rewrites.append(record)
+        if current is None:
+            run_passes(graph, Settings())
+        else:
+            current.rewrites.append(run_passes(graph, current.settings, current.names))
 
     def uuid(self) -> str:
         names = ",".join(f"{p.__module__}.{getattr(p, '__qualname__', type(p).__qualname__)}" for p in PASSES)

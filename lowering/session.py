@@ -15,10 +15,12 @@ from lowering.settings import Settings
 class Session:
     """One compilation with our lowerings: its settings, and the record of what was decided in it.
 
-    ``rewrites`` has an entry for each graph that the passes saw, ``lowered`` what lowerings decided.
+    ``names`` are what the user calls the inputs. ``rewrites`` has an entry for each graph that the passes saw,
+    ``lowered`` what lowerings decided.
     """
 
     settings: Settings = field(default_factory=Settings)
+    names: list[str] = field(default_factory=list)
     rewrites: list[Record] = field(default_factory=list)
     lowered: Record = field(default_factory=Record)
 

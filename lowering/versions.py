@@ -188,3 +188,10 @@ def after_ordering(reorder: Callable[[list[Any], Callable[[list[Any]], int]], li
         return reorder(found, peak)
 
     memory.reorder_for_peak_memory = ordered  # type: ignore[assignment]
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """Dynamo's name of where an input of its graph comes from: "L['x']"; the node's own name where it has none."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", node.name)
+    return str(name() if callable(name) else name)  # a method until torch 2.9

@@ -347,6 +347,11 @@ def _is_call(node: Any, target: Any) -> bool:
 
 def _check_dim(element: Access, dim: int, j: Axis) -> None:
     if not _is(element.entry(dim % len(element.index)), j):
+        if any(digit.axis is j for digit in element.entry(dim % len(element.index))):
+            total = shape(element.node)[dim]
+            raise Refusal(
+                f"a softmax over {total} scores, of which {j.size} belong to the keys: a sink, or keys cut off"
+            )
         raise Refusal(f"{element.node} is a softmax over another dimension than the keys")
 
 

@@ -146,6 +146,16 @@ def shape(node: Node) -> list[Size]:
     return list(node.meta["val"].shape)
 
 
+def sources(node: Node) -> list[Node]:
+    """The tensors, inputs and constants of the graph, that a node is computed from."""
+    seen, frontier = {node}, [node]
+    while frontier:
+        new = [source for source in frontier.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        frontier.extend(new)
+    return [x for x in seen if x.op != "call_function" and isinstance(x.meta.get("val"), torch.Tensor)]
+
+
 def resolve(start: Access) -> Access:
     """The element that ``start`` is a copy of, in the node that computed it."""
     current = start

@@ -113,9 +113,6 @@ class Negated:
 
     condition: Condition
 
-    def __str__(self) -> str:
-        return f"not all of {', '.join(map(str, self.condition.literals))}"
-
 
 Literal: TypeAlias = Affine | Opaque | Negated
 
@@ -138,7 +135,7 @@ class Condition:
         if isinstance(literal, Negated):
             return literal.condition
         if isinstance(literal, Opaque):
-            return Condition((Opaque(f"not ({literal.reason})"),))
+            return Condition((Opaque(f"not {literal.reason}"),))
         return Condition((literal.scaled(-1) + Affine(1),))
 
     def never(self) -> bool:
@@ -177,3 +174,28 @@ class Choice:
 
 
 Value: TypeAlias = Affine | Condition | Choice | Opaque
+
+
+# In words.
+
+_WORDS = {"i": "query", "j": "key", "b": "sequence", "h": "head"}
+
+
+def said(literal: Literal) -> str:
+    """What a literal says: "key <= query + 4"."""
+    if isinstance(literal, Opaque):
+        return literal.reason
+    if isinstance(literal, Negated):
+        return f"not ({' and '.join(map(said, literal.condition.literals))})"
+    left = [_term(atom, n) for atom, n in literal.terms if n > 0]
+    right = [_term(atom, -n) for atom, n in literal.terms if n < 0]
+    if known(literal.constant < 0):
+        right.append(str(-literal.constant))
+    elif not known(literal.constant == 0):
+        left.append(str(literal.constant))
+    return f"{' + '.join(left) or 0} <= {' + '.join(right) or 0}"
+
+
+def _term(atom: Atom, factor: float) -> str:
+    name = str(atom) if isinstance(atom, Load) else _WORDS.get(atom.name, atom.name)
+    return name if factor == 1 else f"{factor} * {name}"

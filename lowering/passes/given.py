@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lowering.passes.elements import Access, Axis, aten, broadcast, inputs, known, prims, resolve
+from lowering.passes.elements import Access, Axis, aten, broadcast, inputs, known, prims, resolve, sources
 from lowering.passes.forms import Affine, Condition, Literal, Negated, Opaque, Value
 from lowering.passes.masks import Refusal, Visible, hidden_unless, hides, seen_if, visible_keys
-from lowering.passes.values import operand
+from lowering.passes.values import described, operand
 from lowering.passes.writer import Writer
 
 
@@ -85,7 +85,7 @@ def mask_of_choice(element: Access, scores: Node) -> Mask:
     if not isinstance(fill, Affine) or not hides(fill):
         raise Refusal(f"masked scores become {fill}, not -inf")
     found = operand(element, condition)
-    seen = found if isinstance(found, Condition) else Condition((Opaque("the condition of the mask is not proven"),))
+    seen = found if isinstance(found, Condition) else Condition((Opaque(described(condition)),))
     shows = scores is then
     tensor = Tensor(resolve(broadcast(element, condition)), shows, float(fill.constant))
     return Mask(seen if shows else seen.negated(), tensor)
@@ -95,18 +95,8 @@ def _is_input(node: Node) -> bool:
     """Whether a tensor of numbers is what a caller gives as a mask: an input, or computed from integers and bools."""
     if node.op == "placeholder":
         return True
-    sources = _inputs_of(node)
-    return bool(sources) and not any(x.meta["val"].dtype.is_floating_point and x.meta["val"].dim() for x in sources)
-
-
-def _inputs_of(node: Node) -> list[Node]:
-    """The tensors, inputs and constants of the graph, that a node is computed from."""
-    seen, frontier = {node}, [node]
-    while frontier:
-        new = [source for source in frontier.pop().all_input_nodes if source not in seen]
-        seen.update(new)
-        frontier.extend(new)
-    return [x for x in seen if x.op != "call_function" and isinstance(x.meta.get("val"), torch.Tensor)]
+    tensors = [source.meta["val"] for source in sources(node)]
+    return bool(tensors) and not any(tensor.dtype.is_floating_point and tensor.dim() for tensor in tensors)
 
 
 def _without_choice(source: Access) -> Tensor:
@@ -148,7 +138,7 @@ def decide(masks: Sequence[Mask], i: Axis, j: Axis, graph: Graph, *, safe: bool)
 
 def _is_data(node: Node) -> bool:
     """Whether an input of the graph, or its size, has a part in what a node computes."""
-    return any(source.op == "placeholder" for source in [node, *_inputs_of(node)])
+    return any(source.op == "placeholder" for source in [node, *sources(node)])
 
 
 def _is_open(literal: Literal) -> bool:

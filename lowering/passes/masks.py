@@ -32,7 +32,7 @@ from lowering.passes.elements import (
     value,
     whole,
 )
-from lowering.passes.forms import Affine, Choice, Condition, Negated, Opaque, Value
+from lowering.passes.forms import Affine, Choice, Condition, Negated, Opaque, Value, said
 from lowering.passes.values import evaluate
 
 
@@ -108,21 +108,21 @@ def visible_keys(seen: Condition, i: Axis, j: Axis, graph: Graph) -> Visible:
         if isinstance(literal, Opaque):
             raise Refusal(f"the mask depends on data: {literal.reason}")
         if isinstance(literal, Negated):
-            raise Refusal(f"the mask is not causal: {literal}")
+            raise Refusal(f"the mask is not causal: {said(literal)}")
         if literal.factor(j) < 0:
-            raise Refusal(f"the mask hides early keys (a window, or not causal): {literal} <= 0")
+            raise Refusal(f"the mask hides early keys (a window, or not causal): {said(literal)}")
     if len(literals) > 1:
-        raise Refusal(f"the mask has several conditions: {', '.join(f'{x} <= 0' for x in literals)}")
+        raise Refusal(f"the mask has several conditions: {' and '.join(map(said, literals))}")
     (bound,) = literals
     assert isinstance(bound, Affine)
     rate = bound.factor(i)
     if bound.factor(j) != 1 or rate not in (0, -1):
-        raise Refusal(f"the mask is not causal: {bound} <= 0")
+        raise Refusal(f"the mask is not causal: {said(bound)}")
     start = Affine(bound.constant, tuple(term for term in bound.terms if term[0] not in (i, j))).scaled(-1)
     if start.axes() or any(load.element.leaves() for load, _ in start.loads()):
-        raise Refusal(f"the mask differs between queries, sequences or heads: {bound} <= 0")
+        raise Refusal(f"the mask differs between queries, sequences or heads: {said(bound)}")
     if len(start.loads()) > 1 or any(n != 1 for _, n in start.loads()):
-        raise Refusal(f"the mask depends on several tensors: {bound} <= 0")
+        raise Refusal(f"the mask depends on several tensors: {said(bound)}")
     causal = rate == -1
     length = start + Affine(i.size if causal else 1)
     if start.loads():

@@ -142,8 +142,11 @@ def _view_of_weight(writer: Writer, element: Access, groups: list[list[Axis]]) -
     found = resolve(element)
     if found.node.op not in ("placeholder", "get_attr"):
         raise Refusal(f"the right side is {found.node}, which is computed, and no weight")
-    if len(found.leaves()) != len([axis for group in groups for axis in group if axis.leaves()]):
-        raise Refusal(f"the weight {found.node} is the same along some of its dimensions")
+    wanted = [axis for group in groups for axis in group]
+    if any(axis.parts is not None for axis in wanted):
+        raise Refusal(f"{found.node} has a matrix for each sequence and head, or so: it is data, and no weight")
+    if len(found.leaves()) != len([axis for axis in wanted if axis.leaves()]):
+        raise Refusal(f"the weight {found.node} is expanded: it is the same for several heads, rows or columns")
     view = writer.lay_out(found, groups)
     if is_copied(view, found.node):
         raise Refusal(f"the weight {found.node} would be copied")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lowering.passes.names import said
 from lowering.settings import Settings
 
 
@@ -23,16 +24,20 @@ class Decision:
 
 @dataclass
 class Record:
-    """The decisions about one graph, in the order they were made, and the settings they were made under."""
+    """The decisions about one graph, in the order they were made, and the settings they were made under.
+
+    ``names`` are what users call the graph's inputs: reasons say them in place of the graph's own.
+    """
 
     settings: Settings = field(default_factory=Settings)
     decisions: list[Decision] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     def rewrote(self, pattern: str, node: object) -> None:
-        self.decisions.append(Decision(pattern, str(node), rewritten=True))
+        self.decisions.append(Decision(said(pattern, self.names), str(node), rewritten=True))
 
     def refused(self, pattern: str, node: object, reason: str) -> None:
-        self.decisions.append(Decision(pattern, str(node), rewritten=False, reason=reason))
+        self.decisions.append(Decision(pattern, str(node), rewritten=False, reason=said(reason, self.names)))
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)

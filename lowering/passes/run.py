@@ -7,7 +7,7 @@ nothing was rewritten is the very same afterwards: its nodes, their order, and w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.fx import Graph, Node, map_arg
 
@@ -15,6 +15,7 @@ from lowering import versions
 from lowering.passes.absorb import absorb_latents
 from lowering.passes.attempt import internal_error
 from lowering.passes.attend import rewrite_attention
+from lowering.passes.names import names_of_inputs
 from lowering.passes.products import serve_products
 from lowering.passes.queries import join_queries
 from lowering.passes.record import Record
@@ -30,9 +31,12 @@ PASSES: list[GraphPass] = [absorb_latents, rewrite_attention, form_decode_up, se
 Origins = dict[Node, Node]
 
 
-def run_passes(graph: Graph, settings: Settings) -> Record:
-    """Run `PASSES` on a graph; what they rewrote and refused. A pass that fails is as if it had not run."""
-    record = Record(settings)
+def run_passes(graph: Graph, settings: Settings, names: Sequence[str] = ()) -> Record:
+    """Run `PASSES` on a graph; what they rewrote and refused. A pass that fails is as if it had not run.
+
+    ``names``: what the user calls the flat inputs.
+    """
+    record = Record(settings, names=names_of_inputs(graph, names))
     current, origins = _copied(graph, {node: node for node in graph.nodes})
     versions.remove_noop_ops(current)
     current.eliminate_dead_code()

@@ -24,6 +24,7 @@ from lowering.passes.elements import (
     inputs,
     prims,
     resolve,
+    sources,
     value,
 )
 from lowering.passes.exact import INTEGERS, common_dtype, holds, represented
@@ -45,10 +46,18 @@ def evaluate(element: Access) -> Value:
 def _unknown(element: Access) -> Value:
     dtype = element.node.meta["val"].dtype
     if dtype == torch.bool:
-        return Condition((Opaque(f"{element.node.name} is true, a condition on data"),))
+        return Condition((Opaque(described(element.node)),))
     if dtype in INTEGERS:
         return Affine(0, ((Load(element), 1),))
-    return Opaque(f"the values of {element.node.name} are not known")
+    return Opaque(f"the values of {described(element.node)} are not known")
+
+
+def described(node: Node) -> str:
+    """An input of the graph by its name, anything else by the inputs that it is computed from."""
+    names = sorted(source.name for source in sources(node) if source.op == "placeholder")
+    if node.op != "call_function" or not names:
+        return node.name
+    return f"what is computed from {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
 def operand(element: Access, argument: Any) -> Value:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lowering
 from lowering import Explanation
 from lowering.figure import label
 from lowering.passes import PASSES, Record
+from lowering.passes.names import user_name
 from lowering.program import Buffer, Program, Step
 
 
@@ -161,3 +163,41 @@ def test_a_model_stays_as_it_was(form: str) -> None:
         assert buffer is buffers[name]
         assert (buffer == 0).all()
     assert model.row.data_ptr() == model.cache[1].data_ptr()
+
+
+def test_inputs_have_the_names_that_the_user_gave_them() -> None:
+    """By position or keyword, of a function or a module; a module's weights by their path."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 16)])
+
+        def forward(self, q: Tensor, keys: Tensor, **kwargs: Tensor) -> Tensor:
+            attended = F.scaled_dot_product_attention(q, keys, keys, attn_mask=kwargs["attention_mask"][:, None, None])
+            return torch.bmm(self.layers[0](attended)[:, 0], self.layers[0].weight.expand(2, -1, -1))
+
+    q, keys, mask = torch.randn(2, 1, 3, 16), torch.randn(2, 1, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    text = str(lowering.explain(Masked(), q, keys, attention_mask=mask))
+    assert "the mask depends on data: attention_mask" in text
+    assert "the weight layers.0.weight is expanded" in text
+    two_heads = (torch.randn(2, 2, n, 16) for n in (3, 9))
+    text = str(lowering.explain(lambda q, keys: torch.softmax(q @ keys.mT, 2) @ keys, *two_heads))
+    assert "keys has a matrix for each sequence" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['attention_mask']", "attention_mask"),
+        ("L['kwargs']['attention_mask']", "attention_mask"),
+        ("L['batch']['mask']", "batch.mask"),
+        ("L['args'][0]", "args[0]"),
+        ("L['self']._modules['model']._modules['0']._parameters['weight']", "model.0.weight"),
+        ("L['self']._modules['rotary']._buffers['inv_freq']", "rotary.inv_freq"),
+        ("L['cache'].layers[0].keys", "cache.layers[0].keys"),
+        ("arg0_1", "arg0_1"),
+    ],
+)
+def test_names_of_sources(source: str, name: str) -> None:
+    assert user_name(source) == name

@@ -107,11 +107,15 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "strict-mask": NearMiss(masked(lambda i, j: j < i), "first query is not proven to see a key"),
     "one-too-far": NearMiss(masked(lambda i, j: j <= i + 5), "not proven to be at most the 9"),
     "anti-causal": NearMiss(masked(lambda i, j: j >= i), "hides early keys"),
-    "sliding-window": NearMiss(masked(lambda i, j: (j <= i + 4) & (j > i)), "hides early keys"),
+    "sliding-window": NearMiss(
+        masked(lambda i, j: (j <= i + 4) & (j > i)), "hides early keys (a window, or not causal): query + 1 <= key"
+    ),
     "dilated": NearMiss(masked(lambda i, j: j <= 2 * i), "not causal"),
     "reversed-queries": NearMiss(masked(lambda i, j: j <= 4 - i), "not causal"),
     "hidden-queries": NearMiss(masked(lambda i, j: (i < 3) & (j <= i)), "several conditions"),
-    "prefix-and-causal": NearMiss(masked(lambda i, j: (j <= i + 4) & (j < 7)), "several conditions"),
+    "prefix-and-causal": NearMiss(
+        masked(lambda i, j: (j <= i + 4) & (j < 7)), "several conditions: key <= query + 4 and key <= 6"
+    ),
     "prefix-or-causal": NearMiss(masked(lambda i, j: (j <= i) | (j < 3)), "not causal"),
     "blocks": NearMiss(masked(lambda i, j: i // 2 == j // 2), "several conditions"),
     "nothing-seen": NearMiss(masked(lambda i, j: j < 0 * i), "not proven to see a key"),
@@ -135,7 +139,9 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "top-k": NearMiss(
         between(lambda s: s.masked_fill(s < s.topk(4).values[..., -1:], -math.inf)), "where|depends on data|not combine"
     ),
-    "attention-sink": NearMiss(_sink, "another dimension|cat|has another use", (Q, K, V, torch.ones(1, H, 1, 1))),
+    "attention-sink": NearMiss(
+        _sink, "10 scores, of which 9 belong to the keys: a sink", (Q, K, V, torch.ones(1, H, 1, 1))
+    ),
     "softmax-over-queries": NearMiss(
         lambda q, k, v: torch.softmax(scores(q, k), -2) @ v, "another dimension than the keys"
     ),

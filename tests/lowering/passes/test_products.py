@@ -131,7 +131,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "weight-along-columns": NearMiss(lambda x, w: x[0] @ w, (X, draw(K, N)), "along its columns"),
     "weight-computed": NearMiss(lambda x, w: F.linear(x, w * 2), (X, W), "which is computed, and no weight"),
     "weight-converted": NearMiss(lambda x, w: F.linear(x, w.float()), (X, W.double()), "which is computed"),
-    "weight-expanded": NearMiss(lambda x, w: F.linear(x, w[:1].expand(N, K)), (X, W), "the same along some"),
+    "weight-expanded": NearMiss(lambda x, w: F.linear(x, w[:1].expand(N, K)), (X, W), "the same for several"),
     "activations": NearMiss(lambda x, y: x[0] @ torch.relu(y)[0].T, (X, X), "which is computed, and no weight"),
     "bias-scaled": NearMiss(
         lambda x, w, b: torch.addmm(b, x[0], w.T, beta=0.5), (X, W, BIAS), "a product scaled by 1 and a bias by 0.5"
@@ -139,7 +139,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "bias-of-rows": NearMiss(lambda x, w, b: torch.addmm(b, x[0], w.T), (X, W, draw(3, 1)), "not one number for each"),
     "bias-strided": NearMiss(lambda x, w, b: torch.addmm(b[::2], x[0], w.T), (X, W, draw(2 * N)), "not contiguous"),
     "by-head-one-weight": NearMiss(
-        lambda x, w: torch.bmm(x, w[None].expand(2, K, 8)), (X, draw(K, 8)), "the same along some"
+        lambda x, w: torch.bmm(x, w[None].expand(2, K, 8)), (X, draw(K, 8)), "the same for several"
     ),
     "by-head-computed": NearMiss(lambda x, w: torch.bmm(x, w.sigmoid()), (X, draw(2, K, 8)), "which is computed"),
     "by-head-no-row": NearMiss(
