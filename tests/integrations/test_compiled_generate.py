@@ -86,6 +86,16 @@ def test_the_one_line(name: str) -> None:
     assert (graphs(), dict(counters["graph_break"])) == (1, {})
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_padded_batch_reads_its_mask_at_run_time(name: str) -> None:
+    model, inputs = MODELS[name](num_hidden_layers=1), left_padded([9, 4])
+    expected = generate(model, inputs)
+    compile(model, fullgraph=True)
+    out, (source,) = run_and_get_code(lambda: generate(model, inputs))
+    assert torch.equal(out, expected)
+    assert "torch.ops.flashmla.attend_masked" in source
+
+
 @pytest.mark.parametrize("lengths", [[9, 9], [9, 4]], ids=["unpadded", "left-padded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_and_the_same_tokens(name: str, lengths: list[int]) -> None:
