@@ -101,13 +101,14 @@ class CompiledSteps(Specialised):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """transformers', without a mask where no token is padding: the graph then holds the causal mask itself."""
-        plain = attention_mask is not None and attention_mask.dim() == 2 and bool(attention_mask.all())
+        plain = attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all()))
         # Models whose masks are not transformers' common ones (ALiBi) need the tensor.
-        if plain and self._supports_attention_backend and _is_static(_cache(kwargs)):
-            attention_mask = None
+        needless = plain and self._supports_attention_backend and _is_static(_cache(kwargs))
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, attention_mask=attention_mask, **kwargs
+            input_ids, attention_mask=None if needless else attention_mask, **kwargs
         )
+        if needless:  # transformers 5.24 makes a causal mask where there was none
+            prepared.pop("attention_mask", None)
         return prepared
 
     def __getstate__(self) -> dict[str, Any]:
