@@ -17,6 +17,7 @@ from torch._inductor.virtualized import V
 
 from flashmla_ops import cpu
 from lowering import choose
+from lowering.products import laid_out
 from lowering.session import session
 from lowering.templates.decode import ELEMENTS, Arguments, DecodeTemplate
 
@@ -57,7 +58,7 @@ def lower(
     # A schedule is read as it lies: a strided one is copied, as by the library.
     in_order = None if schedule is None else ir.ExternKernel.require_contiguous(schedule)
     given = (q, kv_cache, block_table, cache_seqlens, k_cache, in_order, attn_sink)
-    inputs = [ir.ExternKernel.realize_input(tensor) for tensor in given if tensor is not None]
+    inputs = [laid_out(tensor) for tensor in given if tensor is not None]
     sizes = [*q.get_size()[:3], sympy.Integer(int(d_v))]
     layout = ir.FixedLayout(q.get_device_or_error(), q.get_dtype(), sizes)
     if current.settings.decode == "autotune" and not (reason := choose.why_not(arguments)):

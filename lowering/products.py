@@ -105,8 +105,7 @@ def _call(
     **options: Any,
 ) -> TensorBox:
     """The call; where it is timed, the faster of it and the operators in whose place it is."""
-    # Inductor has seen to their strides: the operators are tagged needs_exact_strides.
-    inputs = [ir.ExternKernel.realize_input(tensor) for tensor in (a, weight, *given.values())]
+    inputs = [laid_out(tensor) for tensor in (a, weight, *given.values())]
     device, names = a.get_device_or_error(), tuple(given)
 
     def library() -> TensorBox:
@@ -127,6 +126,17 @@ def _call(
     else:
         current.lowered.refused(CHOICE, node, "the aten product was faster")
     return box  # type: ignore[no-any-return]
+
+
+def laid_out(tensor: Any) -> Any:
+    """The tensor in memory. Inductor has seen to its strides where they matter; else it lies in order, and stays so.
+
+    A layout that is not fixed would follow later what its tensor is computed from.
+    """
+    realized = ir.ExternKernel.realize_input(tensor)
+    if ir.is_storage_and_layout(realized):
+        ir.as_storage_and_layout(realized, freeze=True)
+    return realized
 
 
 class Place(NamedTuple):

@@ -120,6 +120,8 @@ def expanded(attention: Attention) -> Expanded:
     up_k, up_v = projection(part.element), projection(attention.v)
     if not same_element(up_k.latent, up_v.latent, {up_k.c: up_v.c}):
         raise Refusal(f"keys expand {up_k.latent.node}, values {up_v.latent.node}: not the same latents")
+    if not known(up_k.c.size == up_v.c.size):
+        raise Refusal(f"keys expand {up_k.c.size} elements of a latent, values {up_v.c.size}")
     outer = [leaf for axis in attention.outer for leaf in axis.leaves()]
     of_latent = outer_leaves(up_k.latent, attention.j, up_k.c)
     of_rope = outer_leaves(rotary.element, attention.j, rotary.axis)

@@ -99,6 +99,7 @@ def outer_leaves(element: Access, *inner: Axis) -> list[Axis]:
 
 def rewrite(writer: Writer, attention: Attention) -> str:
     """Replace the attention; the name of the operator that serves it. Raises `Refusal` before it changes anything."""
+    require_elements(attention)
     axes = roles(attention)
     writer.before = attention.output
     keys = writer.lay_out(attention.k, [axes.sequences, [attention.j], axes.kv_heads, [attention.e]])
@@ -116,6 +117,13 @@ def rewrite(writer: Writer, attention: Attention) -> str:
     groups = [*([axis] for axis in attention.outer), [attention.i], [attention.x]]
     writer.replace(attention.output, writer.lay_out(Access(out, index), groups))
     return served_by
+
+
+def require_elements(attention: Attention) -> None:
+    """Raise `Refusal` if there is nothing to attend with or to: the operators want at least one of everything."""
+    sizes = [axis.size for axis in (*attention.outer, attention.i, attention.j, attention.e, attention.x)]
+    if any(known(size == 0) for size in sizes):
+        raise Refusal(f"a size is 0 among {sizes}: sequences and heads, queries, keys, their elements, values'")
 
 
 def entry(axes: list[Axis]) -> Entry:

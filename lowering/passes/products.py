@@ -93,6 +93,8 @@ def _require_few_rows(node: Node, *, always: bool) -> None:
         raise Refusal(f"measured on the CPU only, the product is on {out.device}")
     if out.dtype not in FLOATS:
         raise Refusal(f"{str(out.dtype).removeprefix('torch.')} is not a type of the operators")
+    if any(known(size == 0) for size in (*shape(node), shape(node.all_input_nodes[-1])[-2])):
+        raise Refusal(f"a product with a size of 0: {shape(node)}")
     rows = out.shape[-2]
     traced = rows if isinstance(rows, int) else rows.node.hint if rows.node.has_hint() else None
     if traced is None or (traced > MAX_ROWS and not always):

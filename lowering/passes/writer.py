@@ -9,11 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import Node
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
 from lowering.passes.elements import Access, Axis, Digit, Entry, Size, aten, cut_digits, inputs, known, prims, shape
 from lowering.passes.masks import Refusal
+from lowering.passes.strides import (
+    Values,
+    changed_behind,
+    dims_in_memory,
+    in_order,
+    memory_of,
+    same_memory,
+)
 
 Group = Sequence[Axis]
 
@@ -43,7 +52,9 @@ class Writer:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self._written.append(node)
-        node.meta["val"] = self.run(node)
+        node.meta.update({key: self.before.meta[key] for key in PROVENANCE if key in self.before.meta})
+        _describe_inputs(node)
+        _describe(node, self._run(node))
         return node
 
     def mark(self) -> Mark:
@@ -61,9 +72,14 @@ class Writer:
         del self._written[mark.written :]
         self._shared = mark.shared
 
-    def run(self, node: Node) -> Any:
+    def _run(self, node: Node, changed: Values | None = None) -> Any:
         """What a call gives for the fake values of its arguments."""
-        args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        others = changed or {}
+
+        def value(n: Node) -> Any:
+            return others[n] if n in others else n.meta["val"]
+
+        args, kwargs = pytree.tree_map_only(Node, value, (node.args, node.kwargs))
         assert self.fake_mode is not None
         with self.fake_mode:
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -151,8 +167,7 @@ class Writer:
         read = [axis for unit in units for axis in unit]
         if sorted(order) != list(range(len(units))) or sum(map(len, wanted)) != len(read):
             raise Refusal(f"{element.node} is read along {read}, not along {list(wanted)}")
-        if order != sorted(order):
-            node = self.call(aten.permute.default, node, order)
+        node = self._permuted(node, order)
         sizes: list[Size] = []
         for group in wanted:
             product: Size = 1
@@ -192,32 +207,47 @@ class Writer:
         return self.call(aten.slice.Tensor, node, dim, self.size(digit.offset), self.size(digit.stop))
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let all users of ``old`` use ``new``, whose strides may differ; the fake tensors behind it follow.
+        """Let all users of ``old`` use ``new``, in its strides where somebody could see that they are others.
 
         A call that ``old`` is a result of goes at once: SDPA has a dropout, for which it counts as impure, and no
         removal of dead code would touch it.
         """
+        changed = changed_behind(old, new.meta["val"], self._run)
+        if changed is None:
+            new = self._laid_out_as(old, new)
+            changed = changed_behind(old, new.meta["val"], self._run)
+        assert changed is not None
         self._replaced += 1
+        for node, val in changed.items():
+            if node is not old:
+                _describe(node, val)
         call = inputs(old)[0] if old.target is operator.getitem else old
         old.replace_all_uses_with(new)
+        for reader in {user for node in (new, *changed) for user in node.users}:
+            _describe_inputs(reader)
         for result in [user for user in call.users if not user.users]:
             self.graph.erase_node(result)
         if not call.users:
             self.graph.erase_node(call)
-        changed = {new}
-        for node in list(self.graph.nodes):
-            if node.op == "call_function" and changed.intersection(node.all_input_nodes) and node is not new:
-                self._refresh(node, changed)
 
-    def _refresh(self, node: Node, changed: set[Node]) -> None:
-        if node.target == aten.view.default and not viewable(inputs(node)[0], node.meta["val"].shape):
-            self.before = node
-            clone = self.call(aten.clone.default, inputs(node)[0], memory_format=torch.contiguous_format)
-            node.replace_input_with(inputs(node)[0], clone)
-        before, after = node.meta["val"], self.run(node)
-        if not _same_layout(before, after):
-            node.meta["val"] = after
-            changed.add(node)
+    def _laid_out_as(self, old: Node, new: Node) -> Node:
+        """The elements of ``new`` with the strides of ``old``, those of dimensions of size 1 included.
+
+        Inductor computes the copy together with who reads it by index. `as_strided` pins its layout, which Inductor
+        would otherwise choose by what the copy reads, also where a branch of `torch.cond` relies on the traced one.
+        """
+        wanted = old.meta["val"]
+        if not same_memory(wanted, new.meta["val"]):
+            order = dims_in_memory(wanted)
+            copy = self.call(aten.clone.default, self._permuted(new, order), memory_format=torch.contiguous_format)
+            new = self._permuted(copy, [order.index(dim) for dim in range(len(order))])
+        if not same_memory(wanted, new.meta["val"]):
+            raise Refusal(f"{old} has strides {wanted.stride()}, a copy of it {new.meta['val'].stride()}")
+        sizes, strides = ([self.size(n) for n in numbers] for numbers in (wanted.shape, wanted.stride()))
+        return self.call(aten.as_strided.default, new, sizes, strides)
+
+    def _permuted(self, node: Node, order: list[int]) -> Node:
+        return node if order == sorted(order) else self.call(aten.permute.default, node, order)
 
 
 def _units_of(group: tuple[Axis, ...], units: list[tuple[Axis, ...]]) -> list[int]:
@@ -244,9 +274,26 @@ def viewable(node: Node, sizes: Sequence[Size]) -> bool:
     return True
 
 
-def _same_layout(before: Any, after: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
-    return all(
-        not isinstance(x, torch.Tensor) or all(known(n == m) for n, m in zip(x.stride(), y.stride(), strict=True))
-        for x, y in pairs
-    )
+def _describe(node: Node, val: Any) -> None:
+    """Enter the value of a node into its metadata, and what else the compiler keeps about values."""
+    node.meta["val"] = val
+    if isinstance(val, torch.Tensor):
+        node.meta["tensor_meta"] = _extract_tensor_metadata(val)
+
+
+def _describe_inputs(node: Node) -> None:
+    """Say with which strides an operator of ours reads its inputs, where Inductor would compute them in other ones.
+
+    It lays out in order what it generates code for, whatever the strides are that the graph was traced with.
+    """
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "flashmla":
+
+        def strict(n: Node) -> Any:
+            source = memory_of(n)
+            return None if source.op != "call_function" or in_order(source.meta["val"]) else n.meta["val"]
+
+        node.meta["eager_input_vals"] = pytree.tree_map_only(Node, strict, (node.args, node.kwargs))
+
+
+#: What the compiler knows about where a node comes from in the user's program.
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowering.passes import Record, run_passes
+from lowering.passes.strides import same_strides
 from lowering.settings import Settings
 
 Function = Callable[..., Any]
@@ -32,9 +36,37 @@ ATTENTION_ALONE = Settings(gemm=False)
 
 def rewrite(graph: torch.fx.GraphModule, settings: Settings = ATTENTION_ALONE) -> Record:
     """Run the passes as the backend does."""
+    wanted = [value for value in _outputs(graph) if isinstance(value, Tensor)]
     record = run_passes(graph.graph, settings)
     graph.recompile()
+    for node in graph.graph.nodes:
+        check_metadata(node)
+    for before, after in zip(wanted, [x for x in _outputs(graph) if isinstance(x, Tensor)], strict=True):
+        assert same_strides(before, after), (before, after)
     return record
+
+
+def _outputs(graph: torch.fx.GraphModule) -> list[Any]:
+    (returned,) = graph.graph.output_node().args
+    return [node.meta.get("val") for node in tree_leaves(returned) if isinstance(node, torch.fx.Node)]
+
+
+def check_metadata(node: torch.fx.Node) -> None:
+    """What a node is said to compute is what it computes from what its inputs are said to be."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.meta.get("unbacked_bindings"):
+        return
+    args, kwargs = tree_map_only(torch.fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+    mode = detect_fake_mode(tree_leaves((args, kwargs, node.meta["val"])))
+    with mode if mode is not None else contextlib.nullcontext():
+        computed = node.target(*args, **kwargs)
+    said = node.meta["val"]
+    for one, other in zip(tree_leaves(said), tree_leaves(computed), strict=True):
+        if isinstance(one, Tensor):
+            assert (one.dtype, one.device, list(one.shape)) == (other.dtype, other.device, list(other.shape)), node
+    assert same_strides(said, computed), (node.format_node(), said, computed)
+    if "eager_input_vals" in node.meta:
+        given = zip(tree_leaves(node.meta["eager_input_vals"]), tree_leaves((args, kwargs)), strict=True)
+        assert all(one is None or not isinstance(one, Tensor) or same_strides(one, other) for one, other in given), node
 
 
 def operators(graph: torch.fx.GraphModule) -> list[str]:
