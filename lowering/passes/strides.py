@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from lowering.passes.elements import Size, aten, known, prims
@@ -51,16 +50,17 @@ def changed_behind(old: Node, new: torch.Tensor, run: Run) -> Values | None:
     waiting = sorted(old.users)
     while waiting:
         node = heapq.heappop(waiting)
-        if node in changed:
+        is_moved = not moved.isdisjoint(node.all_input_nodes)
+        if node in changed or not (is_moved or _is_view(node)):
             continue
-        if (is_moved := not moved.isdisjoint(node.all_input_nodes)) and _sees_strides(node, moved):
+        if is_moved and _sees_strides(node, moved):
             return None
-        if not is_moved and not _is_view(node):
-            continue
+        if node.meta.get("unbacked_bindings"):
+            continue  # another run would make other symbols
         try:
             after = run(node, changed)
-        except (RuntimeError, ValueError, GuardOnDataDependentSymNode):
-            return None  # a view that these strides do not allow
+        except Exception:  # a view that these strides do not allow; whoever cannot tell is taken to see them
+            return None
         if not same_strides(node.meta["val"], after):
             moved.add(node)
         elif not _is_view(node):

@@ -44,7 +44,7 @@ class Writer:
         self._written: list[Node] = []
         self._replaced = 0
         self._shared: dict[tuple[str, ...], Node] = {}
-        values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+        values = [node.meta.get("val") for node in graph.nodes]
         self.fake_mode = detect_fake_mode([x for x in values if isinstance(x, torch.Tensor)])
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -215,8 +215,7 @@ class Writer:
         changed = changed_behind(old, new.meta["val"], self._run)
         if changed is None:
             new = self._laid_out_as(old, new)
-            changed = changed_behind(old, new.meta["val"], self._run)
-        assert changed is not None
+            changed = changed_behind(old, new.meta["val"], self._run) or {}
         self._replaced += 1
         for node, val in changed.items():
             if node is not old:

@@ -225,3 +225,37 @@ def test_nothing_to_attend_to_or_with(name: str) -> None:
     before = graph.code
     rewrite(graph)
     assert graph.code == before
+
+
+def test_without_an_input() -> None:
+    def function() -> Tensor:
+        q, k = torch.arange(640.0).view(2, 4, 5, 16) / 640, torch.ones(2, 4, 9, 16)
+        return eager(q, k, k * 2)
+
+    graph = traced(function)
+    rewrite(graph)
+    assert operators(graph) == ["decode"]
+
+
+class Two(torch.nn.Module):
+    """Two projections of one input, which freezing puts together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(32, 16, bias=False), torch.nn.Linear(32, 48, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_frozen_products_of_one_input_have_memory_of_their_own(rows: int) -> None:
+    model, x = Two().eval(), torch.randn(rows, 32)
+    with torch._inductor.config.patch(freezing=True):
+        compiled = Compiled(model)
+        results = compiled(x)
+    assert compiled.sources[0].count("flashmla.gemm.out(") == 1
+    for one, other in zip(results, model(x), strict=True):
+        assert_equal_to(one, other)
+        assert (one.stride(), one.storage_offset()) == (other.stride(), 0)
+        assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
