@@ -124,7 +124,9 @@ def same_strides(before: Any, after: Any) -> bool:
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the elements of two tensors of one shape lie alike: strides of dimensions of size 1 do not matter."""
+    """Whether the elements of two tensors of one shape lie alike in as much memory, strides that mean nothing aside."""
+    if not known(one.untyped_storage().nbytes() == other.untyped_storage().nbytes()):
+        return False  # a part of a larger tensor
     sizes = [*one.shape, 0]
     return all(
         known(n == m) or known(size == 1) for size, n, m in zip(sizes, _layout(one), _layout(other), strict=True)

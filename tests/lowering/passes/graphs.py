@@ -53,7 +53,11 @@ def _outputs(graph: torch.fx.GraphModule) -> list[Any]:
 
 def check_metadata(node: torch.fx.Node) -> None:
     """What a node is said to compute is what it computes from what its inputs are said to be."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.meta.get("unbacked_bindings"):
+    if (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or "val" not in node.meta
+        or node.meta.get("unbacked_bindings")
+    ):
         return
     args, kwargs = tree_map_only(torch.fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     mode = detect_fake_mode(tree_leaves((args, kwargs, node.meta["val"])))
