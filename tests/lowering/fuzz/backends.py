@@ -55,9 +55,16 @@ class Compiler:
         return versions.compile_fx(graph, inputs, {})
 
     def _rewrite(self, graph: torch.fx.GraphModule) -> None:
-        if self.ours:
-            registration.RunPasses()(graph.graph)
-            graph.recompile()
+        """Run the passes. What they do not rewrite they leave as it was, node for node."""
+        if not self.ours:
+            return
+        before = _nodes(graph)
+        registration.RunPasses()(graph.graph)
+        graph.recompile()
+        current = session.session()
+        assert current is not None
+        if not any(decision.rewritten for decision in current.rewrites[-1]) and _nodes(graph) != before:
+            raise AssertionError("a graph in which nothing was rewritten was changed")
 
     def _traced(self, function: Callable[..., Any], program: Program) -> Callable[..., Any]:
         """Without Dynamo and AOTAutograd, for what needs neither: a third of the time."""
@@ -102,3 +109,7 @@ class Compiler:
             return compile_graph(graph, inputs)
         with registration.entered(backend.split_options(options)[0]):
             return compile_graph(graph, inputs)
+
+
+def _nodes(graph: torch.fx.GraphModule) -> list[tuple[int, str]]:
+    return [(id(node), node.format_node() or node.name) for node in graph.graph.nodes]

@@ -17,13 +17,18 @@ from tests.lowering.fuzz.program import CAPTURED, Program
 FAILURES = ("wrong", "crash", "died", "hang")
 
 
+#: Errors of ours where eager computes on: a cache written at negative positions, which wrap under `index_put`, and read
+#: up to a negative length. No cache means that, and a wrong number would be worse.
+REFUSED = re.compile(r"argument 'cache_seqlens': expected lengths in .*, got -\d")
+
 #: A failure is named after the worst difference.
 SEVERITY = {"raises": 0, "values": 0, "strides": 2}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``kind``: ok, error (eager raises, and so do we), torch (differs under stock torch alike), or one of `FAILURES`.
+    """``kind``: ok, error (eager raises, and so do we), torch (differs under stock torch alike), refused (our operators
+    refuse, when they run, what they say they refuse), or one of `FAILURES`.
 
     ``what`` tells failures apart, ``detail`` explains them. ``rewritten`` and ``refused`` are patterns and reasons.
     """
@@ -96,6 +101,8 @@ def _judged(
     text = f"call {call}: " + "; ".join(map(str, blamed or differences))
     if not blamed:
         return "torch", re.sub(r"\d+", "#", str(differences[0])[:120]), text
+    if REFUSED.search(blamed[0].detail):
+        return "refused", blamed[0].detail, text
     first = min(blamed, key=lambda difference: SEVERITY.get(difference.kind.split()[0], 1))
     crashed = first.kind == "raises"
     return ("crash", re.sub(r"\d+", "#", first.detail), text) if crashed else ("wrong", first.kind, text)

@@ -80,7 +80,7 @@ def tensor(b: Builder, of: Shape, name: str) -> str:
     if style == 14:
         x = randn(of.s, of.b, f"{of.h} * {of.d}")
         return b.let(f"{x}.view({b.size(x, 0)}, -1, {n_h}, {n_d}).permute(1, 2, 0, 3)")
-    return randn(*dims, factor=b.pick("", "", " * 3", " * 40") if name == "q" else "")
+    return randn(*dims, factor=b.pick("", "", "", " * 3", " * 40", " * 12000") if name == "q" else "")
 
 
 def crop(b: Builder, x: str, y: str) -> tuple[str, str]:

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from tests.lowering.fuzz.builder import Builder
 
+#: The last whole number before a type wraps or rounds.
+LAST = {
+    "uint8": 255,
+    "int8": 127,
+    "int16": 2**15 - 1,
+    "int32": 2**31 - 1,
+    "float16": 2**11,
+    "bfloat16": 2**8,
+    "float32": 2**24,
+}
 INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -24,6 +34,12 @@ def positions(b: Builder, q: str, k: str, at: str | None) -> tuple[str, str, str
     dtype = b.pick(*INTEGERS, *FLOATS) if b.chance(often) else "int64"
     offset = at if at is not None else f"({s_kv} - {s_q})"
     j = b.let(_row(b, s_kv, dtype), "j")
+    if dtype in LAST and b.chance(0.4):  # both sides wrap or round, near where their type ends
+        start = LAST[dtype] - b.rng.randint(-2, b.shape(k)[-2] + 2)
+        change = b.pick(f"+ {start}", f"+ {start}", f"+ {start // 2} + {start - start // 2}", f"- ({-start})")
+        j = b.let(f"{j} {change}", "j")
+        i = b.let(f"({_row(b, s_q, dtype)} {change})[:, None]", "i")
+        return i, j, offset
     style = b.rng.randrange(5)
     if style == 0:  # the offset goes into the query's position
         i = b.let(f"({_row(b, s_q, dtype)} + {offset})[:, None]", "i")

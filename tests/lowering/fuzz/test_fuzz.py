@@ -18,7 +18,7 @@ LONG = [("passes", first) for first in range(140, 4740, 200)] + [("whole", first
 SIZES = {"passes": 200, "whole": 50}
 
 #: Failures that are known and about to be mended.
-KNOWN = r"^strides of|expected lengths in|internal error"
+KNOWN = r"^strides of|internal error"
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +52,4 @@ def test_more_programs(worker: Worker, mode: str, first: int) -> None:
     """Attention must be rewritten in many of them: a program whose attention is left alone tests little."""
     tally = run(worker, mode, range(first, first + SIZES[mode]))
     if sum(tally.families[family] for family in ATTENTION) > 50:
-        assert tally.share > 0.3
+        assert tally.share > 0.35
