@@ -52,7 +52,7 @@ def generate(seed: int, mode: str = "passes") -> Program:
 def _draw(rng: random.Random, family: str) -> Program:
     b = Builder(rng)
     b.autocast = family in ATTENTION and b.chance(0.06)
-    varying = rng.choice(VARYING[family]) if b.chance(0.16) else ()
+    varying = rng.choice(VARYING[family]) if b.chance(0.4 if family == "ours" else 0.16) else ()
     b.varying = set(varying)
     torch.manual_seed(0)
     outputs = _outputs(b, family)

@@ -20,8 +20,8 @@ def _append(b: Builder) -> list[str]:
     dtype = b.pick("float32", "bfloat16", "float16")
     shape = b.pick(
         ("torch.zeros(2, pages, page, h, d, dtype=torch.{0})", "{1}[1]"),
+        ("torch.zeros(3, pages, page, h, d, dtype=torch.{0})", "{1}[2]"),
         ("torch.zeros(pages, 2, page, h, d, dtype=torch.{0})", "{1}[:, 1]"),
-        ("torch.zeros(pages, page, h, d, dtype=torch.{0})", "{1}"),
         ("torch.zeros(pages, page, h, d, dtype=torch.{0})", "{1}"),
         ("torch.zeros(pages, page, h, d + 8, dtype=torch.{0})", "{1}[..., 4:-4]"),
         ("torch.zeros(pages + 1, page, h, d, dtype=torch.{0})", "{1}[1:]"),

@@ -19,6 +19,7 @@ from tests.lowering.fuzz.program import Program
 
 #: Seconds that one program may take before it counts as hanging.
 LIMITS = {"passes": 120.0, "whole": 400.0}
+STARTING = 900.0
 #: Programs after which a process is replaced: compilers keep memory.
 LIFETIME = 300
 
@@ -35,6 +36,7 @@ def _serve(connection: Connection) -> None:
     from tests.lowering.fuzz.check import check
 
     torch.set_num_threads(1)
+    connection.send(None)
     while (job := connection.recv()) is not None:
         program, mode = job
         try:
@@ -78,6 +80,8 @@ class Worker:
         self._process.start()
         theirs.close()
         self._served = 0
+        if self._connection.poll(STARTING):  # the first import compiles kernels
+            self._connection.recv()
 
     def stop(self) -> None:
         if self._process is not None:
