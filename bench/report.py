@@ -23,10 +23,25 @@ RESULTS = ROOT / "bench" / "results"
 NO_RESULTS = "No results yet: `make bench` writes them."
 #: The pictures that documents show, of the machine with the most suites.
 SHOWN = (("decode", "roofline"), ("scaling", "lines"), ("end_to_end", "bars"))
+#: The README's lines, by the names of `bench.summary.Line`, of the machine with the most suites.
+HEADLINES = (
+    "decode, bf16",
+    "decode, fp32",
+    "prefill, bf16",
+    "gqa_decode, bf16",
+    "small_gemm, gemm, bf16",
+    "end_to_end, compiled, bf16",
+)
 INTRODUCTION = """# The bench
 
 Written by `make bench` from [`bench/results`](../bench/results); nothing here is typed. Every timed result was checked
 against float64. [CONTRIBUTING.md](../CONTRIBUTING.md) says how we time."""
+
+SHARES = """"Share of the limit" is the time that the machine needs at least, by limits measured in the same run, over
+the time of a call: median over the cases of a suite (least to most). The best peer is, in each case, the fastest of
+those that `make bench-peers` installs and that computed the right result, on the same pages through the same table; in
+`decode_up`, `decode_shapes` and `scaling` it is our own kernels instead, as two calls, in the usual shape and on fewer
+threads."""
 
 Row = Mapping[str, Any]
 
@@ -195,9 +210,16 @@ def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES)
     return "\n\n".join(parts)
 
 
+def headlines(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A few lines of the machine with the most suites."""
+    for machine, of_machine in summary.by_machine(runs).items():
+        return f"**{machine}**, torch {of_machine[-1]['versions']['torch']}\n\n{summary.table(of_machine, HEADLINES)}"
+    return NO_RESULTS
+
+
 def overview(runs: Sequence[Mapping[str, Any]], beside: Path, pictures: Path = PICTURES) -> str:
     """All runs in short: a table for each machine, and pictures of the one with the most suites."""
-    parts = []
+    parts = [SHARES]
     for machine, of_machine in summary.by_machine(runs).items():
         commits = sorted({run["commit"][:12] for run in of_machine})
         dates = sorted({run["date"][:10] for run in of_machine})
@@ -205,7 +227,7 @@ def overview(runs: Sequence[Mapping[str, Any]], beside: Path, pictures: Path = P
         about = f"torch {of_machine[-1]['versions']['torch']}, {' and '.join(dates)}, commit {' and '.join(commits)}"
         parts.append(f"**{machine}** ({about}; {peaks(limits)}).")
         parts.append(summary.table(of_machine))
-    parts[2:2] = [line for path in shown(runs, pictures) for line in link(path, beside)]
+    parts[3:3] = [line for path in shown(runs, pictures) for line in link(path, beside)]
     return "\n\n".join(parts)
 
 
@@ -223,9 +245,9 @@ def between_markers(text: str, content: str) -> str:
 
 
 def write_tables(readme: Path = README, document: Path = DOCUMENT, folder: Path = RESULTS) -> None:
-    """Bring the README's tables and the whole of ``document`` up to date with the results."""
+    """Bring the README's table and the whole of ``document`` up to date with the results."""
     runs = load(folder)
-    shown = overview(runs, readme.parent) or NO_RESULTS
-    readme.write_text(between_markers(readme.read_text(), shown))
+    readme.write_text(between_markers(readme.read_text(), headlines(runs)))
     chapters = [f"## {run['suite']}\n\n{chapter(run, document.parent)}" for run in runs]
-    document.write_text("\n\n".join([INTRODUCTION, *(chapters or [NO_RESULTS])]) + "\n")
+    parts = [INTRODUCTION, overview(runs, document.parent), *chapters] if chapters else [INTRODUCTION, NO_RESULTS]
+    document.write_text("\n\n".join(parts) + "\n")

@@ -93,11 +93,11 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{form.format(statistics.median(values))} ({low} to {high})"
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: one machine's suites."""
+def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
+    """Markdown: one machine's suites, or of their lines those of these ``names``."""
     header = ["suite", "cases", "share of the limit", "the best peer's share", "best peer's time over ours"]
     lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---:|"]
-    for line in (line for run in runs for line in lines_of(run)):
+    for line in (line for run in runs for line in lines_of(run) if not names or line.name in names):
         cells = [
             line.name,
             str(line.cases),

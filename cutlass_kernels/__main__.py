@@ -54,7 +54,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         chosen(arguments),
         jobs=arguments.jobs,
         results=arguments.results,
-        readme=arguments.readme,
+        document=arguments.document,
         mutations=arguments.mutations,
     )
 
@@ -84,9 +84,9 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.choices["verify"]
     verify.add_argument("--results", type=Path, help="write the results there, as JSON")
     verify.add_argument(
-        "--readme",
+        "--document",
         type=Path,
-        help="then update its summary, and docs/cuda_verify.md",
+        help="then update the summary in it (docs/cuda.md), and cuda_verify.md beside it",
     )
     verify.add_argument("--mutations", action="store_true", help="also drop each wait and barrier in turn (slow)")
     return top

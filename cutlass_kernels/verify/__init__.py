@@ -129,7 +129,7 @@ def survey_of(built: Built, problems: Sequence[Problem]) -> emulator.Survey:
 
 
 def command(
-    configs: Iterable[GemmConfig], *, jobs: int | None, results: Path | None, readme: Path | None, mutations: bool
+    configs: Iterable[GemmConfig], *, jobs: int | None, results: Path | None, document: Path | None, mutations: bool
 ) -> int:
     """The command line: build, verify in processes of their own, print, and write. 1 unless all are verified."""
     built = libraries.build(configs, jobs=jobs)
@@ -146,6 +146,6 @@ def command(
             sys.stdout.flush()
             if results:
                 report.write(results, found, {"nvcc": nvcc().release, "cutlass": cppgen.version()})
-    if results and readme:
-        report.update(readme, report.load(results))
+    if results and document:
+        report.update(document, report.load(results))
     return 0 if all(result.state == "verified" for result in found) else 1

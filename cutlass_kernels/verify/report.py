@@ -1,4 +1,4 @@
-"""Results of a verification: as JSON, and the tables that are made from it: README.md and docs/cuda_verify.md."""
+"""Results of a verification: as JSON, and the tables that are made from it: docs/cuda.md and docs/cuda_verify.md."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- cutlass:verify begin -->", "<!-- cutlass:verify end -->"
-#: Beside the README.
-PAGE = Path("docs") / "cuda_verify.md"
+#: Beside the document with the summary.
+PAGE = Path("cuda_verify.md")
 #: Why a kernel does not miss a synchronising instruction: the first of these that its text begins with.
 REASONS = {
     "bar.sync 0": "nothing has been shared before it, or another barrier follows before shared memory is touched again",
@@ -153,11 +153,10 @@ def _one_line(text: str) -> str:
 
 
 def update(document: Path, results: Mapping[str, Any]) -> None:
-    """Put the summary between the markers of a README, and write the page. Raises `ValueError` without markers."""
+    """Put the summary between the markers of a document, and write the page. Raises `ValueError` without markers."""
     text = document.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{document}: expected one {BEGIN} and one {END}")
     pattern = re.escape(BEGIN) + r".*?" + re.escape(END)
     document.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n{summary(results)}\n{END}", text, flags=re.DOTALL))
-    (document.parent / PAGE).parent.mkdir(exist_ok=True)
     (document.parent / PAGE).write_text(page(results))

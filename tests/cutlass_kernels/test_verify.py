@@ -199,7 +199,7 @@ def test_the_whole_catalogue_is_verified(config: GemmConfig) -> None:
 
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     facts = {"nvcc": "V13.0.88", "cutlass": "4.2.0"}
-    path, document = tmp_path / "results.json", tmp_path / "README.md"
+    path, document = tmp_path / "results.json", tmp_path / "cuda.md"
     one = report.KernelResult("sm80_linear_one", "sm_80", "verified", cases=4, error_over_bound=0.5, mutants=5)
     one = replace(one, detected=4, undetected=["line 7: bar.sync 0"], without_undetected=4)
     report.write(path, [one], facts)
@@ -229,8 +229,8 @@ def committed() -> dict[str, Any]:
 
 
 def test_the_tables_are_those_of_the_committed_results(committed: dict[str, Any]) -> None:
-    assert f"{report.BEGIN}\n{report.summary(committed)}\n{report.END}" in (ROOT / "README.md").read_text()
-    assert (ROOT / report.PAGE).read_text() == report.page(committed)
+    assert f"{report.BEGIN}\n{report.summary(committed)}\n{report.END}" in (ROOT / "docs" / "cuda.md").read_text()
+    assert (ROOT / "docs" / report.PAGE).read_text() == report.page(committed)
 
 
 def test_every_kernel_of_the_catalogue_has_a_committed_result(committed: dict[str, Any]) -> None:
