@@ -131,3 +131,19 @@ def test_a_scale_of_its_own() -> None:
     (call,) = (node for node in graph.graph.nodes if "decode" in str(node.target))
     assert call.args[8] == 0.2
     assert D_NOPE**-0.5 != 0.2
+
+
+def test_values_of_a_part_of_the_latents() -> None:
+    def layer(q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        b, _, s_kv, _ = latent.shape
+        up_k, up_v = weight.split([4 * D_NOPE, weight.shape[0] - 4 * D_NOPE])
+        k_nope = torch.nn.functional.linear(latent, up_k).view(b, s_kv, 4, D_NOPE).transpose(1, 2)
+        half = torch.nn.functional.linear(latent[..., : D_C // 2], up_v[:, : D_C // 2])
+        keys = torch.cat([k_nope, k_rope.expand(-1, 4, -1, -1)], -1)
+        return eager(q, keys, half.view(b, s_kv, 4, -1).transpose(1, 2))
+
+    tensors = inputs(2, 9)
+    graph = traced(layer, *tensors)
+    refusals = [decision.reason for decision in rewrite(graph) if not decision.rewritten]
+    assert any(f"keys expand {D_C} elements of a latent, values {D_C // 2}" in text for text in refusals), refusals
+    assert_equal_to(graph(*tensors), layer(*(x.double() for x in tensors)))

@@ -229,5 +229,5 @@ def test_the_setting_decides_and_no_cache_is_copied(choice: bool | str, calls: s
 
 
 def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="expected auto, True or False, got always"):
+    with pytest.raises(ArgumentError, match="expected one of 'auto', True, False, got 'always'"):
         Settings(decode_up="always")
