@@ -288,6 +288,8 @@ def _describe_inputs(node: Node) -> None:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "flashmla":
 
         def strict(n: Node) -> Any:
+            if not isinstance(n.meta["val"], torch.Tensor):
+                return n.meta["val"]  # a symbolic size
             source = memory_of(n)
             return None if source.op != "call_function" or in_order(source.meta["val"]) else n.meta["val"]
 

@@ -163,6 +163,26 @@ def test_every_size_is_dynamic(name: str) -> None:
     assert len(compiled.graphs) == 1
 
 
+@pytest.mark.parametrize("s", [9, 70])
+def test_a_size_that_the_graph_computes(s: int) -> None:
+    """Half of a dimension is as wide as a value: an argument of the operator that is no input of the graph.
+
+    Served or refused, it is no error.
+    """
+
+    def halves(q: Tensor, kv: Tensor) -> Tensor:
+        k, v = kv.chunk(2, -1)
+        return attentions.sdpa()(q, k, v)
+
+    compiled = Rewritten(halves)
+    for factor in (1, 2):
+        tensors = tuple(torch.randn(2, attentions.H, s + factor, d * factor) for d in (16, 32))
+        for x in tensors:
+            torch._dynamo.mark_dynamic(x, [2, 3])
+        assert_equal_to(compiled(*tensors), halves(*(x.double() for x in tensors)))
+    assert not any("internal" in refusal for refusal in compiled.refusals)
+
+
 @pytest.mark.parametrize("name", ["sdpa-mask-bool", "eager-mask-least", "gqa-mask", "gqa-repeat", "sdpa-causal"])
 def test_one_graph_for_all_lengths(name: str) -> None:
     """Of a cache that grows by concatenation: there are as many keys as past ones and queries together.
