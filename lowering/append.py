@@ -150,9 +150,14 @@ def register(scattered: RowScatter, cache: TensorBox) -> None:
 
 
 def page_and_token(cache: TensorBox, slot: sympy.Expr, page_size: sympy.Expr) -> list[sympy.Expr]:
-    """Page and token of a slot. Where pages follow one another, "page 0, token slot": no division is generated."""
+    """Page and token of a slot. Where pages follow one another, "page 0, token slot": no division is generated.
+
+    Nor is it where there is one page only: Inductor leaves its index out of the offset, and a skipped row, whose offset
+    the page makes negative, would be written to a token of that page.
+    """
     page_stride, token_stride = cache.get_stride()[:2]
-    if V.graph.sizevars.statically_known_equals(page_stride, page_size * token_stride):
+    equal = V.graph.sizevars.statically_known_equals
+    if equal(cache.get_size()[0], 1) or equal(page_stride, page_size * token_stride):
         return [sympy.S.Zero, slot]
     page = FloorDiv(slot, page_size)
     return [page, slot - page * page_size]

@@ -102,6 +102,20 @@ def write(cache: Tensor, x: Tensor, slots: Tensor) -> None:
     torch.ops.flashmla.append_(cache, (x * 2).to(cache.dtype), slots)
 
 
+@pytest.mark.parametrize("pages", [1, 2])
+def test_skipped_rows_are_written_nowhere_in_a_layer_of_a_slab(pages: int) -> None:
+    """Pages that do not follow one another, and one alone, whose number is in no offset."""
+
+    def append(slab: Tensor, rows: Tensor, slots: Tensor) -> None:
+        torch.ops.flashmla.append_(slab[:, 1], rows + 1, slots)
+
+    slabs = [torch.zeros(pages, 2, 4, 1, 8) for _ in range(2)]
+    rows, slots = torch.randn(4, 1, 8), torch.tensor([-1, 3, 3, NOWHERE])
+    Compiled(append)(slabs[0], rows, slots)
+    append(slabs[1], rows, slots)
+    assert same_bits(*slabs)
+
+
 #: One compilation for each layout of the cache serves all sizes.
 WRITERS = {name: Compiled(write, dynamic=True) for name in ("contiguous", "heads first", "gaps")}
 
