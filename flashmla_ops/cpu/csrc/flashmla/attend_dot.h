@@ -14,8 +14,9 @@ namespace flashmla::FLASHMLA_ISA {
 // 7 % in bf16, 9 % less and 4 % more for MLA rows; with 16 lanes, lanes would be half empty.
 constexpr int64_t kFewRows = 8;
 
-template <class Isa, class T>
+template <class Isa, class Q, class Row>
 class DotAttention {
+  using T = typename Row::Element;
   using F = typename Isa::F;
   static constexpr int W = Isa::W, kBlock = 64;
 
@@ -25,6 +26,7 @@ public:
     Scratch scratch(memory);
     query_stride_ = round_up(head_part_, W) + round_up(call.k.d, W);
     queries_ = scratch.take<float>(item.rows * query_stride_);
+    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>());
     bytes_.copies = scratch.used();
     all_scores_ = scratch.take<float>(item.rows * (call.levels > 1 ? kBlock : round_up(item.length, kBlock)));
     rescale_ = scratch.take<float>(item.rows);
@@ -48,19 +50,13 @@ public:
 private:
   // As LaneAttention's.
   bool pass(int64_t begin, int64_t end, bool scores, bool values) {
-    Rows<T, kBlock> blocks[2];
-    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
-    int current = 0;
-    for (int64_t t = begin; t < end; t += kBlock, current ^= 1) {
-      const int64_t next = t + kBlock, last = end < next + kBlock ? end : next + kBlock;
-      Rows<T, kBlock>&here = blocks[current], &ahead = blocks[current ^ 1];
-      if (!ahead.locate(call_, item_, next, last)) return false;
+    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) {
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * item_.rows;
-      if (scores) score(here, ahead);
+      if (scores) score(here, each);
       weigh(here.n, t, scores, values);
       if (values) for_rows([&](auto count, int64_t row) { accumulate<count()>(here, row); });
-    }
-    return true;
+    };
+    return for_blocks<Row, kBlock>(call_, item_, begin, end, decoded_, [](int n) { return n; }, block);
   }
 
   // Calls f(count, first row) for groups of query rows that share what is read: all eight, or up to four at a time.
@@ -78,7 +74,7 @@ private:
   // Queries as floats, each key part padded with zeros to whole vectors.
   void unpack_queries() {
     for (int64_t r = 0; r < item_.rows; r++) {
-      const T* q = query<T>(call_, item_, item_.row + r);
+      const Q* q = query<Q>(call_, item_, item_.row + r);
       float* to = queries_ + r * query_stride_;
       std::memset(to, 0, size_t(query_stride_) * sizeof(float));
       const int64_t gap = round_up(head_part_, W) - head_part_;
@@ -86,15 +82,15 @@ private:
     }
   }
 
-  void score(const Rows<T, kBlock>& rows, const Rows<T, kBlock>& ahead) {
-    Prefetcher<T, kBlock> prefetch(call_, ahead, rows.n);
+  template <class Each>
+  void score(const Rows<Row, kBlock>& rows, Each each) {
     for (int t = 0; t < rows.n; t++) {
-      prefetch.step();
+      each();
       for_rows([&](auto count, int64_t row) { score_token<count()>(rows, t, row); });
     }
   }
   template <int R>
-  __attribute__((always_inline)) void score_token(const Rows<T, kBlock>& rows, int t, int64_t row) {
+  __attribute__((always_inline)) void score_token(const Rows<Row, kBlock>& rows, int t, int64_t row) {
     constexpr int C = R >= 8 ? 1 : 2;  // accumulators of one score: eight in all, or they wait for one another
     F c[R][C];
 #pragma GCC unroll 8
@@ -168,7 +164,7 @@ private:
   }
 
   template <int R>
-  void accumulate(const Rows<T, kBlock>& rows, int64_t row) {
+  void accumulate(const Rows<Row, kBlock>& rows, int64_t row) {
     constexpr int N = R >= 8 ? 1 : 2;  // eight accumulators, as above
     int64_t c = 0;
     for (; c + N * W <= call_.d_v; c += N * W) accumulate_columns<R, N, false>(rows, row, c);
@@ -177,7 +173,7 @@ private:
   }
   // Columns [column, column + N * W), or those up to d_v if that is less than a vector.
   template <int R, int N, bool PART>
-  __attribute__((always_inline)) void accumulate_columns(const Rows<T, kBlock>& rows, int64_t row, int64_t column) {
+  __attribute__((always_inline)) void accumulate_columns(const Rows<Row, kBlock>& rows, int64_t row, int64_t column) {
     F c[R][N];
     float* o = into_.o + row * into_.stride + column;
 #pragma GCC unroll 8
@@ -207,6 +203,7 @@ private:
   const int64_t head_part_;  // elements of the key in the first tensor
   int64_t query_stride_;
   ScratchBytes bytes_{};
+  T* decoded_;  // the block's rows, where they are not read in place
   float *queries_, *all_scores_, *rescale_;
   float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
 };

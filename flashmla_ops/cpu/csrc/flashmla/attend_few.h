@@ -14,8 +14,9 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-template <class Isa, class T, int R>
+template <class Isa, class Row, int R>
 class FewAttention {
+  using T = typename Row::Element;  // of queries too
   using F = typename Isa::F;
   using U = typename Isa::U;
   static constexpr int W = Isa::W, G = W / R, kBlock = 64;
@@ -34,6 +35,7 @@ public:
     Scratch scratch(memory);
     queries_ = scratch.take<uint32_t>((parts_[0].groups + parts_[1].groups) * W);
     zeros_ = scratch.take<T>(call.d_v);
+    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>());
     bytes_.copies = scratch.used();
     all_scores_ = scratch.take<float>(tokens * R + W);
     weights_ = scratch.take<uint32_t>(kBlock / 2 * R + W);
@@ -83,15 +85,7 @@ private:
 
   // Over the blocks of tokens [begin, end): their scores and the maximum, their weights and values, or both at once.
   bool pass(int64_t begin, int64_t end, bool scores, bool values) {
-    Rows<T, kBlock> blocks[2];
-    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
-    int current = 0;
-    for (int64_t t = begin; t < end; t += kBlock, current ^= 1) {
-      const int64_t next = t + kBlock, last = end < next + kBlock ? end : next + kBlock;
-      Rows<T, kBlock>&here = blocks[current], &ahead = blocks[current ^ 1];
-      if (!ahead.locate(call_, item_, next, last)) return false;
-      Prefetcher<T, kBlock> prefetch(call_, ahead, steps(here.n));
-      const auto each = [&] { prefetch.step(); };
+    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) {
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * R;
       if (scores) {
         here.pad(kTokens);
@@ -99,8 +93,8 @@ private:
       }
       weigh(here.n, t, scores, values);
       if (values) accumulate(here, t == begin, each);
-    }
-    return true;
+    };
+    return for_blocks<Row, kBlock>(call_, item_, begin, end, decoded_, [&](int n) { return steps(n); }, block);
   }
 
   // How often `each` is called in a block: what prefetches are spread over.
@@ -114,7 +108,7 @@ private:
 
   // Scores [token][R] of the tokens from `first` on.
   template <class Each>
-  void score(const Rows<T, kBlock>& rows, int first, Each each) {
+  void score(const Rows<Row, kBlock>& rows, int first, Each each) {
     F sums[kTokens] = {};
     const uint32_t* queries = queries_;
     for (const Part& part : parts_) {
@@ -204,7 +198,7 @@ private:
   }
 
   template <class Each>
-  void accumulate(Rows<T, kBlock>& rows, bool first_block, Each each) {
+  void accumulate(Rows<Row, kBlock>& rows, bool first_block, Each each) {
     if (rows.n % 2) rows.kv[rows.n] = zeros_;
     int64_t column = 0;
     columns<kColumns>(column, rows, first_block, each);
@@ -212,13 +206,13 @@ private:
   }
   // As many tiles of N vectors of columns as fit, then narrower ones.
   template <int N, class Each>
-  void columns(int64_t& column, const Rows<T, kBlock>& rows, bool first_block, Each each) {
+  void columns(int64_t& column, const Rows<Row, kBlock>& rows, bool first_block, Each each) {
     for (; column + N * W <= call_.d_v; column += N * W) value_columns<N, false>(rows, column, first_block, each);
     if constexpr (N > 1) columns<N / 2>(column, rows, first_block, each);
   }
   // N vectors of columns, or (PART) the last columns, which are less than a vector.
   template <int N, bool PART, class Each>
-  __attribute__((always_inline)) void value_columns(const Rows<T, kBlock>& rows, int64_t column, bool first_block,
+  __attribute__((always_inline)) void value_columns(const Rows<Row, kBlock>& rows, int64_t column, bool first_block,
                                                     Each each) {
     F c[R][N];
     float* o = into_.o + column;
@@ -267,7 +261,8 @@ private:
   Part parts_[2];
   ScratchBytes bytes_{};
   uint32_t *queries_, *weights_;
-  T* zeros_;  // a row of them: the partner of the last token where their number is odd
+  T* zeros_;    // a row of them: the partner of the last token where their number is odd
+  T* decoded_;  // the block's rows, where they are not read in place
   float* all_scores_;
   float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
   float rescale_[R];

@@ -15,8 +15,10 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-template <class Isa, class T>
+// Q is the type of queries, Row the format of the cache's rows.
+template <class Isa, class Q, class Row>
 class LaneAttention {
+  using T = typename Row::Element;
   using M = Mac<Isa, T>;
   using S = Stage<Isa, T>;
   using Unit = typename M::Unit;
@@ -53,15 +55,7 @@ public:
 private:
   // Over the blocks of tokens [begin, end): their scores and the maximum, their weights and values, or both at once.
   bool pass(int64_t begin, int64_t end, bool scores, bool values) {
-    Rows<T, kBlock> blocks[2];
-    if (!blocks[0].locate(call_, item_, begin, end < begin + kBlock ? end : begin + kBlock)) return false;
-    int current = 0;
-    for (int64_t t = begin; t < end; t += kBlock, current ^= 1) {
-      const int64_t next = t + kBlock, last = end < next + kBlock ? end : next + kBlock;
-      Rows<T, kBlock>&here = blocks[current], &ahead = blocks[current ^ 1];
-      if (!ahead.locate(call_, item_, next, last)) return false;
-      Prefetcher<T, kBlock> prefetch(call_, ahead, steps(here.n));
-      const auto each = [&] { prefetch.step(); };
+    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) {
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * rows_;
       stage(here);
       look(here.n, t);
@@ -70,8 +64,8 @@ private:
       }
       weigh(scores, values);
       if (values) accumulate(here, t == begin, each);
-    }
-    return true;
+    };
+    return for_blocks<Row, kBlock>(call_, item_, begin, end, decoded_, [&](int n) { return steps(n); }, block);
   }
 
   // A part of the keys: what comes from one cache tensor. Chunks do not cross parts.
@@ -83,7 +77,7 @@ private:
   };
 
   void plan(Scratch& scratch) {
-    parts_[0] = {call_.kv.d - call_.qk_start, call_.qk_start, call_.kv.token_stride, false, 0, 0, 0, false};
+    parts_[0] = {call_.kv.d - call_.qk_start, call_.qk_start, token_stride<Row>(call_.kv), false, 0, 0, 0, false};
     parts_[1] = {call_.k.d, 0, call_.k.token_stride, true, 0, 0, 0, false};
     for (Part& part : parts_) {
       part.unit = key_units_, part.units = S::units(part.d), part.chunk = chunks_;
@@ -96,6 +90,7 @@ private:
     keys_ = scratch.take<Unit>(chunks_ * kBlock * kChunk);
     values_ = stage_values ? scratch.take<Unit>(S::chunks(call_.d_v) * kBlock * kChunk) : keys_;
     zeros_ = scratch.take<T>(call_.d_v);
+    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>());
     bytes_.copies = scratch.used();
     all_scores_ = scratch.take<float>(rows_ * (call_.levels > 1 ? kBlock : round_up(item_.length, kBlock)));
     weights_ = M::pairs ? scratch.take<Unit>(rows_ * kBlock / 2) : nullptr;
@@ -113,7 +108,7 @@ private:
       const int64_t width = panel_width(first);
       for (int64_t r = 0; r < width; r++) {
         const bool real = first + r < item_.rows;
-        const T* q = real ? query<T>(call_, item_, item_.row + first + r) : nullptr;
+        const Q* q = real ? query<Q>(call_, item_, item_.row + first + r) : nullptr;
         for (const Part& part : parts_) {
           pack_part(queries_ + first * key_units_ + r + part.unit * width, width, q, part.d);
           if (real) q += part.d * call_.q_stride[3];
@@ -122,7 +117,7 @@ private:
     }
   }
   // Negated where the scale is negative, so that the largest score is the largest in the end.
-  void pack_part(Unit* to, int64_t width, const T* q, int64_t d) {
+  void pack_part(Unit* to, int64_t width, const Q* q, int64_t d) {
     const int64_t stride = call_.q_stride[3];
     const bool negate = call_.softmax_scale < 0;
     for (int64_t u = 0; u < S::units(d); u++, to += width) {
@@ -137,12 +132,12 @@ private:
   }
 
   // The tile that holds token t lies in one page, all its tokens being real.
-  static bool regular(const Rows<T, kBlock>& rows, int64_t t) {
+  static bool regular(const Rows<Row, kBlock>& rows, int64_t t) {
     const int64_t first = t / kNarrowTokens * kNarrowTokens;
     return rows.page_end[first] >= first + kNarrowTokens;
   }
 
-  void stage(const Rows<T, kBlock>& rows) {
+  void stage(const Rows<Row, kBlock>& rows) {
     for (int64_t first = 0; first < rows.n; first += kNarrowTokens) {
       const int64_t last = rows.n < first + kNarrowTokens ? rows.n : first + kNarrowTokens;
       for (const Part& part : parts_) {
@@ -157,7 +152,7 @@ private:
       for (int64_t c = 0; c < chunks_; c++) std::memset(keys_ + (c * kBlock + t) * kChunk, 0, kChunk * sizeof(Unit));
     }
   }
-  static const T* row(const Part& part, const Rows<T, kBlock>& rows, int64_t t) {
+  static const T* row(const Part& part, const Rows<Row, kBlock>& rows, int64_t t) {
     return (part.second ? rows.k[t] : rows.kv[t]) + part.offset;
   }
 
@@ -177,7 +172,7 @@ private:
   static int value_units(int n) { return (n + kTokensPerUnit - 1) / kTokensPerUnit; }
 
   template <class Each>
-  void score(const Part& part, const Rows<T, kBlock>& rows, Each each) {
+  void score(const Part& part, const Rows<Row, kBlock>& rows, Each each) {
     // A single vector of queries stays in L1 whole, and scores need not be stored and loaded between chunks.
     const int64_t pass = rows_ == W ? part.units : kChunk;
     for (int64_t begin = 0; begin < part.units; begin += pass) {
@@ -190,7 +185,7 @@ private:
   }
   // One tile of tokens from t on, one panel of queries from `first` on, units [begin, end) of a part.
   template <class Each>
-  __attribute__((always_inline)) void score_tokens(const Part& part, const Rows<T, kBlock>& rows, int64_t first,
+  __attribute__((always_inline)) void score_tokens(const Part& part, const Rows<Row, kBlock>& rows, int64_t first,
                                                    int64_t t, int64_t begin, int64_t end, Each each) {
     const int64_t width = panel_width(first);
     const Unit* queries = queries_ + first * key_units_ + part.unit * width;
@@ -251,7 +246,7 @@ private:
   }
 
   template <class Each>
-  void accumulate(Rows<T, kBlock>& rows, bool first_block, Each each) {
+  void accumulate(Rows<Row, kBlock>& rows, bool first_block, Each each) {
     if (rows.n % kTokensPerUnit) rows.kv[rows.n] = zeros_;
     const int64_t whole = call_.d_v / W, vectors = kInPlace ? whole : (call_.d_v + W - 1) / W;
     for (int64_t v = 0; v < vectors;) {
@@ -269,7 +264,7 @@ private:
   }
   // N vectors of columns, or (PART) the last columns, which are less than a vector.
   template <int N, bool PART, class Each>
-  void accumulate_columns(const Rows<T, kBlock>& rows, int64_t column, bool first_block, Each each) {
+  void accumulate_columns(const Rows<Row, kBlock>& rows, int64_t column, bool first_block, Each each) {
     const Unit* staged = values_ + (column / kChunk * kBlock) * kChunk + column % kChunk;
     const T* const* tokens = rows.kv;
     const auto values = [=, this](int t, int n) __attribute__((always_inline)) {
@@ -314,7 +309,8 @@ private:
   int64_t key_units_ = 0, chunks_ = 0;
   ScratchBytes bytes_{};
   Unit *queries_, *keys_, *values_, *weights_;
-  T* zeros_;  // a row of them: the partner of the last token where their number is odd
+  T* zeros_;    // a row of them: the partner of the last token where their number is odd
+  T* decoded_;  // the block's rows, where they are not read in place
   float *all_scores_, *rescale_, *visible_;
   float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
 };
