@@ -24,6 +24,7 @@ from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
+from flashmla_ops.formats import NATIVE, QUANTIZED, RowFormat
 from lowering import cpp
 from lowering.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Scatter, Slots, Strided
 from lowering.session import session
@@ -70,10 +71,10 @@ def why_not(cache: TensorBox) -> str:
 
 def lower_append(kv_cache: TensorBox, rows: TensorBox, slot_mapping: TensorBox, row_format: str = "native") -> None:
     slots = slots_of(slot_mapping, kv_cache)
-    if row_format == "native":
+    if row_format == NATIVE:
         scatter_rows(kv_cache, rows, slots)
-    else:  # the fake has checked that it is fp8_v32, the only other one
-        quantize_rows(kv_cache, rows, slots)
+    else:
+        quantize_rows(kv_cache, rows, slots, QUANTIZED[row_format])
 
 
 def lower_append_two(
@@ -107,12 +108,14 @@ def quantize_rows(
     cache: TensorBox,  # [n_pages, page_size, h_kv, bytes]
     rows: TensorBox,  # [n, h_kv, elements]
     slots: Slots,
+    row: RowFormat,
 ) -> None:
     cache.realize()
     # Inductor has fixed their strides: the operator is tagged needs_exact_strides.
     placed = ir.TensorBox.create(ir.ExternKernel.realize_input(rows))
     scattered = scatter(QuantizedRowScatter, cache, placed, slots)
     for name, value in (
+        ("codec", row.cpp),
         ("source", Strided.of(placed)),
         ("target", Strided.of(cache)),
         ("page_size", cache.get_size()[1]),

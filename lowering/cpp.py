@@ -184,7 +184,8 @@ class AppendGroup(KernelGroup):
             self.live[rows.slots],
         ]
         self.ws.close()
-        self.loops_code.writeline(f"flashmla::FLASHMLA_ISA::append_fp8_v32({', '.join(arguments)});")
+        codec = f"flashmla::FLASHMLA_ISA::{rows.codec}"
+        self.loops_code.writeline(f"flashmla::FLASHMLA_ISA::append_quantized<{codec}>({', '.join(arguments)});")
 
     def codegen_group(self, name: str | None = None) -> str:
         source: str = super().codegen_group(name)

@@ -53,9 +53,11 @@ class Strided:
 class QuantizedRowScatter(RowScatter):
     """The rows of one append_ into a cache of bytes: a loop nest for the scheduler, which a call of ours replaces.
 
-    ``source`` [n, h_kv, elements] and ``target`` [n_pages, page_size, h_kv, bytes] say where the call reads and writes.
+    ``source`` [n, h_kv, elements] and ``target`` [n_pages, page_size, h_kv, bytes] say where the call reads and writes,
+    ``codec`` names the format's struct in C++.
     """
 
+    codec: str
     source: Strided
     target: Strided
     page_size: sympy.Expr

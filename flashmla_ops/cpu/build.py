@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ import torch
 from flashmla_ops.cpu import cache
 from flashmla_ops.cpu.compiler import Compilation, Unit, compiler, progress
 from flashmla_ops.errors import BuildError
+from flashmla_ops.formats import header
 
 CSRC = Path(__file__).parent / "csrc"
 #: Where a wheel that holds kernels brings them, in a folder named by `source_key`.
@@ -98,6 +100,7 @@ def source_key() -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    digest.update(repr(header.generated()).encode())
     digest.update(repr((platform.machine(), COMMON_FLAGS, ISAS, STABLE_ABI, KERNELS)).encode())
     return digest.hexdigest()[:16]
 
@@ -158,15 +161,15 @@ def _build(libraries: Sequence[Library], folder: Path, *, verbose: bool) -> dict
     long = len(units) > 1
     progress(f"flashmla: compiling {names} into {folder}, once; this may take a minute", lasting=long)
     built, failures = {}, []
-    with (
-        tempfile.TemporaryDirectory(dir=folder) as scratch,
-        Compilation([*units], Path(scratch), _arguments, verbose=verbose) as compilation,
-    ):
-        for library in libraries:
-            try:
-                built[library] = _link(compilation, library, folder)
-            except BuildError as error:
-                failures.append(error)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
+        header.write(scratch)
+        with Compilation([*units], scratch, partial(_arguments, scratch), verbose=verbose) as compilation:
+            for library in libraries:
+                try:
+                    built[library] = _link(compilation, library, folder)
+                except BuildError as error:
+                    failures.append(error)
     if failures:
         raise failures[0]
     progress(f"flashmla: compiled {names}", lasting=long)
@@ -187,10 +190,10 @@ def _link(compilation: Compilation, library: Library, folder: Path) -> Path:
     return target
 
 
-def _arguments(unit: Unit) -> list[str]:
-    """How to compile a unit; only those that bind to torch see its headers."""
+def _arguments(generated: Path, unit: Unit) -> list[str]:
+    """How to compile a unit, with generated headers in a folder; only those that bind to torch see its headers."""
     torch_flags = _torch_flags() if unit in (*BINDING_UNITS, *AUTOGRAD.units) else []
-    return [*COMMON_FLAGS, *unit.flags, f"-I{CSRC}", *torch_flags, str(CSRC / unit.source)]
+    return [*COMMON_FLAGS, *unit.flags, f"-I{CSRC}", f"-I{generated}", *torch_flags, str(CSRC / unit.source)]
 
 
 def _torch_flags() -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
-from flashmla_ops.layouts import NATIVE
+from flashmla_ops.formats import NATIVE, QUANTIZED
 from flashmla_ops.ops import append, decode, decode_up, merge, schedule
 from flashmla_ops.ops._library import LIBRARY
 
@@ -91,7 +91,7 @@ class Binding:
 
     def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
         append.append_fake(kv_cache, rows, slot_mapping, row_format)
-        if row_format == NATIVE.name:
+        if row_format == NATIVE:
             self._append([(kv_cache, rows)], slot_mapping)
         else:
             append.append_reference(kv_cache, rows, slot_mapping, row_format)
@@ -167,9 +167,10 @@ def _decode_call(
         qk_start=qk_start,
         softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
         levels=levels,
+        row_format=[NATIVE, *QUANTIZED].index(row_format),
         q=q.data_ptr(),
         q_stride=q.stride(),
-        kv=_cache(kv_cache),
+        kv=_cache(kv_cache) if row_format == NATIVE else _cache(kv_cache, QUANTIZED[row_format].elements),
         k=structs.Cache() if k_cache is None else _cache(k_cache),
         n_pages=kv_cache.size(0),
         page_size=kv_cache.size(1),
@@ -190,8 +191,9 @@ def _schedule(plan: Tensor | None) -> tuple[c_void_p, c_int64]:
     return (c_void_p(None), c_int64(0)) if plan is None else (c_void_p(plan.data_ptr()), c_int64(plan.numel()))
 
 
-def _cache(tensor: Tensor) -> structs.Cache:
-    return structs.Cache(tensor.data_ptr(), *tensor.stride()[:3], tensor.size(3))
+def _cache(tensor: Tensor, elements: int | None = None) -> structs.Cache:
+    """``elements``: of a row; None: as many as the last dimension has."""
+    return structs.Cache(tensor.data_ptr(), *tensor.stride()[:3], elements or tensor.size(3))
 
 
 def register(library: ctypes.CDLL) -> None:

@@ -27,6 +27,7 @@ class Decode(ctypes.Structure):
         *((name, c_int64) for name in ("b", "s_q", "h_q", "h_kv", "d_qk", "d_v", "qk_start")),
         ("softmax_scale", c_float),
         ("levels", c_int32),
+        ("row_format", c_int32),
         ("q", c_void_p),
         ("q_stride", c_int64 * 4),
         ("kv", Cache),

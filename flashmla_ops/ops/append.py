@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.layouts import NATIVE, QUANTIZED_FORMATS
+from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
 from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
     define,
@@ -48,9 +48,8 @@ def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str,
 
 def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> None:
     """As `check`, of a cache of bytes and rows of floating-point numbers."""
-    known = ", ".join((NATIVE.name, *QUANTIZED_FORMATS))
-    require(OP, "row_format", row_format in QUANTIZED_FORMATS, f"one of {known}", row_format)
-    row = QUANTIZED_FORMATS[row_format]
+    require(OP, "row_format", row_format in QUANTIZED, f"one of {', '.join(NAMES)}", row_format)
+    row = QUANTIZED[row_format]
     require_dims(OP, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
     require(OP, "kv_cache", kv_cache.dtype in BYTES, BYTE_NAMES, dtype_name(kv_cache.dtype))
     require_contiguous_rows(OP, "kv_cache", kv_cache)
@@ -82,7 +81,7 @@ def check_slots(cache: Tensor, slot_mapping: Tensor) -> None:
 
 
 def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
-    if row_format != NATIVE.name:
+    if row_format != NATIVE:
         check_quantized(kv_cache, rows, slot_mapping, row_format)
     else:
         check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
@@ -91,8 +90,8 @@ def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format
 def append_reference(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
     append_fake(kv_cache, rows, slot_mapping, row_format)
     check_slots(kv_cache, slot_mapping)
-    if row_format != NATIVE.name:
-        kv_cache, rows = kv_cache.view(torch.uint8), reference.quantize_rows(rows, QUANTIZED_FORMATS[row_format])
+    if row_format != NATIVE:
+        kv_cache, rows = kv_cache.view(torch.uint8), QUANTIZED[row_format].quantize(rows)
     reference.append(kv_cache, rows, slot_mapping)
 
 

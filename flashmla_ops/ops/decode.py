@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.layouts import ROW_FORMATS
+from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
 from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
     define,
@@ -34,6 +34,7 @@ from flashmla_ops.ops._library import (
 )
 from flashmla_ops.ops._overlap import require_apart
 from flashmla_ops.ops._vmap import Dims, each, folded
+from flashmla_ops.ops.quantize import require_bytes
 from flashmla_ops.ops.schedule import check_schedule
 from flashmla_ops.reference.schedule import schedule_numel
 
@@ -66,16 +67,21 @@ def check(
     require(op, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
     uncut = levels == 3 or schedule is None
     require(op, "schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
-    require(op, "row_format", row_format in ROW_FORMATS, f"one of {', '.join(ROW_FORMATS)}", row_format)
+    require(op, "row_format", row_format in NAMES, f"one of {', '.join(NAMES)}", row_format)
     require_dims(op, "q", q, "[b, s_q, h_q, d_qk]")
     require_float(op, "q", q)
     b, s_q, h_q, d_qk = q.shape
     require(op, "q", s_q >= 1, "at least 1 query token (s_q)", s_q)
     require_dims(op, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
-    require_dtype(op, "kv_cache", kv_cache, q.dtype)
+    if row_format == NATIVE:
+        require_dtype(op, "kv_cache", kv_cache, q.dtype)
+    else:
+        require_bytes(op, "kv_cache", kv_cache, QUANTIZED[row_format])
+        require(op, "k_cache", k_cache is None, f"None with rows of {row_format}", "a tensor")
     require_device(op, "kv_cache", kv_cache, q.device)
     require_contiguous_rows(op, "kv_cache", kv_cache)
     _, page_size, h_kv, d = kv_cache.shape
+    d = d if row_format == NATIVE else QUANTIZED[row_format].elements
     require(op, "kv_cache", page_size >= 1, "page_size of at least 1", page_size)
     require(op, "kv_cache", h_kv >= 1, "at least 1 KV head (h_kv)", h_kv)
     require(op, "q", h_q % h_kv == 0, f"query heads in multiples of the {h_kv} KV heads", h_q)
@@ -192,7 +198,7 @@ def decode_reference(
     )
     check_values("decode", q, kv_cache, block_table, cache_seqlens, schedule)
     out, lse = reference.decode(
-        q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink
+        q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink, row_format
     )
     return out.to(q.dtype), lse.to(torch.float32)
 

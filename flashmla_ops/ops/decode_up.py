@@ -90,9 +90,8 @@ def by_reference(
     )
     check_weight(q, weight, d_v)
     decode.check_values(OP, q, kv_cache, block_table, cache_seqlens, schedule)
-    out, lse = reference.decode_up(
-        q, kv_cache, k_cache, block_table, cache_seqlens, weight, d_v, qk_start, softmax_scale, causal, attn_sink
-    )
+    attended = (d_v, qk_start, softmax_scale, causal, attn_sink, row_format)
+    out, lse = reference.decode_up(q, kv_cache, k_cache, block_table, cache_seqlens, weight, *attended)
     return out.to(q.dtype).contiguous(), lse.to(torch.float32)
 
 

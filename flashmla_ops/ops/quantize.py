@@ -1,6 +1,6 @@
 """``flashmla::quantize_rows`` and ``flashmla::dequantize_rows``: rows of elements to quantised rows, and back.
 
-`flashmla_ops.layouts` has the formats. `append_` quantises on the way into the cache, without this in between.
+`flashmla_ops.formats` has the formats. `append_` quantises on the way into the cache, without this in between.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmla_ops import reference
-from flashmla_ops.layouts import QUANTIZED_FORMATS, Fp8V32Row
+from flashmla_ops.formats import QUANTIZED, RowFormat
 from flashmla_ops.ops._library import (
     FLOAT_NAMES,
     FLOATS,
@@ -26,9 +25,15 @@ BYTES = (torch.uint8, torch.float8_e4m3fn)
 BYTE_NAMES = "uint8 or float8_e4m3fn"
 
 
-def format_of(op: str, row_format: str) -> Fp8V32Row:
-    require(op, "row_format", row_format in QUANTIZED_FORMATS, f"one of {', '.join(QUANTIZED_FORMATS)}", row_format)
-    return QUANTIZED_FORMATS[row_format]
+def format_of(op: str, row_format: str) -> RowFormat:
+    require(op, "row_format", row_format in QUANTIZED, f"one of {', '.join(QUANTIZED)}", row_format)
+    return QUANTIZED[row_format]
+
+
+def require_bytes(op: str, argument: str, tensor: Tensor, row: RowFormat) -> None:
+    """The last dimension of ``tensor`` holds rows of a format."""
+    require(op, argument, tensor.dtype in BYTES, BYTE_NAMES, dtype_name(tensor.dtype))
+    require(op, argument, tensor.size(-1) == row.bytes, f"rows of {row.bytes} bytes", tensor.size(-1))
 
 
 def quantize_fake(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
@@ -42,22 +47,21 @@ def quantize_fake(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
 
 def quantize_reference(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
     quantize_fake(rows, row_format)
-    return reference.quantize_rows(rows, QUANTIZED_FORMATS[row_format])
+    return QUANTIZED[row_format].quantize(rows)
 
 
 def dequantize_fake(rows: Tensor, row_format: str = "fp8_v32", dtype: torch.dtype = torch.bfloat16) -> Tensor:
     op = "dequantize_rows"
     row = format_of(op, row_format)
     require(op, "rows", rows.dim() >= 1, "shape [..., d]", f"{rows.dim()} dimensions")
-    require(op, "rows", rows.dtype in BYTES, BYTE_NAMES, dtype_name(rows.dtype))
-    require(op, "rows", rows.size(-1) == row.bytes, f"rows of {row.bytes} bytes", rows.size(-1))
+    require_bytes(op, "rows", rows, row)
     require(op, "dtype", dtype in FLOATS, FLOAT_NAMES, dtype_name(dtype))
     return rows.new_empty((*rows.shape[:-1], row.elements), dtype=dtype)
 
 
 def dequantize_reference(rows: Tensor, row_format: str = "fp8_v32", dtype: torch.dtype = torch.bfloat16) -> Tensor:
     dequantize_fake(rows, row_format, dtype)
-    return reference.dequantize_rows(rows, QUANTIZED_FORMATS[row_format]).to(dtype)
+    return QUANTIZED[row_format].dequantize(rows).to(dtype)
 
 
 def quantize_vmap(

@@ -3,7 +3,6 @@
 from flashmla_ops.reference.attention import attend_masked, decode, decode_up, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
-from flashmla_ops.reference.quantize import dequantize_rows, quantize_rows
 from flashmla_ops.reference.schedule import decode_schedule
 
 __all__ = [
@@ -13,11 +12,9 @@ __all__ = [
     "decode",
     "decode_schedule",
     "decode_up",
-    "dequantize_rows",
     "gather_rows",
     "gemm",
     "grouped_gemm",
     "merge_states",
     "prefill",
-    "quantize_rows",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashmla_ops.formats import NATIVE, QUANTIZED
 from flashmla_ops.reference.cache import gather_rows
 
 
@@ -22,6 +23,7 @@ def decode(
     softmax_scale: float | None = None,
     causal: bool = False,
     attn_sink: Tensor | None = None,  # [h_q] float32
+    row_format: str = NATIVE,
     *,
     op: str = "decode",
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q], float64
@@ -39,6 +41,7 @@ def decode(
         if length == 0:
             continue
         rows = gather_rows(kv_cache, block_table[i], length, op=op, sequence=i)  # [t, h_kv, d]
+        rows = rows if row_format == NATIVE else QUANTIZED[row_format].dequantize(rows)
         value, key = rows[..., :d_v], rows[..., qk_start:]
         if k_cache is not None:
             key = torch.cat([key, gather_rows(k_cache, block_table[i], length, op=op, sequence=i)], dim=-1)
@@ -74,10 +77,11 @@ def decode_up(
     softmax_scale: float | None = None,
     causal: bool = False,
     attn_sink: Tensor | None = None,
+    row_format: str = NATIVE,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_up], lse [b, h_q, s_q], float64
     """`decode`, then the product of each head's result with the head's weight (MLA: W_UV)."""
-    arguments = (q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink)
-    out, lse = decode(*arguments, op="decode_up")
+    cache = (kv_cache, k_cache, block_table, cache_seqlens)
+    out, lse = decode(q, *cache, d_v, qk_start, softmax_scale, causal, attn_sink, row_format, op="decode_up")
     return torch.einsum("bshv,hvu->bshu", out, weight.double()), lse
 
 

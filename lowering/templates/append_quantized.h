@@ -3,22 +3,22 @@
 
 #define FLASHMLA_ISA generated
 
-#include "flashmla/quantize.h"
+#include "flashmla/format_codecs.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
-// rows: [n, h_kv, 576] of T, with strides in elements; cache: [n_pages, page_size, h_kv, 656 bytes]. `live` has a slot
+// rows: [n, h_kv, elements] of T, with strides in elements; cache: [n_pages, page_size, h_kv, bytes]. `live` has a slot
 // for each row, none of them twice; rows with a negative one are skipped.
-template <class T>
-void append_fp8_v32(const T* rows, int64_t n, int64_t h_kv, int64_t row_stride, int64_t row_head_stride,
-                    int64_t element_stride, uint8_t* cache, int64_t page_size, int64_t page_stride,
-                    int64_t token_stride, int64_t head_stride, const int64_t* live) {
-#pragma omp parallel for if (n * h_kv >= kSerialRows)
+template <class Format, class T>
+void append_quantized(const T* rows, int64_t n, int64_t h_kv, int64_t row_stride, int64_t row_head_stride,
+                      int64_t element_stride, uint8_t* cache, int64_t page_size, int64_t page_stride,
+                      int64_t token_stride, int64_t head_stride, const int64_t* live) {
+#pragma omp parallel for if (n * h_kv >= 64)
   for (int64_t i = 0; i < n; i++) {
     if (live[i] < 0) continue;
     uint8_t* to = cache + live[i] / page_size * page_stride + live[i] % page_size * token_stride;
     for (int64_t head = 0; head < h_kv; head++) {
-      quantize_fp8_v32(rows + i * row_stride + head * row_head_stride, element_stride, to + head * head_stride);
+      Format::quantize(rows + i * row_stride + head * row_head_stride, element_stride, to + head * head_stride);
     }
   }
 }

@@ -46,8 +46,8 @@ public:
   // Throws std::runtime_error with the operator's message.
   void run(const int32_t* schedule, int64_t schedule_numel) const {
     const AttentionKernels attention{.accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
-                                     .scratch_bytes = attention_scratch<Isa, T>,
-                                     .attend = attend_tokens<Isa, T>,
+                                     .scratch_bytes = attention_scratch<Isa, T, NativeRow<T>>,
+                                     .attend = attend_tokens<Isa, T, NativeRow<T>>,
                                      .finish = finish,
                                      .merge = nullptr};
     const Kernels kernels{attention, {}, "generated"};

@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from flashmla_ops import reference
 from flashmla_ops.errors import from_message
-from flashmla_ops.layouts import FP8_V32
+from flashmla_ops.formats import FP8_V32
 from tests.strategies import DTYPES, SEEDS
 from tests.support.poison import same_bits, strided
 

@@ -11,8 +11,6 @@ namespace {
 
 using namespace flashmla;
 
-constexpr int64_t kFp8V32Bytes = 656, kFp8V32Elements = 576;
-
 void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
   FlashmlaDecode call = decode_call(a);
   call.out = out.mutable_data_ptr();
@@ -215,26 +213,22 @@ void run_append(const FlashmlaAppend (&tensors)[N], const Tensor& slots) {
            message);
 }
 
-// As check_append, of a cache of bytes and rows of floating-point numbers.
-void check_append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping) {
+// check_append for a cache of bytes and rows of floating-point numbers.
+void check_append_quantized(const Tensor& cache, const Tensor& rows, const Tensor& slot_mapping,
+                            const RowFormat& format) {
   const Check check{"append_"};
   check.dims("kv_cache", cache, 4, "[n_pages, page_size, h_kv, d]");
-  if (cache.scalar_type() != ScalarType::Byte && cache.scalar_type() != ScalarType::Float8_e4m3fn) {
-    check.fail("kv_cache", "uint8 or float8_e4m3fn", name_of(cache.scalar_type()));
-  }
-  check.contiguous_rows("kv_cache", cache);
+  check_bytes(check, "kv_cache", cache, format);
   if (cache.size(1) < 1) check.fail("kv_cache", "page_size of at least 1", text(cache.size(1)));
-  if (cache.size(3) != kFp8V32Bytes)
-    check.fail("kv_cache", text("rows of ", kFp8V32Bytes, " bytes"), text(cache.size(3)));
   check.dims("rows", rows, 3, "[n, h_kv, d]");
   check.floating("rows", rows);
   check.on_cpu("rows", rows);
-  check_rows(check, "rows", rows, cache, "kv_cache", kFp8V32Elements, " elements", slot_mapping);
+  check_rows(check, "rows", rows, cache, "kv_cache", format.elements, " elements", slot_mapping);
   check.apart("kv_cache", cache, {{"rows", &rows}, {"slot_mapping", &slot_mapping}});
 }
 
-void append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slots) {
-  check_append_fp8_v32(cache, rows, slots);
+void append_quantized(const Tensor& cache, const Tensor& rows, const Tensor& slots, int32_t number) {
+  check_append_quantized(cache, rows, slots, kRowFormats[number]);
   const int64_t size = rows.scalar_type() == ScalarType::Float ? 4 : 2;
   FlashmlaAppend to{};
   to.cache = static_cast<char*>(cache.mutable_data_ptr());
@@ -245,14 +239,17 @@ void append_fp8_v32(const Tensor& cache, const Tensor& rows, const Tensor& slots
   to.n_pages = cache.size(0), to.page_size = cache.size(1), to.h_kv = cache.size(2);
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
-  raise_if(flashmla_append_fp8_v32(&to, dtype_of(rows), slots.const_data_ptr<int64_t>(), slots.stride(0), slots.size(0),
-                                   &threads, message),
+  raise_if(flashmla_append_quantized(&to, number, dtype_of(rows), slots.const_data_ptr<int64_t>(), slots.stride(0),
+                                     slots.size(0), &threads, message),
            message);
 }
 
 void append(Tensor kv_cache, const Tensor& rows, const Tensor& slot_mapping, std::string row_format) {
-  if (row_format == "fp8_v32") return append_fp8_v32(kv_cache, rows, slot_mapping);
-  if (row_format != "native") Check{"append_"}.fail("row_format", "one of native, fp8_v32", row_format);
+  const int32_t number = number_of_format(row_format);
+  if (row_format != kRowFormats[number].name) {
+    Check{"append_"}.fail("row_format", text("one of ", kRowFormatNames), row_format);
+  }
+  if (number) return append_quantized(kv_cache, rows, slot_mapping, number);
   check_append(kv_cache, rows, slot_mapping, "kv_cache", "rows");
   run_append({append_of(kv_cache, rows)}, slot_mapping);
 }

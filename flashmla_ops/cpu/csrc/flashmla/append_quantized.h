@@ -6,7 +6,8 @@
 extern "C" {
 
 // `tensor` says where bytes go; its rows have elements of `dtype`, as many as the format's rows hold.
-FLASHMLA_EXPORT int flashmla_append_fp8_v32(const FlashmlaAppend* tensor, FlashmlaDType dtype, const int64_t* slots,
-                                            int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime,
-                                            char* message);
+// `row_format`: a number of flashmla/formats.h.
+FLASHMLA_EXPORT int flashmla_append_quantized(const FlashmlaAppend* tensor, int32_t row_format, FlashmlaDType dtype,
+                                              const int64_t* slots, int64_t slot_stride, int64_t n,
+                                              const FlashmlaRuntime* runtime, char* message);
 }

@@ -24,30 +24,24 @@ auto with_kernel(int64_t rows, F f) {
     return f(Tag<DotAttention<Isa, Q, Row>>{});
   }
 }
-template <class Isa, class Q, class F>
-auto with_attention(const FlashmlaDecode&, int64_t rows, F f) {
-  return with_kernel<Isa, Q, NativeRow<Q>>(rows, f);
-}
 
-// Kernels::scratch_bytes and Kernels::attend for queries of Q.
-template <class Isa, class Q>
+// Kernels::scratch_bytes and Kernels::attend for queries of Q and rows of a format.
+template <class Isa, class Q, class Row>
 ScratchBytes attention_scratch(const FlashmlaDecode& call, const Item& item) {
   const auto bytes = [&](int64_t rows) {
     Item sized = item;
     sized.rows = rows;
-    return with_attention<Isa, Q>(call, rows,
-                                  [&](auto tag) { return decltype(tag)::type::scratch_bytes(call, sized); });
+    return with_kernel<Isa, Q, Row>(rows, [&](auto tag) { return decltype(tag)::type::scratch_bytes(call, sized); });
   };
   // The last item of a head may have fewer rows than the others.
   const ScratchBytes few = bytes(item.rows < kFewRows ? item.rows : kFewRows), all = bytes(item.rows);
   return few.all() > all.all() ? few : all;
 }
-template <class Isa, class Q>
+template <class Isa, class Q, class Row>
 bool attend_tokens(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end, const Accumulator& into,
                    char* scratch) {
-  return with_attention<Isa, Q>(call, item.rows, [&](auto tag) {
-    return typename decltype(tag)::type(call, item, into, scratch).run(begin, end);
-  });
+  return with_kernel<Isa, Q, Row>(
+      item.rows, [&](auto tag) { return typename decltype(tag)::type(call, item, into, scratch).run(begin, end); });
 }
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -30,7 +30,8 @@ struct FlashmlaDecode {
   int32_t causal;
   int64_t b, s_q, h_q, h_kv, d_qk, d_v, qk_start;
   float softmax_scale;
-  int32_t levels;  // 1: whole rows of scores; 2: blocks; 3: blocks, and sequences cut into parts
+  int32_t levels;      // 1: whole rows of scores; 2: blocks; 3: blocks, and sequences cut into parts
+  int32_t row_format;  // 0: elements of `dtype`; else a number of flashmla/formats.h, and strides of kv count bytes
 
   const void* q;  // [b, s_q, h_q, d_qk]
   int64_t q_stride[4];

@@ -13,6 +13,15 @@ struct NativeRow {
   using Stored = T;
   static constexpr bool in_place = true;
 };
+// Rows of bytes: Format is a struct of flashmla/formats/, and E is what it decodes to.
+template <class Format, class E>
+struct QuantizedRow {
+  using Element = E;
+  using Stored = uint8_t;
+  static constexpr bool in_place = false;
+  static constexpr int64_t elements = Format::elements, bytes = Format::bytes;
+  static void decode(const uint8_t* row, E* to) { Format::decode(row, to); }
+};
 
 // Where rows of N tokens lie in the cache, beside where tiles read them; nothing where that is the same.
 template <class Row, int N, bool IN_PLACE = Row::in_place>

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "flashmla/formats.h"
 #include "flashmla/torch_checks.h"
 
 namespace flashmla {
@@ -25,6 +26,25 @@ struct DecodeArguments {
   int64_t levels;
 };
 
+// The number of a row format by its name; 0, native, if `names` lacks it.
+inline int32_t number_of_format(const std::string& name) {
+  for (int32_t i = 1; i < int32_t(std::size(kRowFormats)); i++) {
+    if (name == kRowFormats[i].name) return i;
+  }
+  return 0;
+}
+
+// A cache of rows of bytes, whatever one-byte type its tensor has.
+inline void check_bytes(const Check& check, const char* name, const Tensor& cache, const RowFormat& format) {
+  const ScalarType type = cache.scalar_type();
+  if (type != ScalarType::Byte && type != ScalarType::Float8_e4m3fn) {
+    check.fail(name, "uint8 or float8_e4m3fn", name_of(type));
+  }
+  check.on_cpu(name, cache);
+  check.contiguous_rows(name, cache);
+  if (cache.size(3) != format.bytes) check.fail(name, text("rows of ", format.bytes, " bytes"), text(cache.size(3)));
+}
+
 inline void check_levels(const Check& check, int64_t levels) {
   if (levels < 1 || levels > 3) check.fail("levels", "1, 2 or 3", text(levels));
 }
@@ -34,16 +54,24 @@ inline void check_decode(const char* op, const DecodeArguments& a) {
   const Check check{op};
   check_levels(check, a.levels);
   if (a.levels < 3 && a.schedule) check.fail("schedule", "None below level 3, where no sequence is cut", "a tensor");
-  if (a.row_format != "native") check.fail("row_format", "one of native", a.row_format);
+  const int32_t number = number_of_format(a.row_format);
+  const RowFormat& format = kRowFormats[number];
+  if (a.row_format != format.name) check.fail("row_format", text("one of ", kRowFormatNames), a.row_format);
   check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
   check.floating("q", a.q);
   const int64_t b = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
   if (s_q < 1) check.fail("q", "at least 1 query token (s_q)", text(s_q));
   check.dims("kv_cache", a.kv_cache, 4, "[n_pages, page_size, h_kv, d]");
-  check.dtype("kv_cache", a.kv_cache, a.q.scalar_type());
-  check.on_cpu("kv_cache", a.kv_cache);
-  check.contiguous_rows("kv_cache", a.kv_cache);
-  const int64_t page_size = a.kv_cache.size(1), h_kv = a.kv_cache.size(2), d = a.kv_cache.size(3);
+  if (number) {
+    check_bytes(check, "kv_cache", a.kv_cache, format);
+    if (a.k_cache) check.fail("k_cache", text("None with rows of ", format.name), "a tensor");
+  } else {
+    check.dtype("kv_cache", a.kv_cache, a.q.scalar_type());
+    check.on_cpu("kv_cache", a.kv_cache);
+    check.contiguous_rows("kv_cache", a.kv_cache);
+  }
+  const int64_t page_size = a.kv_cache.size(1), h_kv = a.kv_cache.size(2);
+  const int64_t d = number ? format.elements : a.kv_cache.size(3);
   if (page_size < 1) check.fail("kv_cache", "page_size of at least 1", text(page_size));
   if (h_kv < 1) check.fail("kv_cache", "at least 1 KV head (h_kv)", text(h_kv));
   if (h_q % h_kv != 0) check.fail("q", text("query heads in multiples of the ", h_kv, " KV heads"), text(h_q));
@@ -96,6 +124,8 @@ inline FlashmlaDecode decode_call(const DecodeArguments& a) {
   call.q = a.q.const_data_ptr();
   for (int i = 0; i < 4; i++) call.q_stride[i] = a.q.stride(i);
   call.kv = cache_of(a.kv_cache);
+  call.row_format = number_of_format(a.row_format);
+  if (call.row_format) call.kv.d = kRowFormats[call.row_format].elements;
   if (a.k_cache) call.k = cache_of(*a.k_cache);
   call.n_pages = a.kv_cache.size(0), call.page_size = a.kv_cache.size(1);
   call.block_table = a.block_table.const_data_ptr<int32_t>();

@@ -1,0 +1,22 @@
+"""Row formats: how one token of one KV head lies in memory, one file a format.
+
+A cache row is a *value* (its first ``d_v`` elements) and a *key* (its elements from ``qk_start`` on, followed by the
+row of a second tensor where one is given). ``native`` rows hold the elements themselves in the cache tensor's dtype. A
+quantised format has its layout and its codec in torch here, which are the definition; its constants become a C++ header
+(`header`), so that no number stands twice; and its codec in C++ is ``cpu/csrc/flashmla/formats/NAME.h``.
+
+To add one: its file here, its C++ header, its line in `QUANTIZED`.
+"""
+
+from __future__ import annotations
+
+from flashmla_ops.formats.fp8_v32 import FP8_V32
+from flashmla_ops.formats.row_format import RowFormat
+
+#: The format of elements as they are.
+NATIVE = "native"
+#: Those of caches of bytes, by name. Their order is their number in C++, which begins at 1.
+QUANTIZED: dict[str, RowFormat] = {each.name: each for each in (FP8_V32,)}
+NAMES = (NATIVE, *QUANTIZED)
+
+__all__ = ["FP8_V32", "NAMES", "NATIVE", "QUANTIZED", "RowFormat"]
