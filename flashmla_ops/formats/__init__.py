@@ -11,12 +11,13 @@ To add one: its file here, its C++ header, its line in `QUANTIZED`.
 from __future__ import annotations
 
 from flashmla_ops.formats.fp8_v32 import FP8_V32
+from flashmla_ops.formats.int8_g128 import INT8_G128
 from flashmla_ops.formats.row_format import RowFormat
 
 #: The format of elements as they are.
 NATIVE = "native"
 #: Those of caches of bytes, by name. Their order is their number in C++, which begins at 1.
-QUANTIZED: dict[str, RowFormat] = {each.name: each for each in (FP8_V32,)}
+QUANTIZED: dict[str, RowFormat] = {each.name: each for each in (FP8_V32, INT8_G128)}
 NAMES = (NATIVE, *QUANTIZED)
 
-__all__ = ["FP8_V32", "NAMES", "NATIVE", "QUANTIZED", "RowFormat"]
+__all__ = ["FP8_V32", "INT8_G128", "NAMES", "NATIVE", "QUANTIZED", "RowFormat"]

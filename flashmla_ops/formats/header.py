@@ -24,7 +24,6 @@ def text() -> str:
         "// By number; 0 is native.",
         f"constexpr RowFormat kRowFormats[] = {{{_table(formats)}}};",
         f'constexpr char kRowFormatNames[] = "{", ".join(("native", *QUANTIZED))}";',
-        f'constexpr char kQuantizedNames[] = "{", ".join(QUANTIZED)}";',
         "}  // namespace flashmla",
         "// X(number, struct) for each quantised format.",
         f"#define FLASHMLA_QUANTIZED_FORMATS(X) {' '.join(f'X({i}, {each.cpp})' for i, each in enumerate(formats, 1))}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class RowFormat(ABC):
     """A format of bytes. Its codec is in float64, exact but for the one rounding that it is there for."""
 

@@ -1,4 +1,4 @@
-"""Rows of format fp8_v32: their definition, and `append_` that quantises on the way into a cache."""
+"""Rows of bytes: their definitions, and `append_` that quantises on the way into a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from flashmla_ops import reference
 from flashmla_ops.errors import from_message
-from flashmla_ops.formats import FP8_V32
+from flashmla_ops.formats import FP8_V32, INT8_G128, QUANTIZED
 from tests.strategies import DTYPES, SEEDS
 from tests.support.poison import same_bits, strided
 
@@ -73,6 +73,37 @@ def test_scales_at_the_edges() -> None:
     assert (back[384:512] == 0).all()
 
 
+def test_int8_rows_by_hand() -> None:
+    """The largest of a group is 127; zeros stay zeros; a group with a NaN or an infinity is NaN whole."""
+    row = torch.zeros(576)
+    row[:3] = torch.tensor([-254.0, 1.0, 3.0])
+    row[128], row[129], row[256], row[400] = 1e-45, 0.0, math.nan, -math.inf
+    row[512:] = torch.linspace(-3, 3, 64)
+    made = torch.ops.flashmla.quantize_rows(row, "int8_g128")
+    assert made.view(torch.int8)[:3].tolist() == [-127, 0, 2]
+    assert made[512:516].view(torch.float32).item() == 2.0
+    back = torch.ops.flashmla.dequantize_rows(made, "int8_g128", torch.float32)
+    assert back[:4].tolist() == [-254.0, 0.0, 4.0, 0.0]
+    assert (back[128:256] == 0).all()
+    assert back[256:512].isnan().all()
+    assert torch.equal(back[512:], row[512:].bfloat16().float())
+    assert INT8_G128.bytes == 656
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(DTYPES), st.sampled_from([1e-30, 0.01, 300.0]), SEEDS)
+def test_int8_errs_by_half_a_step(dtype: str, spread: float, seed: int) -> None:
+    rows = rows_of(3, dtype, seed, spread)
+    back = torch.ops.flashmla.dequantize_rows(torch.ops.flashmla.quantize_rows(rows, "int8_g128"), "int8_g128")
+    groups = rows[..., :512].double().unflatten(-1, (4, 128))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    error = (
+        INT8_G128.dequantize(torch.ops.flashmla.quantize_rows(rows, "int8_g128"))[..., :512] - groups.flatten(-2)
+    ).abs()
+    assert (error <= (0.5 + 1e-4) * step.expand_as(groups).flatten(-2)).all()
+    assert back.dtype == torch.bfloat16
+
+
 @given(SEEDS)
 @settings(max_examples=20)
 def test_what_was_quantised_once_stays(seed: int) -> None:
@@ -97,6 +128,7 @@ def empty_cache(pages: int, page_size: int, h_kv: int, dtype: torch.dtype, gaps:
     gaps=st.booleans(),
     lay_out=st.booleans(),
     special=st.booleans(),
+    row_format=st.sampled_from(sorted(QUANTIZED)),
     seed=SEEDS,
 )
 def test_append_writes_what_quantize_rows_makes(
@@ -107,6 +139,7 @@ def test_append_writes_what_quantize_rows_makes(
     gaps: bool,
     lay_out: bool,
     special: bool,
+    row_format: str,
     seed: int,
 ) -> None:
     rows = rows_of(len(slots), dtype, seed, h_kv=h_kv)
@@ -116,8 +149,8 @@ def test_append_writes_what_quantize_rows_makes(
         rows = strided(rows, torch.Generator().manual_seed(seed), contiguous_rows=False)
     actual, expected = (empty_cache(3, 4, h_kv, byte, gaps) for _ in range(2))
     mapping = torch.tensor(slots, dtype=torch.int64)
-    torch.ops.flashmla.append_(actual, rows, mapping, "fp8_v32")
-    reference.append(expected.view(torch.uint8), torch.ops.flashmla.quantize_rows(rows), mapping)
+    torch.ops.flashmla.append_(actual, rows, mapping, row_format)
+    reference.append(expected.view(torch.uint8), torch.ops.flashmla.quantize_rows(rows, row_format), mapping)
     whole = [x if x._base is None else x._base for x in (actual, expected)]
     assert same_bits(*(x.view(torch.uint8) for x in whole))
 
@@ -175,7 +208,7 @@ def test_misuse_of_append(name: str) -> None:
     [
         ("quantize_rows", (torch.zeros(2, 577),), "rows of 576 elements"),
         ("quantize_rows", (torch.zeros(576, dtype=torch.int8),), "float32, bfloat16 or float16"),
-        ("quantize_rows", (torch.zeros(576), "native"), "one of fp8_v32"),
+        ("quantize_rows", (torch.zeros(576), "native"), "one of fp8_v32, int8_g128"),
         ("dequantize_rows", (torch.zeros(576, dtype=torch.uint8),), "rows of 656 bytes"),
         ("dequantize_rows", (torch.zeros(656),), "uint8 or float8_e4m3fn"),
         ("dequantize_rows", (torch.zeros(656, dtype=torch.uint8), "fp8_v32", torch.int8), "float32, bfloat16"),

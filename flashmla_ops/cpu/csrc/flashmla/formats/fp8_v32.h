@@ -6,6 +6,7 @@
 
 #include "flashmla/dtypes.h"
 #include "flashmla/formats.h"
+#include "flashmla/formats/rotary.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
@@ -25,13 +26,7 @@ struct Fp8V32 : Fp8V32Layout {
       std::memcpy(out + scales_at + 4 * g, &scale, 4);
       for (int64_t i = 0; i < group; i++) out[g * group + i] = to_e4m3(x[i] * inverse);
     }
-    for (int64_t i = 0; i < rope; i++) {
-      const float x = to_float(row[(values + i) * stride]);
-      bf16 element;
-      from_float(x, element);
-      if (x != x) element.bits = 0x7fc0;  // one NaN for all
-      std::memcpy(out + rope_at + 2 * i, &element, 2);
-    }
+    quantize_rotary<rope>(row + values * stride, stride, out + rope_at);
   }
 
   // E: float, or bf16, which holds every e4m3 number times a power of two exactly; other scales make it round.
@@ -42,9 +37,7 @@ struct Fp8V32 : Fp8V32Layout {
       std::memcpy(&scale, row + scales_at + 4 * g, 4);
       decode_group(row + g * group, scale, out + g * group);
     }
-    bf16 rotary[rope];
-    std::memcpy(rotary, row + rope_at, sizeof rotary);
-    for (int64_t i = 0; i < rope; i++) from_float(to_float(rotary[i]), out[values + i]);
+    decode_rotary<rope>(row + rope_at, out + values);
   }
 
 private:
