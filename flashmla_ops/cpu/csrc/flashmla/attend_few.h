@@ -85,7 +85,7 @@ private:
 
   // Over the blocks of tokens [begin, end): their scores and the maximum, their weights and values, or both at once.
   bool pass(int64_t begin, int64_t end, bool scores, bool values) {
-    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) {
+    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) __attribute__((always_inline)) {
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * R;
       if (scores) {
         here.pad(kTokens);

@@ -55,7 +55,7 @@ public:
 private:
   // Over the blocks of tokens [begin, end): their scores and the maximum, their weights and values, or both at once.
   bool pass(int64_t begin, int64_t end, bool scores, bool values) {
-    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) {
+    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) __attribute__((always_inline)) {
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * rows_;
       stage(here);
       look(here.n, t);
