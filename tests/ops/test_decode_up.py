@@ -282,8 +282,9 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
     out, lse = torch.vmap(attend, in_dims)(*mapped)
     expected = attend(*plain)
     assert all(torch.equal(out[i], expected[0]) and torch.equal(lse[i], expected[1]) for i in range(2))
-    with pytest.raises(RuntimeError, match="argument 'weight': expected the same heads for all under vmap"):
-        torch.vmap(lambda w: torch.ops.flashmla.decode_up(*plain[:2], None, *plain[2:], w, 16))(weight[None])
+    weights = torch.stack([weight, 2 * weight])
+    by_weight = torch.vmap(lambda w: torch.ops.flashmla.decode_up(*plain[:2], None, *plain[2:], w, 16, causal=True))
+    torch.testing.assert_close(by_weight(weights)[0], torch.stack([expected[0], 2 * expected[0]]))
 
 
 def test_one_compilation_for_all_batches_and_lengths() -> None:

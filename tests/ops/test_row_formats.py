@@ -34,7 +34,7 @@ def cache_of(row: RowFormat, lens: tuple[int, ...], page_size: int, seed: int, g
     table = torch.full((len(lens), max(pages, default=0) + 1), 2147480000, dtype=torch.int32)
     for i, (length, count) in enumerate(zip(lens, pages, strict=True)):
         table[i, :count], order = order[:count].int(), order[count:]
-        spread = torch.rand(length, 1, 1, generator=generator)  # scales differ
+        spread = 0.3 * torch.rand(length, 1, 1, generator=generator)  # scales differ; the bounds are for small values
         rows = row.quantize(torch.randn(length, 1, row.elements, generator=generator) * spread)
         for page in range(count):
             part = rows[page * page_size : (page + 1) * page_size]

@@ -91,7 +91,7 @@ def _selected(b: Builder, y: str) -> list[str]:
         f"{y}[{y} > 0]",
         f"torch.nonzero({y} > 0.5)",
         f"torch.masked_select({y}, {y} > 0)",
-        f"{y}.argmax(-1)",
+        f"{y}.gather(-1, {y}.argmax(-1, keepdim=True))",  # its place jumps where two are nearly equal
         f"{y}.flatten()[{y}.flatten() > 0].sum()",
         f"{y}.topk(1).values",
         f"{y}.sort(-1).values",
