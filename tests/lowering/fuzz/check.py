@@ -57,6 +57,10 @@ def check(program: Program, mode: str) -> Outcome:
     if found is not None:
         call, differences = found
         kind, what, detail = _judged(program, mode, expected, call, differences)
+        if kind == "wrong" and mode == "passes" and not program.calls_ours and not any_rewritten(compiler):
+            # The passes left the graph as it was, so all that ran is torch's: its attention reads past the end of keys
+            # that are fewer than the values, for one.
+            kind, what = "torch", f"{what}, and nothing was rewritten"
     elif internal:
         kind, what, detail = "crash", "internal error", str(internal[0])
     elif expected[0].seen.error is not None:
@@ -71,6 +75,10 @@ def check(program: Program, mode: str) -> Outcome:
         time.perf_counter() - begun,
         program.family,
     )
+
+
+def any_rewritten(compiler: Compiler) -> bool:
+    return any(decision.rewritten for decision in compiler.decisions)
 
 
 def differing(program: Program, compiler: Compiler, expected: list[Expected]) -> Iterator[tuple[int, list[Difference]]]:
