@@ -88,9 +88,10 @@ def _mutation(b: Builder, y: str) -> list[str]:
 
 def _selected(b: Builder, y: str) -> list[str]:
     code = b.pick(
-        f"{y}[{y} > 0]",
-        f"torch.nonzero({y} > 0.5)",
-        f"torch.masked_select({y}, {y} > 0)",
+        # How many are chosen depends on no rounding: every number equals itself.
+        f"{y}[{y} == {y}]",
+        f"torch.nonzero({y} == {y})",
+        f"torch.masked_select({y}, {y} < 1e6)",
         f"{y}.gather(-1, {y}.argmax(-1, keepdim=True))",  # its place jumps where two are nearly equal
         f"{y}.flatten()[{y}.flatten() > 0].sum()",
         f"{y}.topk(1).values",
