@@ -19,6 +19,7 @@ from cutlass_kernels.build import libraries
 from cutlass_kernels.errors import CutlassKernelsError
 from cutlass_kernels.gemm.catalogue import kernels as catalogue
 from cutlass_kernels.gemm.problem import Device
+from flashmla_ops.cuda.loader import device_of
 
 #: Seconds of the whole check, and by then what must be left for the steps that follow.
 SECONDS = 540.0
@@ -55,12 +56,6 @@ def facts(index: int) -> Row:
     }
 
 
-def this_device(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
-    return Device((found.major, found.minor), found.multi_processor_count, shared)
-
-
 def build_carried(report: Report, device: Device) -> None:
     """Compile what was carried as source; a kernel that does not build is a row, and no end."""
     folder = pack.carried_sources()
@@ -88,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + arguments.seconds
     known = facts(torch.cuda.current_device())
     report = Report(arguments.out / file_name(known["device"]), deadline, known)
-    device = this_device(torch.cuda.current_device())
+    device = device_of(torch.cuda.current_device())
     build_carried(report, device)
     kernels.check(report, device, AFTER_CORRECTNESS)
     operators.check(report, "cuda", AFTER_OPERATORS)

@@ -40,13 +40,17 @@ def _on_device(function: Callable[..., Tensor], a: Tensor, *rest: Any, **named: 
         return function(launcher(a.device.index), a, *rest, **named)
 
 
-@cache
-def launcher(index: int) -> Launcher:
-    """The launcher of a CUDA device. Kernels are looked up once: build them before the first call."""
+def device_of(index: int) -> Device:
+    """A CUDA device as kernels are chosen for it."""
     facts = torch.cuda.get_device_properties(index)
     # The most that a block may use, once it asks for it. The attribute is there in builds for CUDA only.
     shared_memory = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
-    device = Device((facts.major, facts.minor), facts.multi_processor_count, shared_memory)
+    return Device((facts.major, facts.minor), facts.multi_processor_count, shared_memory)
+
+
+@cache
+def launcher(index: int) -> Launcher:
+    """The launcher of a CUDA device. Kernels are looked up once: build them before the first call."""
     found = {config: built.library for config in kernels() if (built := libraries.find(config))}
 
     @cache
@@ -54,7 +58,9 @@ def launcher(index: int) -> Launcher:
         return abi.load(config, found[config])
 
     where = torch.device("cuda", index)
-    return Launcher(where, device, frozenset(found), kernel, lambda: torch.cuda.current_stream(where).cuda_stream)
+    return Launcher(
+        where, device_of(index), frozenset(found), kernel, lambda: torch.cuda.current_stream(where).cuda_stream
+    )
 
 
 def explain() -> list[str]:

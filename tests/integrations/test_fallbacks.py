@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +17,9 @@ from transformers import PreTrainedModel
 from flashmla_ops.errors import FallbackWarning, UnsupportedModelError
 from flashmla_ops.integrations.transformers import PagedLatentCache, disable, enable, is_enabled, why_not
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
-from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT, warn_if_newer
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from flashmla_ops.nn.fast_linear import fast_linear
+from flashmla_ops.versions import warn_if_untested
 from tests.integrations.models import cached, left_padded, tiny_model, tokens
 from tests.integrations.test_generate import generate
 from tests.integrations.test_hook import count_decodes, logits
@@ -225,7 +228,13 @@ def test_a_newer_transformers_warns() -> None:
     for known in ("5.17.0", "5.24.3", "5.24.0.dev0"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            warn_if_newer(known)
+            warn_if_untested("transformers", known)
     for newer in ("5.25.0", "6.0.0"):
-        with pytest.warns(UserWarning, match=rf"transformers {newer} is newer than 5\.24"):
-            warn_if_newer(newer)
+        with pytest.warns(UserWarning, match=rf"transformers {newer} has not been tested .*5\.24"):
+            warn_if_untested("transformers", newer)
+
+
+def test_the_integration_warns_once() -> None:
+    code = "import transformers; transformers.__version__ = '9.1.0'; import flashmla_ops.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("transformers 9.1.0 has not been tested") == 1

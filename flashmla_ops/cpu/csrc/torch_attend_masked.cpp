@@ -114,8 +114,8 @@ public:
       : a_(a), out_(static_cast<char*>(out.mutable_data_ptr())), lse_(size_t(a.b() * a.h_q() * a.s_q())),
         threads_(runtime()) {}
 
-  // Sequences [first, first + n), whose spans begin at the same key and are all causal or not; one that is not exact is
-  // left for later, and is 0 for now.
+  // Sequences [first, first + n), whose spans begin at the same key and are all causal or not. A span that is not exact
+  // gets the length 0 here: `attend_masked` computes its sequence by torch's attention after this call.
   void decode(int64_t first, int64_t n, const std::vector<Span>& spans, const Span& shared) {
     std::vector<int32_t> pages, lengths;
     for (int64_t i = 0; i < n; i++) {
