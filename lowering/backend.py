@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowering import registration, versions
-from lowering.passes.names import user_name
+from lowering.names import user_name
 from lowering.settings import Settings
 
 #: Options that start with this are ours; all others are Inductor's.

@@ -50,7 +50,9 @@ def install() -> None:
     with _LOCK:
         if _installed:
             return
-        from lowering import append, cpp, decode, offsets, order, products  # they import Inductor, which takes seconds
+        # They import Inductor, which takes seconds.
+        from lowering.codegen import cpp, order
+        from lowering.ops import append, decode, offsets, products
 
         cpp.install()
         append.install()

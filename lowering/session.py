@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from lowering.passes.record import Record
+from lowering.record import Record
 from lowering.settings import Settings
 
 

@@ -7,7 +7,7 @@ joint passes: the graph is functional, its operators are those of ATen and of cu
 ``meta["val"]`` is a fake tensor with symbolic sizes. Nodes that nobody reads are removed before and after each pass.
 """
 
-from lowering.passes.record import Decision, Record
 from lowering.passes.run import PASSES, GraphPass, run_passes
+from lowering.record import Decision, Record
 
 __all__ = ["PASSES", "Decision", "GraphPass", "Record", "run_passes"]

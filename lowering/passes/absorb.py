@@ -28,8 +28,8 @@ from lowering.passes.attend import (
 from lowering.passes.attention import Attention, Candidate, candidates, match
 from lowering.passes.elements import Access, Axis, Digit, aten, inputs, known, pieces, replaced, resolve, shape, whole
 from lowering.passes.masks import Refusal
-from lowering.passes.record import Record
 from lowering.passes.writer import Writer
+from lowering.record import Record
 
 PATTERN = "expanded MLA"
 

@@ -9,8 +9,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from flashmla_ops.errors import FlashMLAError, typed
 from lowering.passes.masks import Refusal
-from lowering.passes.record import Record
 from lowering.passes.writer import Writer
+from lowering.record import Record
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from lowering.passes.attention import Attention, Candidate, candidates, match
 from lowering.passes.elements import Access, Axis, Entry, Size, aten, known, prims, shape, whole
 from lowering.passes.given import Given, mask_tensor
 from lowering.passes.masks import Refusal, Visible
-from lowering.passes.record import Record
 from lowering.passes.writer import Writer
+from lowering.record import Record
 
 flashmla = torch.ops.flashmla
 

@@ -24,8 +24,8 @@ from lowering.passes.attention import FLOATS
 from lowering.passes.elements import Access, Axis, access, arguments, aten, inputs, known, resolve, shape, whole
 from lowering.passes.epilogues import VIEWS, gate_of, residual_of
 from lowering.passes.masks import Refusal
-from lowering.passes.record import Record
 from lowering.passes.writer import Writer, is_copied, viewable
+from lowering.record import Record
 
 #: Rows that the small products serve in one pass over the weights; from there on torch's are as fast or faster.
 MAX_ROWS = 32

@@ -2,7 +2,7 @@
 
 A query arrives as ``cat([q_nope, rotary])``, is cut apart again, and its rotary part was put together from halves. Here
 each part is taken from where it was computed, so that all of them are pieces of one `cat`, whose result they are
-written into (`lowering.products`), and nothing is put together twice.
+written into (`lowering.ops.products`), and nothing is put together twice.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lowering.passes.absorb import split
 from lowering.passes.attempt import attempt
 from lowering.passes.attend import flashmla
 from lowering.passes.elements import Access, Axis, access, arguments, aten, inputs, resolve, shape
-from lowering.passes.record import Record
 from lowering.passes.writer import Writer, is_copied
+from lowering.record import Record
 
 PATTERN = "query rows"
 

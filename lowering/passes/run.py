@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from torch.fx import Graph, Node, map_arg
 
 from lowering import versions
+from lowering.names import names_of_inputs
 from lowering.passes.absorb import absorb_latents
 from lowering.passes.attempt import internal_error
 from lowering.passes.attend import rewrite_attention
-from lowering.passes.names import names_of_inputs
 from lowering.passes.products import serve_products
 from lowering.passes.queries import join_queries
-from lowering.passes.record import Record
 from lowering.passes.up import form_decode_up
+from lowering.record import Record
 from lowering.settings import Settings
 
 GraphPass = Callable[[Graph, Record], None]

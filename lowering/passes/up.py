@@ -30,8 +30,8 @@ from lowering.passes.elements import (
     whole,
 )
 from lowering.passes.masks import Refusal
-from lowering.passes.record import Record
 from lowering.passes.writer import Writer
+from lowering.record import Record
 
 PATTERN = "decode, then a product for each head"
 PRODUCTS = (aten.bmm.default, flashmla.bmm.default)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowering import backend, versions
-from lowering.program import Program, read_programs
+from lowering.explain.program import Program, read_programs
 
 
 @dataclass

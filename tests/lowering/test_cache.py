@@ -51,7 +51,7 @@ def test_a_second_process_hits_and_another_source_misses(tmp_path: Path) -> None
     assert run(tree, cache) == "hit"
     assert run(tree, cache, backend="inductor") == "miss"
     assert run(tree, cache, TORCH_COMPILE_CACHE_KEY_TAG="theirs") == "miss"
-    for changed in ("lowering/append.py", "lowering/templates/append.h", "lowering/passes/record.py"):
+    for changed in ("lowering/ops/append.py", "lowering/templates/append.h", "lowering/record.py"):
         with (tree / changed).open("a") as source:
             source.write("# changed\n" if changed.endswith(".py") else "// changed\n")
         assert run(tree, cache) == "miss", changed

@@ -13,7 +13,7 @@ from torch._inductor import config as inductor_config
 
 import lowering
 from flashmla_ops.nn import fast_linear
-from lowering.program import Program
+from lowering.explain.program import Program
 from tests.lowering.compiled import Compiled
 from tests.lowering.layers import gqa_inputs, gqa_layer, mla_inputs, mla_layer
 

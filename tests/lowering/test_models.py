@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Stat
 
 import flashmla_ops
 from flashmla_ops.integrations.transformers import StaticPagedLatentCache, enable
-from lowering.program import Program
+from lowering.explain.program import Program
 from tests.integrations.models import tiny_model
 from tests.lowering.compiled import Compiled
 

@@ -14,8 +14,8 @@ import flashmla_ops
 import lowering
 from flashmla_ops.errors import ArgumentError
 from lowering import Settings, backend, cache_key, registration, versions
+from lowering.explain.program import Program, read_programs
 from lowering.passes import PASSES
-from lowering.program import Program, read_programs
 from lowering.session import session
 from lowering.settings import CHOICES
 

@@ -23,7 +23,7 @@ from transformers import (
     WhisperModel,
 )
 
-from lowering import order
+from lowering.codegen import order
 from lowering.passes import run
 from tests.lowering.compiled import Compiled
 from tests.lowering.generated import generate

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import lowering
 from flashmla_ops import reference
-from lowering import choose_product, versions
+from lowering import versions
+from lowering.ops import choose_product
 from lowering.session import recording
 from tests.lowering import test_cache
 from tests.lowering.compiled import Compiled

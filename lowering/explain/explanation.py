@@ -15,11 +15,11 @@ import torch
 from torch._dynamo.utils import ReinplaceCounters, counters
 
 from lowering import backend, registration, versions
-from lowering.figure import draw
+from lowering.explain.figure import draw
+from lowering.explain.program import Program, read_programs
+from lowering.explain.undisturbed import undisturbed
 from lowering.passes import Decision
-from lowering.program import Program, read_programs
 from lowering.session import recording
-from lowering.undisturbed import undisturbed
 
 _names = itertools.count()
 

@@ -1,4 +1,4 @@
-"""The IR nodes of `append_`: rows that go to the slots of a cache (see `lowering.append`)."""
+"""The IR nodes of `append_`: rows that go to the slots of a cache (see `lowering.ops.append`)."""
 
 from __future__ import annotations
 

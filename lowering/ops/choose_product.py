@@ -13,7 +13,8 @@ from torch._inductor import lowering as inductor
 from torch._inductor.ir import TensorBox
 from torch._inductor.select_algorithm import ExternKernelCaller, ExternKernelChoice
 
-from lowering import choose, versions
+from lowering import versions
+from lowering.ops import choose
 
 LIBRARY, ATEN = "flashmla_product", "aten_product"
 aten = torch.ops.aten

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import lowering
 from lowering import Explanation
-from lowering.figure import label
+from lowering.explain.figure import label
+from lowering.explain.program import Buffer, Program, Step
+from lowering.names import user_name
 from lowering.passes import PASSES, Record
-from lowering.passes.names import user_name
-from lowering.program import Buffer, Program, Step
 
 
 def step(q: Tensor, cache: Tensor, rows: Tensor, slots: Tensor, table: Tensor, lengths: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowering import order, registration
+from lowering import registration
+from lowering.codegen import order
 from lowering.settings import Settings
 
 #: A step: whether it is generated, and which of the steps before it it needs.

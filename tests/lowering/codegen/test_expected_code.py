@@ -1,7 +1,8 @@
 """The code that is generated, beside what we expect of it: readable files, compared line by line.
 
 They are for torch 2.13, without vectors and for two threads, so that they are the same on every machine. After an
-intended change: FLASHMLA_WRITE_EXPECTED=1 python -m pytest tests/lowering/test_expected_code.py, and read the diff.
+intended change: FLASHMLA_WRITE_EXPECTED=1 python -m pytest tests/lowering/codegen/test_expected_code.py, and read the
+diff.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from tests.lowering.compiled import Compiled
 from tests.lowering.layers import mla_inputs, mla_layer
-from tests.lowering.test_append import layer_inputs, one_cache, poisoned, quantized_cache, two_caches
-from tests.lowering.test_decode import CASE, decode_then, gate_residual_cast, step_arguments
+from tests.lowering.ops.test_append import layer_inputs, one_cache, poisoned, quantized_cache, two_caches
+from tests.lowering.ops.test_decode import CASE, decode_then, gate_residual_cast, step_arguments
 
 EXPECTED = Path(__file__).parent / "expected"
 SAME_EVERYWHERE = {"cpp.simdlen": 0, "cpp.threads": 2}

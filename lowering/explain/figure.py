@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from lowering.program import Program, Step
+from lowering.explain.program import Program, Step
 
 COLOURS = {"kernel": "#2f6fb3", "flashmla": "#2a8f5b", "library": "#8a8f98"}
 LEGEND = {"kernel": "generated kernel", "flashmla": "flashmla operator", "library": "library call"}

@@ -20,7 +20,8 @@ from torch._inductor.virtualized import V
 from torch.fx import Node
 
 from flashmla_ops.panels import PANEL
-from lowering import choose, choose_product, versions
+from lowering import versions
+from lowering.ops import choose, choose_product
 from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
 from lowering.passes.products import FROM_ATEN
 from lowering.session import session

@@ -3,8 +3,8 @@
 A row write is a scatter: for each (row, head, element), store the value at an offset that depends on the row's slot.
 Inductor's scatter of `index_put` cannot serve: it wraps a slot of -1 to the last row, checks bounds inside the parallel
 loop, where an exception aborts the process, and lets threads race where two rows name one slot. So `RowScatter` reads
-its slots not from the tensor but from the checked copy that `lowering.cpp` makes in front of the loops, where a bad
-slot can still be raised and nothing has been written; skipped rows have a negative offset there, and the store is
+its slots not from the tensor but from the checked copy that `lowering.codegen.cpp` makes in front of the loops, where a
+bad slot can still be raised and nothing has been written; skipped rows have a negative offset there, and the store is
 guarded.
 
 Rows of a quantised format have scales, each of many elements: `QuantizedRowScatter` has them computed into a buffer as
@@ -25,8 +25,8 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
 from flashmla_ops.formats import NATIVE, QUANTIZED, RowFormat
-from lowering import cpp
-from lowering.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Scatter, Slots, Strided
+from lowering.codegen import cpp
+from lowering.codegen.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Scatter, Slots, Strided
 from lowering.session import session
 
 PATTERN = "append_ fused"

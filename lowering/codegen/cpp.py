@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,12 +22,12 @@ from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from lowering import versions
-from lowering.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Slots
+from lowering.codegen.scatter import CHECKED, MODE, QuantizedRowScatter, RowScatter, Slots
 from lowering.session import session
+from lowering.templates import source as templates
 from lowering.templates.decode import ELEMENTS
-from lowering.templates.source import header
 
-HELPERS = Path(__file__).parent / "templates" / "append.h"
+HELPERS = templates.HERE / "append.h"
 
 _original: Any = None
 
@@ -192,7 +191,7 @@ class AppendGroup(KernelGroup):
         if not self.live:
             return source
         function = source.rindex('extern "C"')
-        helpers = HELPERS.read_text() + (header("append_quantized.h") if self.quantizes else "")
+        helpers = HELPERS.read_text() + (templates.header("append_quantized.h") if self.quantizes else "")
         return source[:function] + helpers + source[function:]
 
 

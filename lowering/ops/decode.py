@@ -16,8 +16,8 @@ from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 
 from flashmla_ops import cpu
-from lowering import choose
-from lowering.products import laid_out
+from lowering.ops import choose
+from lowering.ops.products import laid_out
 from lowering.session import session
 from lowering.templates.decode import ELEMENTS, Arguments, DecodeTemplate
 

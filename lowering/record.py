@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lowering.passes.names import said
+from lowering.names import said
 from lowering.settings import Settings
 
 
