@@ -9,6 +9,10 @@ from lowering.names import said
 from lowering.settings import Settings
 
 
+class Refusal(Exception):
+    """Why a candidate is left alone."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """One place where a pattern was recognised. ``reason`` says why it was refused; it is empty for a rewrite."""

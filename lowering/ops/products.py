@@ -22,7 +22,9 @@ from torch.fx import Node
 from flashmla_ops.panels import PANEL
 from lowering import versions
 from lowering.ops import choose, choose_product
-from lowering.passes.elements import Access, Axis, Entry, access, inputs, resolve, shape
+from lowering.passes.axes import Access, Axis, Entry, access
+from lowering.passes.elements import resolve
+from lowering.passes.graph import inputs, shape
 from lowering.passes.products import FROM_ATEN
 from lowering.session import session
 

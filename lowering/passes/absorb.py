@@ -15,21 +15,14 @@ import torch
 from torch.fx import Node
 
 from lowering.passes.attempt import attempt
-from lowering.passes.attend import (
-    attend_rows,
-    entry,
-    flashmla,
-    given_why,
-    is_short,
-    outer_leaves,
-    refuse_gradient,
-    require_rows,
-)
-from lowering.passes.attention import Attention, Candidate, candidates, match
-from lowering.passes.elements import Access, Axis, Digit, aten, inputs, known, pieces, replaced, resolve, shape, whole
-from lowering.passes.masks import Refusal
+from lowering.passes.attention import Attention, given_why
+from lowering.passes.axes import Access, Axis, Digit, entry, outer_leaves, replaced, whole
+from lowering.passes.calls import attend_rows, is_short, require_rows
+from lowering.passes.candidates import Candidate, candidates, match
+from lowering.passes.elements import pieces, resolve
+from lowering.passes.graph import aten, flashmla, inputs, known, refuse_gradient, shape
 from lowering.passes.writer import Writer
-from lowering.record import Record
+from lowering.record import Record, Refusal
 
 PATTERN = "expanded MLA"
 

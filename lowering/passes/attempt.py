@@ -8,9 +8,8 @@ from collections.abc import Callable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from flashmla_ops.errors import FlashMLAError, typed
-from lowering.passes.masks import Refusal
 from lowering.passes.writer import Writer
-from lowering.record import Record
+from lowering.record import Record, Refusal
 
 log = logging.getLogger(__name__)
 

@@ -4,156 +4,18 @@ A rewrite must know that ``K[b, h, j, e]`` is ``cache[b, h // 4, j, e]``, whatev
 concatenations and slices a model wrote to say so. Patterns of nodes cannot know it: every model and every version of
 torch moves data in another way. `resolve` follows one symbolic element backwards through whatever only moves data, and
 stops at the node that computed it.
-
-An index has one entry for each dimension, and an entry is a number in mixed radix: its digits, most significant first.
-``view([2, 4, n])`` to ``view([8, n])`` then only regroups digits, and a digit that a view cuts in two cuts its axis
-everywhere. A dimension of size 1 has no digits, and neither has an axis of size 1: its value is 0.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-aten, prims = torch.ops.aten, torch.ops.prims
-
-#: An int or a torch.SymInt, whose operators have no types.
-Size: TypeAlias = Any
-
-
-def known(condition: Any) -> bool:
-    """Whether a condition on sizes holds for every size the graph accepts. Adds no guard."""
-    return condition if isinstance(condition, bool) else statically_known_true(condition)
-
-
-@dataclass(eq=False)
-class Axis:
-    """A free index with values in [0, size). ``parts``: the axes it was cut into, as ``high * low.size + low``."""
-
-    name: str
-    size: Size
-    parts: tuple[Axis, Axis] | None = None
-
-    def leaves(self) -> list[Axis]:
-        """The axes it was cut into, or itself; none if its size is 1."""
-        if self.parts is not None:
-            return [leaf for part in self.parts for leaf in part.leaves()]
-        return [] if known(self.size == 1) else [self]
-
-    def cut(self, high: Size) -> tuple[Axis, Axis]:
-        if self.parts is None:
-            self.parts = Axis(f"{self.name}0", high), Axis(f"{self.name}1", self.size // high)
-        return self.parts
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, eq=False)
-class Digit:
-    """``axis + offset``, or ``offset`` where axis is None; less than ``size``."""
-
-    axis: Axis | None
-    offset: Size
-    size: Size
-
-    @property
-    def whole(self) -> bool:
-        """Whether the digit is its axis, and runs over all of its values."""
-        return self.axis is not None and known(self.offset == 0) and known(self.size == self.axis.size)
-
-    @property
-    def stop(self) -> Size:
-        """One more than the digit's largest value."""
-        return self.offset + (1 if self.axis is None else self.axis.size)
-
-    def within(self, start: Size, size: Size) -> Digit:
-        """The same element in a dimension of ``size`` that begins at ``start`` of this digit's dimension."""
-        return Digit(self.axis, self.offset - start, size)
-
-
-Entry: TypeAlias = tuple[Digit, ...]
-Index: TypeAlias = tuple[Entry, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Access:
-    """One symbolic element of a node."""
-
-    node: Node
-    index: Index
-
-    def leaves(self) -> list[Axis]:
-        """The axes that the element depends on."""
-        return [leaf for entry in self.index for digit in entry if digit.axis for leaf in digit.axis.leaves()]
-
-    def entry(self, dim: int) -> Entry:
-        return cut_digits(self.index[dim])
-
-
-def whole(axis: Axis) -> Entry:
-    """The entry of a dimension that an axis runs over."""
-    return () if known(axis.size == 1) else (Digit(axis, 0, axis.size),)
-
-
-def access(node: Node, axes: Sequence[Axis]) -> Access:
-    return Access(node, tuple(whole(axis) for axis in axes))
-
-
-def constant(value: Size, size: Size) -> Entry:
-    return () if known(size == 1) else (Digit(None, value, size),)
-
-
-def cut_digits(entry: Entry) -> Entry:
-    """The entry with a digit for each leaf of an axis that was cut since."""
-    digits: list[Digit] = []
-    for digit in entry:
-        if digit.axis is not None and digit.axis.parts is not None and digit.whole:
-            digits.extend(Digit(leaf, 0, leaf.size) for leaf in digit.axis.leaves())
-        else:
-            digits.append(digit)
-    return tuple(digits)
-
-
-def value(argument: Any) -> Any:
-    """What an argument stands for while tracing: a node's fake tensor or symbolic size, or the argument itself."""
-    return argument.meta.get("val") if isinstance(argument, Node) else argument
-
-
-def inputs(node: Node) -> tuple[Any, ...]:
-    """The positional arguments of a call."""
-    return node.args
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call to an operator by name, with the defaults of its schema."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    bound = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        default = argument.default_value if argument.has_default_value() else None
-        given = node.args[position] if position < len(node.args) else default
-        bound[argument.name] = node.kwargs.get(argument.name, given)
-    return bound
-
-
-def shape(node: Node) -> list[Size]:
-    return list(node.meta["val"].shape)
-
-
-def sources(node: Node) -> list[Node]:
-    """The tensors, inputs and constants of the graph, that a node is computed from."""
-    seen, frontier = {node}, [node]
-    while frontier:
-        new = [source for source in frontier.pop().all_input_nodes if source not in seen]
-        seen.update(new)
-        frontier.extend(new)
-    return [x for x in seen if x.op != "call_function" and isinstance(x.meta.get("val"), torch.Tensor)]
+from lowering.passes.axes import Access, Digit, Entry, Index, constant, cut_digits, replaced
+from lowering.passes.graph import Size, arguments, aten, inputs, known, prims, shape, value
 
 
 def resolve(start: Access) -> Access:
@@ -178,21 +40,18 @@ def _same(element: Access) -> Access | None:
 
 def _copy(element: Access) -> Access | None:
     source = inputs(element.node)[1]
-    return _broadcast(element, source) if value(source).dtype == element.node.meta["val"].dtype else None
+    return broadcast(element, source) if value(source).dtype == element.node.meta["val"].dtype else None
 
 
 def _expand(element: Access) -> Access:
-    return _broadcast(element, inputs(element.node)[0])
+    return broadcast(element, inputs(element.node)[0])
 
 
-def _broadcast(element: Access, source: Any) -> Access:
+def broadcast(element: Access, source: Any) -> Access:
     """Of a tensor that is broadcast to the element's shape. ``source`` may have fewer dimensions, or size 1."""
     sizes = shape(source)
     index = element.index[len(element.index) - len(sizes) :]
     return Access(source, tuple(() if known(n == 1) else entry for n, entry in zip(sizes, index, strict=True)))
-
-
-broadcast = _broadcast
 
 
 def _permute(element: Access) -> Access:
@@ -316,12 +175,6 @@ def _shift(element: Access, source: Any, dim: int, start: Size) -> Access | None
     else:
         return None
     return Access(source, replaced(element.index, dim, moved))
-
-
-def replaced(index: Index, dim: int, entry: Entry) -> Index:
-    """The index with another entry for dimension ``dim``."""
-    dim %= len(index)
-    return (*index[:dim], entry, *index[dim + 1 :])
 
 
 def _select(element: Access) -> Access | None:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from lowering.passes.attention import CONVERSIONS
-from lowering.passes.elements import Access, Axis, access, aten, inputs, known, resolve, shape
+from lowering.passes.axes import Access, Axis, access
+from lowering.passes.elements import resolve
+from lowering.passes.graph import CONVERSIONS, aten, inputs, known, shape
 
 #: Operators that keep every element and their order.
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)

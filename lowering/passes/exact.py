@@ -18,8 +18,8 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from lowering.passes.elements import known
 from lowering.passes.forms import Affine, Choice, Condition, Number, Value
+from lowering.passes.graph import known
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

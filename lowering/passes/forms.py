@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lowering.passes.elements import Access, Axis, Digit, known
+from lowering.passes.axes import Access, Axis, Digit
+from lowering.passes.graph import known
 
 #: An int, a float or a symbolic size.
 Number: TypeAlias = Any

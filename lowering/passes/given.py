@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lowering.passes.elements import Access, Axis, aten, broadcast, inputs, known, prims, resolve, sources
+from lowering.passes.axes import Access, Axis
+from lowering.passes.elements import broadcast, resolve
 from lowering.passes.forms import Affine, Condition, Literal, Negated, Opaque, Value
-from lowering.passes.masks import Refusal, Visible, hidden_unless, hides, seen_if, visible_keys
+from lowering.passes.graph import aten, inputs, known, prims, sources
+from lowering.passes.masks import Visible, hidden_unless, hides, seen_if, visible_keys
 from lowering.passes.values import described, operand
 from lowering.passes.writer import Writer
+from lowering.record import Refusal
 
 
 @dataclass(frozen=True)

@@ -21,23 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph
 
-from lowering.passes.elements import (
-    Access,
-    Axis,
-    Size,
-    aten,
-    inputs,
-    known,
-    shape,
-    value,
-    whole,
-)
+from lowering.passes.axes import Access, Axis, whole
 from lowering.passes.forms import Affine, Choice, Condition, Negated, Opaque, Value, said
+from lowering.passes.graph import Size, aten, inputs, known, shape, value
 from lowering.passes.values import evaluate
-
-
-class Refusal(Exception):
-    """Why a candidate is left alone."""
+from lowering.record import Refusal
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from torch.fx import Node
 
 from lowering import versions
 from lowering.passes.attempt import attempt
-from lowering.passes.attend import flashmla, refuse_gradient
-from lowering.passes.attention import FLOATS
-from lowering.passes.elements import Access, Axis, access, arguments, aten, inputs, known, resolve, shape, whole
+from lowering.passes.axes import Access, Axis, access, whole
+from lowering.passes.elements import resolve
 from lowering.passes.epilogues import VIEWS, gate_of, residual_of
-from lowering.passes.masks import Refusal
+from lowering.passes.graph import FLOATS, arguments, aten, flashmla, inputs, known, refuse_gradient, shape
 from lowering.passes.writer import Writer, is_copied, viewable
-from lowering.record import Record
+from lowering.record import Record, Refusal
 
 #: Rows that the small products serve in one pass over the weights; from there on torch's are as fast or faster.
 MAX_ROWS = 32

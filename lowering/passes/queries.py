@@ -14,8 +14,9 @@ from torch.fx import Node
 
 from lowering.passes.absorb import split
 from lowering.passes.attempt import attempt
-from lowering.passes.attend import flashmla
-from lowering.passes.elements import Access, Axis, access, arguments, aten, inputs, resolve, shape
+from lowering.passes.axes import Access, Axis, access
+from lowering.passes.elements import resolve
+from lowering.passes.graph import arguments, aten, flashmla, inputs, shape
 from lowering.passes.writer import Writer, is_copied
 from lowering.record import Record
 

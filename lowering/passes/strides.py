@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from lowering.passes.elements import Size, aten, known, prims
+from lowering.passes.graph import Size, aten, known, prims
 
 Values = dict[Node, Any]
 Run = Callable[[Node, Values], Any]

@@ -15,23 +15,12 @@ import torch
 from torch.fx import Node
 
 from lowering.passes.attempt import attempt
-from lowering.passes.attend import entry, first_result, flashmla, refuse_gradient
-from lowering.passes.elements import (
-    STEPS,
-    Access,
-    Axis,
-    access,
-    arguments,
-    aten,
-    inputs,
-    known,
-    resolve,
-    shape,
-    whole,
-)
-from lowering.passes.masks import Refusal
+from lowering.passes.axes import Access, Axis, access, entry, whole
+from lowering.passes.calls import first_result
+from lowering.passes.elements import STEPS, resolve
+from lowering.passes.graph import arguments, aten, flashmla, inputs, known, refuse_gradient, shape
 from lowering.passes.writer import Writer
-from lowering.record import Record
+from lowering.record import Record, Refusal
 
 PATTERN = "decode, then a product for each head"
 PRODUCTS = (aten.bmm.default, flashmla.bmm.default)

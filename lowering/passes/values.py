@@ -15,20 +15,11 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from lowering.passes.elements import (
-    Access,
-    Entry,
-    arguments,
-    aten,
-    broadcast,
-    inputs,
-    prims,
-    resolve,
-    sources,
-    value,
-)
+from lowering.passes.axes import Access, Entry
+from lowering.passes.elements import broadcast, resolve
 from lowering.passes.exact import INTEGERS, common_dtype, holds, represented
 from lowering.passes.forms import NEVER, Affine, Choice, Condition, Load, Opaque, Value
+from lowering.passes.graph import arguments, aten, inputs, prims, sources, value
 
 
 def evaluate(element: Access) -> Value:

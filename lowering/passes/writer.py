@@ -13,8 +13,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
-from lowering.passes.elements import Access, Axis, Digit, Entry, Size, aten, cut_digits, inputs, known, prims, shape
-from lowering.passes.masks import Refusal
+from lowering.passes.axes import Access, Axis, Digit, Entry, cut_digits
+from lowering.passes.graph import Size, aten, inputs, known, prims, shape
 from lowering.passes.strides import (
     Values,
     changed_behind,
@@ -23,6 +23,7 @@ from lowering.passes.strides import (
     memory_of,
     same_memory,
 )
+from lowering.record import Refusal
 
 Group = Sequence[Axis]
 

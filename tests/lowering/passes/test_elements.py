@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from lowering.passes.elements import Access, Axis, Digit, access, resolve, shape
+from lowering.passes.axes import Access, Axis, Digit, access
+from lowering.passes.elements import resolve
 from lowering.passes.forms import Affine, Choice, Condition, Opaque, Value
+from lowering.passes.graph import shape
 from lowering.passes.values import evaluate
 from tests.lowering.passes.graphs import traced
 

@@ -12,9 +12,9 @@ from torch.fx import Graph, GraphModule
 from flashmla_ops.errors import ArgumentError
 from lowering.passes import PASSES, Record, run_passes
 from lowering.passes.attempt import INTERNAL, attempt
-from lowering.passes.elements import aten
-from lowering.passes.masks import Refusal
+from lowering.passes.graph import aten
 from lowering.passes.writer import Writer
+from lowering.record import Refusal
 from lowering.settings import Settings
 from tests.lowering.passes.attentions import inputs, sdpa
 from tests.lowering.passes.graphs import operators, traced
