@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flashmla_ops import cpu, cuda
+from flashmla_ops.cpu import allocator
 from flashmla_ops.footprint import decode_footprint, prefill_footprint
 
 LEVELS = (1, 2, 3)
@@ -103,4 +104,5 @@ def explain() -> str:
     for name, served in operators().items():
         elsewhere = "CUDA CUTLASS or torch, " if name in cuda.OPERATORS else ""
         lines.append(f"operator    {name:<16} CPU {served}; {elsewhere}other devices {cpu.REFERENCE}")
+    lines.append(f"allocator   {allocator.explain()}")
     return "\n".join([*lines, *memory(), *cuda.explain()])

@@ -55,6 +55,15 @@ class OutOfPagesError(FlashMLAError, MemoryError):
     """The page pool has fewer free pages than were asked for. Nothing was allocated."""
 
 
+class ArenaUnavailableError(FlashMLAError):
+    """Torch's allocator cannot be served from an arena here."""
+
+
+class ArenaFullError(FlashMLAError, MemoryError):
+    """An arena has no free block that is large enough, and was told not to let others serve."""
+
+
+_ARENA = re.compile(r"flashmla::arena: [^\n]*")
 _ARGUMENT = re.compile(r"flashmla::(\w+): argument '([^']+)': expected (.*), got (.*)", re.DOTALL)
 _GRADIENT = re.compile(r"flashmla::(\w+): argument '([^']+)' requires a gradient")
 
@@ -65,6 +74,8 @@ def from_message(message: str) -> FlashMLAError | None:
         return ArgumentError(*(part.strip() for part in found.groups()))
     if found := _GRADIENT.search(message):
         return NotDifferentiableError(*found.groups())
+    if found := _ARENA.search(message):
+        return ArenaFullError(found.group())
     return None
 
 

@@ -93,6 +93,10 @@ STABLE_ABI = Library("flashmla_cpu", (*BINDING_UNITS, *CORE_UNITS), links_torch=
 #: What tells autograd of the operators. It knows more of torch than the stable ABI, and fits this version alone;
 #: without it, the same runs in Python.
 AUTOGRAD = Library(f"flashmla_autograd_{torch.__version__}", (Unit("autograd.cpp"),), links_torch=True)
+#: Torch's CPU allocator with arenas in front, for this version alone too.
+ALLOCATOR = Library(f"flashmla_allocator_{torch.__version__}", (Unit("pool/hook.cpp"),), links_torch=True)
+#: What sees torch's headers.
+TORCH_UNITS = (*BINDING_UNITS, *AUTOGRAD.units, *ALLOCATOR.units)
 
 
 def source_key() -> str:
@@ -136,7 +140,7 @@ def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: 
 
 def in_wheels() -> list[Library]:
     """What a wheel with kernels holds: all that a processor may choose."""
-    return [ISAS, STABLE_ABI, AUTOGRAD, *(library for isa, library in KERNELS.items() if isa != EMULATED)]
+    return [ISAS, STABLE_ABI, AUTOGRAD, ALLOCATOR, *(library for isa, library in KERNELS.items() if isa != EMULATED)]
 
 
 def copy_to(folder: Path, *, verbose: bool = False) -> Path:
@@ -191,8 +195,8 @@ def _link(compilation: Compilation, library: Library, folder: Path) -> Path:
 
 
 def _arguments(generated: Path, unit: Unit) -> list[str]:
-    """How to compile a unit, with generated headers in a folder; only those that bind to torch see its headers."""
-    torch_flags = _torch_flags() if unit in (*BINDING_UNITS, *AUTOGRAD.units) else []
+    """How to compile a unit, with generated headers in a folder."""
+    torch_flags = _torch_flags() if unit in TORCH_UNITS else []
     return [*COMMON_FLAGS, *unit.flags, f"-I{CSRC}", f"-I{generated}", *torch_flags, str(CSRC / unit.source)]
 
 
