@@ -7,6 +7,7 @@ already now where the building Python has torch, unless FLASHMLA_BUILD_AT_INSTAL
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -34,10 +35,20 @@ def python(*arguments: str, environment: dict[str, str]) -> bool:
 
 
 def with_torch(*, outside: bool) -> dict[str, str] | None:
-    """An environment in which this Python finds torch: this one, or the one outside of pip's isolated build."""
+    """An environment in which this Python finds torch, and what our build needs beside it.
+
+    It is this one, or the one outside of pip's isolated build. The latter has torch; what the build needs lies in the
+    folder into which pip installed it for the build.
+    """
     here = dict(os.environ)
-    candidates = [here, {name: here[name] for name in here if name != "PYTHONPATH"}]
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    beyond = {name: here[name] for name in here if name != "PYTHONPATH"}
+    spec = importlib.util.find_spec("platformdirs")
+    folder = Path(spec.origin).parents[1] if spec and spec.origin else None
+    if folder and not (folder / "torch").exists():
+        beyond["PYTHONPATH"] = str(folder)
+    candidates = [here, beyond]
+    needed = "('torch', 'filelock', 'platformdirs')"
+    look = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {needed})))"
     return next((each for each in candidates[: 1 + outside] if python("-c", look, environment=each)), None)
 
 
@@ -51,7 +62,10 @@ class BuildKernels(build_py):
         if BUILD == "1" and not self.editable_mode:
             environment = with_torch(outside=True)
             if environment is None:
-                sys.exit("flashmla-ops: FLASHMLA_BUILD_AT_INSTALL=1 needs torch: install it, add --no-build-isolation")
+                sys.exit(
+                    "flashmla-ops: FLASHMLA_BUILD_AT_INSTALL=1 needs torch, filelock and platformdirs:"
+                    " install them, add --no-build-isolation"
+                )
             environment |= {"FLASHMLA_CPU": "reference"}  # nothing is compiled by the import itself
             if not python("-m", "flashmla_ops", "build", "--into", str(into), environment=environment):
                 sys.exit("flashmla-ops: FLASHMLA_BUILD_AT_INSTALL=1, and the kernels could not be compiled")

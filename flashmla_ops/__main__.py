@@ -27,8 +27,9 @@ def _build(into: Path | None, verbose: bool) -> int:
 
 def _info() -> int:
     import flashmla_ops
+    from flashmla_build import compiler
     from flashmla_ops import capability
-    from flashmla_ops.cpu import build, cache, compiler
+    from flashmla_ops.cpu import build
     from flashmla_ops.errors import BuildError
 
     def or_why_not(find: Callable[[], object]) -> object:
@@ -38,8 +39,8 @@ def _info() -> int:
             return f"none: {error}"
 
     print(f"flashmla_ops {flashmla_ops.__version__}")
-    print(f"compiler     {or_why_not(lambda: ' '.join(compiler.compiler()))}")
-    print(f"cache        {or_why_not(cache.cache_root)}")
+    print(f"compiler     {or_why_not(lambda: ' '.join(compiler(BuildError)))}")
+    print(f"cache        {or_why_not(build.STORE.root)}")
     print(f"kernels      {build.find(build.STABLE_ABI) or 'none'}")
     for choice in capability.implementations():
         state = "active" if choice.active else "available" if choice.available else "not on this processor"

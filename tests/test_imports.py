@@ -9,7 +9,7 @@ import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOPS = ("flashmla_ops", "cutlass_kernels", "lowering", "bench")
+TOPS = ("flashmla_build", "flashmla_ops", "cutlass_kernels", "lowering", "bench")
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.runner import ROOT, commit
@@ -18,9 +19,11 @@ from cutlass_kernels.errors import MissingToolError
 from cutlass_kernels.gemm.catalogue import kernels
 
 MOST_BYTES = 60 << 20
-PACKAGES = ("flashmla_ops", "cutlass_kernels", "lowering", "bench")
+PACKAGES = ("flashmla_build", "flashmla_ops", "cutlass_kernels", "lowering", "bench")
+#: Dependencies that an environment with torch may lack. They are pure Python, and fit any version of it.
+CARRIED = ("platformdirs",)
 #: Neither kernels nor what tells them apart: the demo's model, and results of other machines.
-LEFT_OUT = ("fixtures", "results", "__pycache__", "*.so")
+LEAVE_OUT = shutil.ignore_patterns("fixtures", "results", "__pycache__", "*.so")
 SOURCES = "FLASHMLA_CARRIED_SOURCES"
 RUN = """#!/bin/sh
 # Check the CUDA kernels of this machine's device; the report is written to $1, or beside this file.
@@ -39,7 +42,12 @@ def carried_sources() -> Path | None:
 def pack(folder: Path, archs: Sequence[str] | None) -> int:
     """Fill the folder; 1 if it would be too large."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+        shutil.copytree(ROOT / package, folder / package, ignore=LEAVE_OUT, dirs_exist_ok=True)
+    for name in CARRIED:
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        shutil.copytree(Path(spec.origin).parent, folder / name, ignore=LEAVE_OUT, dirs_exist_ok=True)
     for file in ("flashmla.py", "pyproject.toml"):
         shutil.copy(ROOT / file, folder / file)
     wanted = [config for config in kernels() if not archs or config.arch in archs]

@@ -9,27 +9,24 @@ cutlass_cppgen nor nvcc.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cutlass_kernels.build import ptxas
+from cutlass_kernels.build.store import STORE
 from cutlass_kernels.build.toolchain import Nvcc, nvcc
-from cutlass_kernels.cache import cache_root
 from cutlass_kernels.errors import BuildError
 from cutlass_kernels.gemm import cppgen, generate
 from cutlass_kernels.gemm.config import GemmConfig
+from flashmla_build import Progress, run
 
 LIBRARY = "kernel.so"
 FLAGS = (
@@ -132,7 +129,7 @@ def build(
     """
     wanted, compiler = list(configs), nvcc()
     sources = sources or Sources.generated()
-    progress = Progress(len(wanted), quiet=quiet)
+    progress = None if quiet else Progress(len(wanted), log=True)
     built: dict[str, Built] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(max_workers=jobs or len(os.sched_getaffinity(0))) as pool:
@@ -144,8 +141,8 @@ def build(
                     built[config.name] = made
             except BuildError as error:
                 failures.append(str(error))
-            progress.step(config.name, failed=len(failures))
-    progress.end()
+            if progress is not None:
+                progress.step(config.name, failed=len(failures))
     if failures:
         raise BuildError("\n".join(failures))
     return [built[config.name] for config in wanted if config.name in built]
@@ -153,26 +150,22 @@ def build(
 
 def find(config: GemmConfig) -> Built | None:
     """The current library of a kernel, if it has been built. Needs neither nvcc nor cutlass_cppgen."""
-    try:
-        root = cache_root("cutlass")
-        return _read(config, root / json.loads((root / "index" / f"{config.name}.json").read_text())["folder"])
-    except (BuildError, OSError, ValueError, KeyError):
-        return None
+    for root in STORE.roots():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return _read(config, root / json.loads((root / "index" / f"{config.name}.json").read_text())["folder"])
+    return None
 
 
 def _find_or_build(config: GemmConfig, sources: Sources, compiler: Nvcc, enough: Callable[[], bool]) -> Built | None:
-    root, source = cache_root("cutlass"), sources.text(config)
+    root, source = STORE.root(), sources.text(config)
     folder = root / f"{config.name}-{key(source, config, compiler, sources.version)}"
-    with contextlib.suppress(OSError, ValueError):
-        return _indexed(_read(config, folder))
-    if enough():
+    if not folder.exists() and enough():
         return None
-    (root / "locks").mkdir(exist_ok=True)
-    with _locked(root / "locks" / config.name):
-        with contextlib.suppress(OSError, ValueError):
-            return _indexed(_read(config, folder))
-        _compile(config, source, sources.include, compiler, folder)
+    STORE.once(folder, lambda scratch: _compile(config, source, sources.include, compiler, scratch))
+    try:
         return _indexed(_read(config, folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise BuildError(f"{config.name}: {folder} is not whole, remove it: {error}") from error
 
 
 def _read(config: GemmConfig, folder: Path) -> Built:
@@ -184,68 +177,39 @@ def _read(config: GemmConfig, folder: Path) -> Built:
 
 
 def _indexed(built: Built) -> Built:
-    index = built.folder.parent / "index"
-    index.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=index, delete=False) as handle:
-        json.dump({"folder": built.folder.name}, handle)  # a name: the cache may be carried elsewhere
-    Path(handle.name).replace(index / f"{built.config.name}.json")
+    root, entry = built.folder.parent, f"{built.config.name}.json"
+    (root / "index").mkdir(exist_ok=True)
+    with STORE.scratch(root) as scratch:
+        text = json.dumps({"folder": built.folder.name})  # a name: the cache may be carried elsewhere
+        (scratch / entry).write_text(text)
+        (scratch / entry).replace(root / "index" / entry)
     return built
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _compile(config: GemmConfig, source: str, include: str, compiler: Nvcc, folder: Path) -> None:
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        file = scratch / f"{config.name}.cu"
-        file.write_text(source)
-        includes = (f"-I{include}", f"-I{generate.CSRC}")
-        output = ("-o", str(scratch / LIBRARY), str(file))
-        command = [compiler.path, *FLAGS, *target_flags(config.arch), *includes, *output]
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
-        seconds = time.monotonic() - started
-        if done.returncode != 0:
-            raise BuildError(f"{config.name}: nvcc failed\n{' '.join(command)}\n{_errors(done.stderr)}")
-        (scratch / "ptxas.txt").write_text(done.stderr)
-        report = ptxas.parse(done.stderr)
-        if faults := report.faults():
-            raise BuildError(f"{config.name}: may not ship: {'; '.join(faults)}")
-        facts = {"name": config.name, "nvcc": compiler.release, "seconds": round(seconds, 1), **asdict(report)}
-        (scratch / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
-        scratch.chmod(0o755)
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _compile(config: GemmConfig, source: str, include: str, compiler: Nvcc, scratch: Path) -> Path:
+    """The kernel's folder, made in another one."""
+    folder = scratch / config.name
+    folder.mkdir()
+    file = folder / f"{config.name}.cu"
+    file.write_text(source)
+    includes = (f"-I{include}", f"-I{generate.CSRC}")
+    output = ("-o", str(folder / LIBRARY), str(file))
+    command = [compiler.path, *FLAGS, *target_flags(config.arch), *includes, *output]
+    started = time.monotonic()
+    done = run(command, scratch)
+    seconds = time.monotonic() - started
+    if done.returncode != 0:
+        raise BuildError(f"{config.name}: nvcc failed\n{' '.join(command)}\n{_errors(done.stderr)}")
+    (folder / "ptxas.txt").write_text(done.stderr)
+    report = ptxas.parse(done.stderr)
+    if faults := report.faults():
+        raise BuildError(f"{config.name}: may not ship: {'; '.join(faults)}")
+    facts = {"name": config.name, "nvcc": compiler.release, "seconds": round(seconds, 1), **asdict(report)}
+    (folder / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return folder
 
 
 def _errors(text: str) -> str:
     """The lines that say what is wrong; all of the end if none does."""
     found = [line[:400] for line in text.splitlines() if "error" in line]
     return "\n".join(found[:10]) or text[-4000:]
-
-
-class Progress:
-    """One line, rewritten in place on a terminal; elsewhere a line a kernel."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self.total, self.quiet, self.done, self.started = total, quiet, 0, time.monotonic()
-
-    def step(self, name: str, *, failed: int) -> None:
-        self.done += 1
-        if self.quiet:
-            return
-        filled = 24 * self.done // max(1, self.total)
-        text = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {time.monotonic() - self.started:.0f} s"
-        text += f", {failed} failed" if failed else ""
-        start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
-        print(f"{start}{text} {name}", end=end, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if not self.quiet and sys.stderr.isatty():
-            print(file=sys.stderr)

@@ -13,7 +13,7 @@ import contextlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from cutlass_kernels.cache import cache_root
+from cutlass_kernels.build.store import STORE
 from cutlass_kernels.errors import MissingToolError
 from cutlass_kernels.gemm.cppgen import HOW_TO_GET_IT
 
@@ -33,7 +33,7 @@ def inductor_cutlass_dir(folder: Path | None = None) -> str:
 
     Raises `MissingToolError` without nvidia-cutlass.
     """
-    folder = folder or cache_root("cutlass") / "inductor_cutlass_dir"
+    folder = folder or STORE.root() / "inductor_cutlass_dir"
     for place, (package, inside) in LINKS.items():
         source = _package(package) / inside
         if not source.is_dir():

@@ -15,7 +15,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +22,15 @@ from pathlib import Path
 
 import torch
 
-from flashmla_ops.cpu import cache
-from flashmla_ops.cpu.compiler import Compilation, Unit, compiler, progress
+from flashmla_build import Store, compiler, say
+from flashmla_ops.cpu.compiler import Compilation, Unit
 from flashmla_ops.errors import BuildError
 from flashmla_ops.formats import header
 
 CSRC = Path(__file__).parent / "csrc"
 #: Where a wheel that holds kernels brings them, in a folder named by `source_key`.
 PACKAGED = Path(__file__).parent / "lib"
+STORE = Store("", "the CPU kernels", BuildError)
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -117,7 +117,7 @@ def key() -> str:
 
 def find(library: Library) -> Path | None:
     """A library, or what takes its place, in the package or in the cache; None if it has not been compiled."""
-    folders = [PACKAGED / source_key(), *(root / key() for root in cache.readable_roots())]
+    folders = [PACKAGED / source_key(), *(root / key() for root in STORE.roots())]
     return next((path for folder in folders for path in _in(folder, library) if os.path.isfile(path)), None)
 
 
@@ -129,10 +129,10 @@ def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: 
     """
     found = {library: None if anew else find(library) for library in libraries}
     if not all(found.values()):
-        compiler()  # none is the first thing to say
-        folder = cache.cache_root() / key()
+        compiler(BuildError)  # none is the first thing to say
+        folder = STORE.root() / key()
         folder.mkdir(exist_ok=True)
-        with cache.locked(folder / "lock"):
+        with STORE.locked(folder / "lock"):
             found = {library: None if anew else find(library) for library in libraries}
             found |= _build([library for library, path in found.items() if path is None], folder, verbose=verbose)
     return [path for path in found.values() if path is not None]
@@ -163,10 +163,9 @@ def _build(libraries: Sequence[Library], folder: Path, *, verbose: bool) -> dict
     names = ", ".join(library.name for library in libraries)
     units = dict.fromkeys(unit for library in libraries for unit in library.units)
     long = len(units) > 1
-    progress(f"flashmla: compiling {names} into {folder}, once; this may take a minute", lasting=long)
+    say(f"flashmla: compiling {names} into {folder}, once; this may take a minute", lasting=long)
     built, failures = {}, []
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        scratch = Path(name)
+    with STORE.scratch(folder) as scratch:
         header.write(scratch)
         with Compilation([*units], scratch, partial(_arguments, scratch), verbose=verbose) as compilation:
             for library in libraries:
@@ -176,7 +175,7 @@ def _build(libraries: Sequence[Library], folder: Path, *, verbose: bool) -> dict
                     failures.append(error)
     if failures:
         raise failures[0]
-    progress(f"flashmla: compiled {names}", lasting=long)
+    say(f"flashmla: compiled {names}", lasting=long)
     return built
 
 

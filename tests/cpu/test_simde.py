@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_ops.cpu import compiler
+from flashmla_build.compiler import NAMES
 
 HERE = Path(__file__).parent
 HEADERS = Path("/usr/include/simde/x86/avx512.h")
@@ -39,7 +39,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "avx512", tests + "/
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HEADERS.exists(), reason=f"no SIMDe headers ({HEADERS}; Debian: libsimde-dev)")
-@pytest.mark.skipif(all(shutil.which(name) is None for name in compiler.NAMES), reason="no C++ compiler")
+@pytest.mark.skipif(all(shutil.which(name) is None for name in NAMES), reason="no C++ compiler")
 def test_the_avx512_sources_give_the_references_results(tmp_path: Path) -> None:
     environment = {**os.environ, "FLASHMLA_CPU": "reference", "FLASHMLA_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", RUN, str(HERE / "simde"), str(HERE.parent)]

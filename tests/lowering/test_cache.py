@@ -45,7 +45,7 @@ def run(tree: Path, cache: Path, backend: str = "flashmla", script: str = SCRIPT
 def test_a_second_process_hits_and_another_source_misses(tmp_path: Path) -> None:
     tree, cache = tmp_path / "tree", tmp_path / "cache"
     cache.mkdir()
-    for name in ("flashmla_ops", "lowering"):
+    for name in ("flashmla_build", "flashmla_ops", "lowering"):
         shutil.copytree(ROOT / name, tree / name)
     assert run(tree, cache) == "miss"
     assert run(tree, cache) == "hit"

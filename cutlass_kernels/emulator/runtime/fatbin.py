@@ -60,7 +60,7 @@ def _unpack(fatbin: bytes, start: int) -> str:
     if flags & _ZSTD:
         body = _zstd(body[:packed], size)
     elif flags & _LZ4:
-        body = lz4(body[:packed], size)
+        body = _lz4(body[:packed], size)
     return body.rstrip(b"\0").decode()
 
 
@@ -85,39 +85,19 @@ def _zstd(body: bytes, size: int) -> bytes:
     return out.raw
 
 
-def lz4(body: bytes, size: int) -> bytes:
-    """An LZ4 block (format description of the LZ4 project): literals and matches in turn."""
-    out, position = bytearray(), 0
-
-    def extended(length: int) -> int:
-        nonlocal position
-        if length == 15:
-            while True:
-                more = body[position]
-                position += 1
-                length += more
-                if more != 255:
-                    break
-        return length
-
-    while position < len(body):
-        token = body[position]
-        position += 1
-        literals = extended(token >> 4)
-        out += body[position : position + literals]
-        position += literals
-        if position >= len(body):
-            break
-        distance = int.from_bytes(body[position : position + 2], "little")
-        position += 2
-        length = extended(token & 15) + 4
-        start = len(out) - distance
-        if distance == 0 or start < 0:
-            raise NoPtx("the PTX is damaged: an LZ4 match before its beginning")
-        while length > 0:
-            piece = out[start : start + length]
-            out += piece
-            start, length = start + len(piece), length - len(piece)
-    if len(out) != size:
-        raise NoPtx(f"the PTX unpacks to {len(out)} bytes instead of {size}")
-    return bytes(out)
+def _lz4(body: bytes, size: int) -> bytes:
+    """An LZ4 block, by the package lz4."""
+    try:
+        block = importlib.import_module("lz4.block")
+    except ImportError:
+        raise NoPtx(
+            "the PTX is compressed with LZ4, and no package lz4 is here to unpack it: pip install lz4, or compile with"
+            " nvcc --compress-mode=none"
+        ) from None
+    try:
+        plain = bytes(block.decompress(body, uncompressed_size=size))
+    except block.LZ4BlockError as error:
+        raise NoPtx(f"the PTX is damaged: {error}") from error
+    if len(plain) != size:
+        raise NoPtx(f"the PTX unpacks to {len(plain)} bytes instead of {size}")
+    return plain

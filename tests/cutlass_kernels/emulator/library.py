@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from cutlass_kernels.emulator.runtime import build
+from flashmla_build import compiler
 
 SONAME = "libcudart.so.13"
 
@@ -83,6 +84,6 @@ def compile_library(
     extra = {"extra_declaration": f"int {call}();" if call else "", "extra_call": f"{call}();" if call else ""}
     source, target = folder / f"{name}.cpp", folder / name
     source.write_text(HOST % {"fatbin": ",".join(map(str, fatbin)), **extra})
-    command = [build.compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-missing-field-initializers"]
+    command = [*compiler(RuntimeError), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-missing-field-initializers"]
     subprocess.run([*command, "-o", str(target), str(source), str(build.build(soname))], check=True)
     return target

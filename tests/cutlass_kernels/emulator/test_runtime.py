@@ -6,6 +6,7 @@ import ctypes
 import ctypes.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ from cutlass_kernels.emulator import (
     run,
 )
 from cutlass_kernels.emulator.runtime import build, fatbin
+from flashmla_build import compiler
 from tests.cutlass_kernels.emulator.harness import Array, kernel
 from tests.cutlass_kernels.emulator.library import compile_library, fatbin_of
 
 try:
-    build.compiler()
+    compiler(RuntimeUnavailable)
 except RuntimeUnavailable as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
@@ -159,7 +161,7 @@ def test_an_unknown_runtime_function_is_named(tmp_path: Path) -> None:
     source.write_text(text.replace("return cudaGetLastError();", "return cudaGraphLaunch();"))
     mock = str(build.build("libcudart.so.13"))
     flags = ["-shared", "-fPIC", "-Wl,--allow-shlib-undefined", "-Wl,--unresolved-symbols=ignore-all"]
-    subprocess.run([build.compiler(), *flags, "-o", str(path), str(source), mock], check=True)
+    subprocess.run([*compiler(RuntimeUnavailable), *flags, "-o", str(path), str(source), mock], check=True)
     with pytest.raises(RuntimeUnavailable, match="cudaGraphLaunch"):
         run(path, reverse)
 
@@ -196,24 +198,28 @@ except emulator.RuntimeUnavailable as error:
 
 
 def lz4_of(plain: bytes) -> bytes:
-    """An LZ4 block: 20 literals, a match that overlaps itself, the rest as literals."""
-    head, run_length = plain[:20], 300
-    out = bytearray([15 << 4 | 15, 20 - 15]) + head + (1).to_bytes(2, "little")
-    left = run_length - 4 - 15
-    out += bytes([255] * (left // 255) + [left % 255])
-    rest = plain[20 + run_length :]
-    out += bytes([15 << 4]) + bytes([255] * ((len(rest) - 15) // 255) + [(len(rest) - 15) % 255]) + rest
-    return bytes(out)
+    block = pytest.importorskip("lz4.block")
+    return bytes(block.compress(plain, store_size=False))
 
 
 def test_lz4() -> None:
     text = "/" * 320 + PTX
-    plain = text.encode() + b"\0"
-    assert fatbin.ptx_of(fatbin_of(text, flags=0x2000, body=lz4_of(plain))) == [text]
-    with pytest.raises(NoPtx, match="unpacks to"):
-        fatbin.lz4(lz4_of(plain), len(plain) + 1)
-    with pytest.raises(NoPtx, match="damaged"):
-        fatbin.lz4(bytes([0x00, 9, 0]), 4)
+    packed = lz4_of(text.encode() + b"\0")
+    assert len(packed) < len(text)
+    assert fatbin.ptx_of(fatbin_of(text, flags=0x2000, body=packed)) == [text]
+
+
+@pytest.mark.parametrize("body", [lambda packed: packed[:-3], lambda packed: b"\0\x09\0" + packed[3:]])
+def test_damaged_lz4(body: Callable[[bytes], bytes]) -> None:
+    packed = lz4_of(("/" * 320 + PTX).encode())
+    with pytest.raises(NoPtx, match=r"damaged|unpacks to"):
+        fatbin.ptx_of(fatbin_of("/" * 320 + PTX, flags=0x2000, body=body(packed)))
+
+
+def test_without_the_package_lz4_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lz4.block", None)
+    with pytest.raises(NoPtx, match="pip install lz4, or compile with nvcc --compress-mode=none"):
+        fatbin.ptx_of(fatbin_of(PTX, flags=0x2000, body=b""))
 
 
 def test_zstd() -> None:

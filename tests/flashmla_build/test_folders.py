@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from flashmla_build import folders
 from flashmla_ops import cpu
-from flashmla_ops.cpu import cache
-from flashmla_ops.errors import BuildError
+
+NAME = "things"
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +56,17 @@ def test_the_users_own_folder(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(tmp_path))
-    assert cache.cache_root() == tmp_path / expected
-    assert next(cache.readable_roots()) == tmp_path / expected
+    assert folders.writable(NAME) == tmp_path / expected / NAME
+    assert next(folders.readable(NAME)) == tmp_path / expected / NAME
 
 
 @pytest.mark.usefixtures("no_home")
 def test_without_a_home_a_private_temporary_folder(tmp_path: Path) -> None:
-    root = cache.cache_root()
-    assert root == temporary(tmp_path)
-    assert stat.S_IMODE(root.stat().st_mode) == 0o700
-    assert cache.cache_root() == root
-    assert list(cache.readable_roots()) == [root]
+    root = folders.writable(NAME)
+    assert root == temporary(tmp_path) / NAME
+    assert stat.S_IMODE(root.parent.stat().st_mode) == 0o700
+    assert folders.writable(NAME) == root
+    assert list(folders.readable(NAME)) == [root]
 
 
 @pytest.mark.parametrize("name", ["FLASHMLA_CACHE", "HOME", "XDG_CACHE_HOME"])
@@ -75,7 +76,14 @@ def test_a_folder_that_cannot_be_written_is_passed_over(
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")
     monkeypatch.setenv(name, str(occupied / "below"))
-    assert cache.cache_root() == temporary(tmp_path)
+    assert folders.writable(NAME) == temporary(tmp_path) / NAME
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
+def test_a_folder_of_ours_that_cannot_be_written_is_passed_over(tmp_path: Path) -> None:
+    """As one that root made in a cache of this user's."""
+    (tmp_path / "home" / ".cache" / "flashmla" / NAME).mkdir(parents=True, mode=0o500)
+    assert folders.writable(NAME) == temporary(tmp_path) / NAME
 
 
 def open_to_all(folder: Path) -> None:
@@ -107,17 +115,17 @@ def test_a_temporary_folder_that_others_may_have_filled_is_refused(
     plant: Callable[[Path], None], tmp_path: Path
 ) -> None:
     plant(temporary(tmp_path))
-    with pytest.raises(BuildError, match="not a private folder of this user's; set FLASHMLA_CACHE"):
-        cache.cache_root()
-    assert list(cache.readable_roots()) == []
+    with pytest.raises(folders.NoFolder, match="not a private folder of this user's; set FLASHMLA_CACHE"):
+        folders.writable(NAME)
+    assert list(folders.readable(NAME)) == []
 
 
 @pytest.mark.parametrize("plant", [PLANTED[0], PLANTED[2]])
 def test_nor_is_a_home_that_is_shared(plant: Callable[[Path], None], tmp_path: Path) -> None:
     (tmp_path / "home" / ".cache").mkdir()
     plant(tmp_path / "home" / ".cache" / "flashmla")
-    assert cache.cache_root() == temporary(tmp_path)
-    assert list(cache.readable_roots()) == [temporary(tmp_path)]
+    assert folders.writable(NAME) == temporary(tmp_path) / NAME
+    assert list(folders.readable(NAME)) == [temporary(tmp_path) / NAME]
 
 
 @pytest.mark.usefixtures("no_home")
@@ -127,17 +135,17 @@ def test_no_folder_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tempfile.gettempdir", none)
     with pytest.raises(
-        BuildError, match="nor a temporary one: No usable temporary directory found; set FLASHMLA_CACHE"
+        folders.NoFolder, match="nor a temporary one: No usable temporary directory found; set FLASHMLA_CACHE"
     ):
-        cache.cache_root()
-    assert list(cache.readable_roots()) == []
+        folders.writable(NAME)
+    assert list(folders.readable(NAME)) == []
 
 
 AS_CONTAINER_USER = ["unshare", "--user", "--map-user=54321"]
 IMPORT = """
 from flashmla_ops import capability
-from flashmla_ops.cpu import STATE, cache
-print(STATE.active, cache.cache_root())
+from flashmla_ops.cpu import STATE, build
+print(STATE.active, build.STORE.root())
 capability.explain()
 """
 

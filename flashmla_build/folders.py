@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from flashmla_ops.errors import BuildError
+import platformdirs
 
 
-def cache_root() -> Path:
-    """$FLASHMLA_CACHE or the user's cache folder; a private temporary one if that cannot be written.
+class NoFolder(Exception):
+    """No folder can be written. The message says why, and what to do."""
 
-    Raises `BuildError` where neither can be.
+
+def writable(name: str) -> Path:
+    """The folder ``name`` in $FLASHMLA_CACHE or the user's cache folder, or else in a private temporary one.
+
+    It exists, and a file could be written to it just now. Raises `NoFolder` where there is none.
     """
     override = _override()
-    if override and _can_write(override):
-        return override
-    if not override and (users := _users()) and _can_write(users) and _is_trusted(users):
-        return users
+    if override and _can_write(override / name):
+        return override / name
+    if not override and (users := _users()) and _can_write(users) and _is_trusted(users) and _can_write(users / name):
+        return users / name
     try:
         temporary = _temporary()
         with contextlib.suppress(FileExistsError):
             temporary.mkdir(mode=0o700)
-        if _is_private(temporary) and _can_write(temporary):
-            return temporary
+        if _is_private(temporary) and _can_write(temporary / name):
+            return temporary / name
         reason = f"{temporary} is not a private folder of this user's"
     except OSError as error:
         reason = f"nor a temporary one: {error}"
-    raise BuildError(f"no cache folder can be written, {reason}; set FLASHMLA_CACHE to a folder that can")
+    raise NoFolder(f"no cache folder can be written, {reason}; set FLASHMLA_CACHE to a folder that can")
 
 
-def readable_roots() -> Iterator[Path]:
+def readable(name: str) -> Iterator[Path]:
     """The same folders, for what is there already: a cache that somebody else filled need not be writable."""
     override = _override()
     if override:
-        yield override
+        yield override / name
     elif (users := _users()) and _is_trusted(users):
-        yield users
+        yield users / name
     with contextlib.suppress(OSError):
         if _is_private(temporary := _temporary()):
-            yield temporary
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes, and say so if another has to be waited for."""
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("flashmla: waiting for a process that is compiling the CPU kernels", file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            yield temporary / name
 
 
 def _override() -> Path | None:
@@ -67,10 +57,11 @@ def _override() -> Path | None:
 
 def _users() -> Path | None:
     """None where the user has no home: a container's uid, say, without an entry in passwd and without $HOME."""
-    if (configured := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
-        return configured / "flashmla"
-    home = Path(os.path.expanduser("~"))
-    return home / ".cache" / "flashmla" if home.is_absolute() else None
+    try:
+        found = platformdirs.user_cache_path("flashmla")
+    except RuntimeError:  # older versions give a path that begins with "~"
+        return None
+    return found if found.is_absolute() else None
 
 
 def _temporary() -> Path:
