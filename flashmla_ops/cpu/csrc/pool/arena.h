@@ -215,10 +215,11 @@ private:
     return true;
   }
 
+  // By what the free bytes at the end lack, at least.
   bool grow(size_t bytes) {
-    const size_t rest = options_.most_bytes - heap_.size();
-    if (options_.growth == 0 || bytes > rest) return false;
-    return commit(std::min(rest, round_up(std::max<size_t>(options_.growth, bytes), kStep)));
+    const size_t rest = options_.most_bytes - heap_.size(), there = heap_.free_at_end();
+    if (options_.growth == 0 || bytes > there + rest) return false;
+    return commit(std::min(rest, round_up(std::max<size_t>(options_.growth, bytes - std::min(bytes, there)), kStep)));
   }
 
   // The size of a block that is in use. What is freed twice must not go on, as anybody may have it by now.

@@ -66,6 +66,7 @@ public:
   size_t peak() const { return peak_; }
   size_t blocks() const { return blocks_; }
   size_t largest_free() const { return large_.largest_free() * kUnit; }
+  size_t free_at_end() { return large_.free_at_end() * kUnit; }
   size_t free_blocks() const { return large_.free_blocks(); }
 
 private:

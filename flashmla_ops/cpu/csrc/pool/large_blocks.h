@@ -33,6 +33,7 @@ public:
   Tag& tag(uint32_t unit) { return reinterpret_cast<Tag*>(tags_.base())[unit]; }
   uint32_t units() const { return units_; }
   uint32_t largest_free() const { return free_.empty() ? 0 : free_.rbegin()->first; }
+  uint32_t free_at_end() { return units_ > 0 && tag(units_ - 1).kind == Tag::kFree ? tag(units_ - 1).value : 0; }
   size_t free_blocks() const { return free_.size(); }
 
   // More units behind the last one.
