@@ -6,7 +6,8 @@ import ctypes
 import functools
 from ctypes import POINTER, Structure, c_bool, c_size_t, c_uint32, c_uint64, c_void_p
 
-from flashmla_ops.cpu import build, compiler
+from flashmla_build import compiler
+from flashmla_ops.cpu import build
 from flashmla_ops.errors import ArenaUnavailableError, BuildError
 
 
@@ -72,7 +73,7 @@ def explain() -> str:
     if path := build.find(build.ALLOCATOR):
         return f"arenas can serve torch's CPU tensors ({path})"
     try:
-        compiler.compiler()
+        compiler(BuildError)
     except BuildError as error:
         return f"arenas cannot serve torch's CPU tensors: {error}"
     return "arenas can serve torch's CPU tensors; their library is compiled at first use"
