@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmla_ops.cpu import build, compiler
+from flashmla_build import compiler
+from flashmla_ops.cpu import build
 from flashmla_ops.errors import BuildError
 
 _SIGNATURES = {
@@ -27,7 +28,7 @@ _SIGNATURES = {
 def cxx() -> list[str]:
     """The C++ compiler."""
     try:
-        return compiler.compiler()
+        return compiler(BuildError)
     except BuildError as error:
         pytest.skip(str(error))
 
