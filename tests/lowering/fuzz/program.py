@@ -108,6 +108,19 @@ class Program:
         exec(compile(source, name, "exec"), scope)
         return scope["setup"], scope["program"]
 
+    def values(self) -> dict[str, Any]:
+        """Every variable of the first call, as far as it runs."""
+        setup, _ = self.build()
+        scope = setup.__globals__
+        scope.update(zip(self.inputs, setup(0, **self.arguments(0)), strict=True))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            for step in self.steps:
+                try:
+                    exec("\n".join(step.render()), scope)
+                except Exception:
+                    break
+        return scope
+
     def render(self) -> str:
         """The program as a file that runs on its own and shows what differs."""
         lines = ["import math", "import torch", "import torch.nn.functional as F", "import flashmla_ops", ""]

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from tests.lowering.fuzz.check import Outcome
@@ -56,7 +55,7 @@ def simplifications(program: Program) -> Iterator[Program]:
             yield program.but(**{name: plain})
     if program.marked:
         yield program.but(marked=())
-    values = _values(program)
+    values = program.values()
     for index in reversed(range(len(program.steps))):
         yield from _without(program, index, values)
     for index in range(len(program.setup)):
@@ -105,20 +104,6 @@ def _without(program: Program, index: int, values: dict[str, object]) -> Iterato
 def _renamed(steps: tuple[Step, ...], old: str, new: str) -> tuple[Step, ...]:
     pattern = re.compile(rf"(?<![\w.]){old}\b")
     return tuple(Step(step.name, pattern.sub(new, step.code)) for step in steps)
-
-
-def _values(program: Program) -> dict[str, object]:
-    """What the steps make at the first call, as far as it runs."""
-    setup, _ = program.build()
-    scope: dict[str, object] = dict(setup.__globals__)
-    scope.update(zip(program.inputs, setup(0, **program.arguments(0)), strict=True))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=program.autocast):
-        for step in program.steps:
-            try:
-                exec("\n".join(step.render()), scope)
-            except Exception:
-                break
-    return scope
 
 
 def _literal(value: Tensor) -> str:
