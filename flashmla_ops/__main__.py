@@ -16,8 +16,8 @@ def _build(into: Path | None, verbose: bool) -> int:
         if into is not None:
             print(build.copy_to(into, verbose=verbose))
             return 0
-        libraries = [build.STABLE_ABI, build.ISAS, build.AUTOGRAD, build.ALLOCATOR, *build.KERNELS.values()]
-        for path in build.find_or_build(libraries, verbose=verbose):
+        libraries = dict.fromkeys([build.STABLE_ABI, *build.in_wheels(), *build.KERNELS.values()])
+        for path in build.find_or_build([*libraries], verbose=verbose):
             print(path)
     except (BuildError, OSError) as error:
         print(f"flashmla: {error}", file=sys.stderr)

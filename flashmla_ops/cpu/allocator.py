@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from ctypes import POINTER, Structure, c_bool, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import Any
 
 from flashmla_build import compiler
 from flashmla_ops.cpu import build
@@ -44,26 +46,35 @@ _FUNCTIONS = {
 }
 
 
+def loaded(library: build.Library, functions: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
+    """A library, compiled now if need be, whose functions have these result and argument types.
+
+    Raises `ArenaUnavailableError`, which says why it could not be had.
+    """
+    try:
+        try:
+            found = ctypes.CDLL(str(*build.find_or_build([library])))
+        except OSError:
+            # Made for another system, whose C library is newer, say: what is compiled here fits.
+            found = ctypes.CDLL(str(*build.find_or_build([library], anew=True)))
+    except (BuildError, OSError) as error:
+        raise ArenaUnavailableError(f"the allocator's library could not be had: {error}") from error
+    for name, (result, arguments) in functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, installed as torch's CPU allocator for the rest of the process.
 
-    Raises `ArenaUnavailableError`, which says why, where it cannot be compiled, loaded or installed.
+    Raises `ArenaUnavailableError` where it cannot be compiled, loaded or installed.
     """
-    try:
-        try:
-            loaded = ctypes.CDLL(str(*build.find_or_build([build.ALLOCATOR])))
-        except OSError:
-            # Made for another system, whose C library is newer, say: what is compiled here fits.
-            loaded = ctypes.CDLL(str(*build.find_or_build([build.ALLOCATOR], anew=True)))
-    except (BuildError, OSError) as error:
-        raise ArenaUnavailableError(f"the allocator's library could not be had: {error}") from error
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    if not loaded.flashmla_hook_install():
+    found = loaded(build.ALLOCATOR, _FUNCTIONS)
+    if not found.flashmla_hook_install():
         raise ArenaUnavailableError("another library has set torch's CPU allocator, at a higher priority than ours")
-    return loaded
+    return found
 
 
 def explain() -> str:

@@ -95,6 +95,8 @@ STABLE_ABI = Library("flashmla_cpu", (*BINDING_UNITS, *CORE_UNITS), links_torch=
 AUTOGRAD = Library(f"flashmla_autograd_{torch.__version__}", (Unit("autograd.cpp"),), links_torch=True)
 #: Torch's CPU allocator with arenas in front, for this version alone too.
 ALLOCATOR = Library(f"flashmla_allocator_{torch.__version__}", (Unit("pool/hook.cpp"),), links_torch=True)
+#: Memory of CUDA devices for torch.cuda.MemPool. It needs neither torch nor CUDA to be compiled.
+DEVICE_ALLOCATOR = Library("flashmla_device_allocator", (Unit("pool/device.cpp"),))
 #: What sees torch's headers.
 TORCH_UNITS = (*BINDING_UNITS, *AUTOGRAD.units, *ALLOCATOR.units)
 
@@ -140,7 +142,14 @@ def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: 
 
 def in_wheels() -> list[Library]:
     """What a wheel with kernels holds: all that a processor may choose."""
-    return [ISAS, STABLE_ABI, AUTOGRAD, ALLOCATOR, *(library for isa, library in KERNELS.items() if isa != EMULATED)]
+    return [
+        ISAS,
+        STABLE_ABI,
+        AUTOGRAD,
+        ALLOCATOR,
+        DEVICE_ALLOCATOR,
+        *(library for isa, library in KERNELS.items() if isa != EMULATED),
+    ]
 
 
 def copy_to(folder: Path, *, verbose: bool = False) -> Path:

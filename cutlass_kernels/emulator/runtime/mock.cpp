@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -61,7 +62,19 @@ struct Fatbin {
   const void* data;
 };
 
-constexpr int kInvalidValue = 1, kInvalidDeviceFunction = 98, kNotSupported = 801;
+// A stream's events come in the order in which they are recorded.
+struct Stream {
+  uint64_t recorded = 0, done = 0;
+  bool held = false, capturing = false;
+};
+
+struct Event {
+  void* stream;
+  uint64_t number;
+};
+
+constexpr int kInvalidValue = 1, kInvalidDeviceFunction = 98, kNotReady = 600, kNotSupported = 801;
+constexpr int kNotPermitted = 800, kRelaxed = 2;
 constexpr int kClusterDimension = 4;
 
 Hooks hooks;
@@ -69,10 +82,16 @@ int last_error = 0;
 Dim3 pushed_grid, pushed_block;
 size_t pushed_shared;
 void* pushed_stream;
+int synchronisations = 0, live_events = 0, frees = 0, capture_mode = 0;
 
 // Functions with static storage, as binaries register themselves before any other constructor may have run.
 std::unordered_map<const void*, Function>& functions() {
   static std::unordered_map<const void*, Function> table;
+  return table;
+}
+
+std::unordered_map<void*, Stream>& streams() {
+  static std::unordered_map<void*, Stream> table;
   return table;
 }
 
@@ -130,6 +149,16 @@ void mock_set_hooks(const Hooks* given) {
   hooks = *given;
   last_error = 0;
 }
+// For tests: the events of a stream that is held do not come until it is let go.
+void mock_hold_stream(void* stream, bool held) {
+  Stream& state = streams()[stream];
+  state.held = held;
+  if (!held) state.done = state.recorded;
+}
+void mock_capture(void* stream, bool capturing) { streams()[stream].capturing = capturing; }
+int mock_synchronisations() { return synchronisations; }
+int mock_live_events() { return live_events; }
+int mock_frees() { return frees; }
 int mock_fatbin_count() { return static_cast<int>(fatbins().size()); }
 const void* mock_fatbin(int index) { return fatbins()[static_cast<size_t>(index)]; }
 
@@ -226,32 +255,67 @@ int cudaDriverGetVersion(int* version) {
   return 0;
 }
 
-// Memory. Everything is synchronous, so that streams and events have nothing to order.
+// Memory. Everything is synchronous, so that streams and events have nothing to order, except on streams that a test
+// holds: what is recorded on one has not come until it is let go.
 
 int cudaMalloc(void** pointer, size_t size) {
   return noted(hooks.allocate ? hooks.allocate(size, pointer) : kNotSupported);
 }
 int cudaMallocAsync(void** pointer, size_t size, void*) { return cudaMalloc(pointer, size); }
-int cudaFree(void*) { return 0; }
+int cudaFree(void* pointer) {
+  frees += pointer != nullptr;
+  return 0;
+}
 int cudaFreeAsync(void*, void*) { return 0; }
 int cudaMemset(void* to, int value, size_t size) { return fill(to, value, size); }
 int cudaMemsetAsync(void* to, int value, size_t size, void*) { return fill(to, value, size); }
 int cudaMemcpy(void* to, const void* from, size_t size, int) { return copy(to, from, size); }
 int cudaMemcpyAsync(void* to, const void* from, size_t size, int, void*) { return copy(to, from, size); }
-int cudaStreamSynchronize(void*) { return 0; }
-int cudaDeviceSynchronize() { return 0; }
-int cudaStreamIsCapturing(void*, int* status) {
-  *status = 0;
+int cudaStreamSynchronize(void* stream) {
+  synchronisations++;
+  mock_hold_stream(stream, false);
+  return 0;
+}
+int cudaDeviceSynchronize() {
+  synchronisations++;
+  for (auto& [stream, state] : streams()) state.held = false, state.done = state.recorded;
+  return 0;
+}
+int cudaStreamIsCapturing(void* stream, int* status) {
+  *status = streams()[stream].capturing;
+  return 0;
+}
+int cudaThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode);
   return 0;
 }
 int cudaEventCreate(void** event) {
-  *event = nullptr;
+  *event = new Event{};
+  live_events++;
   return 0;
 }
 int cudaEventCreateWithFlags(void** event, unsigned) { return cudaEventCreate(event); }
-int cudaEventRecord(void*, void*) { return 0; }
-int cudaEventSynchronize(void*) { return 0; }
-int cudaEventDestroy(void*) { return 0; }
+int cudaEventRecord(void* event, void* stream) {
+  Stream& state = streams()[stream];
+  if (state.capturing && capture_mode != kRelaxed) return noted(kNotPermitted);
+  *static_cast<Event*>(event) = {stream, ++state.recorded};
+  if (!state.held) state.done = state.recorded;
+  return 0;
+}
+int cudaEventQuery(void* event) {
+  const auto& [stream, number] = *static_cast<Event*>(event);
+  return number <= streams()[stream].done ? 0 : noted(kNotReady);
+}
+int cudaEventSynchronize(void* event) {
+  synchronisations++;
+  mock_hold_stream(static_cast<Event*>(event)->stream, false);
+  return 0;
+}
+int cudaEventDestroy(void* event) {
+  delete static_cast<Event*>(event);
+  live_events--;
+  return 0;
+}
 int cudaStreamWaitEvent(void*, void*, unsigned) { return 0; }
 
 // The driver functions that host code asks for by name.
