@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.runner import OURS
+from cutlass_kernels.tables import markdown
 
 #: Less than this is no change, however quiet both runs were.
 SMALLEST_CHANGE = 0.02
@@ -73,7 +74,7 @@ def regressions(changes: Sequence[Change]) -> list[Change]:
 def table(changes: Sequence[Change]) -> str:
     """Markdown: what changed, with a count of what did not."""
     header = ["case", "implementation", "old ms", "new ms", "new / old", "verdict"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---:|---|"]
+    rows = []
     changed = [change for change in changes if change.verdict != "same"]
     for change in sorted(changed, key=lambda change: (change.name != OURS, -change.ratio)):
         marks = ["" if timing["clean"] else "~" for timing in (change.old, change.new)]
@@ -85,6 +86,6 @@ def table(changes: Sequence[Change]) -> str:
             f"{change.ratio:.2f}",
             change.verdict,
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     count = f"{len(changes)} timings compared, {len(changes) - len(changed)} the same."
-    return "\n".join([*lines, "", count]) if changed else count
+    return f"{markdown(header, rows, texts=2)}\n\n{count}" if changed else count

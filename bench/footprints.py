@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cutlass_kernels.tables import markdown
 from flashmla_ops.errors import FlashMLAError
 from flashmla_ops.footprint import Footprint, decode_footprint, prefill_footprint
 
@@ -49,7 +50,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "together",
         "less than level 1",
     ]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * 5]
+    lines = []
     whole = {row["call"]: total(row) for row in rows if row["level"] == 1}
     for row in rows:
         kib = [f"{row[part] / 1024:.0f}" for part in ("scores", "copies", "outputs")]
@@ -61,8 +62,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{total(row) / 1024:.0f}",
             f"{saved:.0%}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "Peak memory of a call beside its inputs and outputs, in KiB, in bf16.\n\n" + "\n".join(lines)
+        lines.append(cells)
+    found = markdown(header, lines, texts=2)
+    return "Peak memory of a call beside its inputs and outputs, in KiB, in bf16.\n\n" + found
 
 
 def total(row: Mapping[str, Any]) -> int:

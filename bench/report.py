@@ -13,6 +13,7 @@ from typing import Any
 from bench import footprints, summary
 from bench.runner import OURS, ROOT, file_name
 from bench.summary import best_peer, limit_of
+from cutlass_kernels.tables import markdown
 
 README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "bench.md"
@@ -122,7 +123,7 @@ def table(rows: Sequence[Row]) -> str:
     header = [*differing, *(["limit", "limited by"] if limited else []), OURS]
     header += [*(["of peak"] if computes else []), *(["of DRAM"] if limited else []), *peers]
     header += [f"best peer / {OURS}"] if peers else []
-    lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
+    lines = []
     for row in rows:
         ours, best = row["timings"][OURS], best_peer(row)
         mark = disturbed(ours)
@@ -134,12 +135,12 @@ def table(rows: Sequence[Row]) -> str:
         cells += [duration(row["timings"].get(peer), unit) for peer in peers]
         if peers:
             cells.append("" if best is None else disturbed(ours, best) + f"{best['median'] / ours['median']:.2f}x")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     notes = [f"Times in {unit.name}."]
     if constant:
         notes.append("In all cases: " + ", ".join(f"{key} {value}" for key, value in constant.items()) + ".")
     notes += [f"{name}: {reason}." for name, reason in reasons(rows)]
-    return " ".join(notes) + "\n\n" + "\n".join(lines)
+    return " ".join(notes) + "\n\n" + markdown(header, lines, texts=0)
 
 
 def reasons(rows: Sequence[Row]) -> list[tuple[str, str]]:

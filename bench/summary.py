@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.runner import OURS
+from cutlass_kernels.tables import markdown
 
 Row = Mapping[str, Any]
 
@@ -96,7 +97,7 @@ def spread(values: Sequence[float], form: str) -> str:
 def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
     """Markdown: one machine's suites, or of their lines those of these ``names``."""
     header = ["suite", "cases", "share of the limit", "the best peer's share", "best peer's time over ours"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for line in (line for run in runs for line in lines_of(run) if not names or line.name in names):
         cells = [
             line.name,
@@ -105,5 +106,5 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
             spread(line.peers, "{:.0%}"),
             spread(line.gains, "{:.1f}x"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(header, rows)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cutlass_kernels.tables import markdown
+
 BEGIN, END = "<!-- cutlass:verify begin -->", "<!-- cutlass:verify end -->"
 #: Beside the document with the summary.
 PAGE = Path("cuda_verify.md")
@@ -82,9 +84,9 @@ def summary(results: Mapping[str, Any]) -> str:
         f"{verified} of {len(rows)} kernels verified **in the emulator, not on hardware**: nvcc {results['nvcc']},"
         f" CUTLASS {results['cutlass']}; each alone: [{PAGE}]({PAGE}). Made by `python -m cutlass_kernels verify`.",
         "",
-        "| kernels | verified | runs | exact integers | largest error | hazards | mutants found |",
-        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    header = ["kernels", "verified", "runs", "exact integers", "largest error", "hazards", "mutants found"]
+    table = []
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         family = "stream-K" if "_streamk_" in row["name"] else row["name"].split("_")[1]
@@ -93,11 +95,9 @@ def summary(results: Mapping[str, Any]) -> str:
         good = sum(row["state"] == "verified" for row in members)
         cases, exact, hazards = (sum(row[name] for row in members) for name in ("cases", "exact", "hazards"))
         error = max(row["error_over_bound"] for row in members)
-        lines.append(
-            f"| {kind} | {good} of {len(members)} | {cases} | {exact} | {error:.2f} of the bound | {hazards} |"
-            f" {mutants(members)} |"
-        )
-    return "\n".join(lines)
+        cells = (kind, f"{good} of {len(members)}", cases, exact, f"{error:.2f} of the bound", hazards)
+        table.append([*cells, mutants(members)])
+    return "\n".join([*lines, markdown(header, table)])
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -112,17 +112,15 @@ def page(results: Mapping[str, Any]) -> str:
         " for split-K, is in [`problem.py`](../cutlass_kernels/verify/problem.py). Made by"
         f" `python -m cutlass_kernels verify` with nvcc {results['nvcc']} and CUTLASS {results['cutlass']}.",
         "",
-        "| kernel | state | runs | exact integers | error | hazards | registers | mutants found |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    header = ["kernel", "state", "runs", "exact integers", "error", "hazards", "registers", "mutants found"]
+    table = []
     for row in rows:
         found = "–" if row["mutants"] is None else f"{row['detected']}/{row['mutants']}"
         state = row["state"] + (f": {_one_line(row['why'])}" if row["why"] else "")
-        lines.append(
-            f"| `{row['name']}` | {state} | {row['cases']} | {row['exact']} | {row['error_over_bound']:.2f} |"
-            f" {row['hazards']} | {row['registers']} | {found} |"
-        )
-    return "\n".join([*lines, "", *_undetected(rows)]) + "\n"
+        counts = (row["cases"], row["exact"], f"{row['error_over_bound']:.2f}", row["hazards"], row["registers"])
+        table.append([f"`{row['name']}`", state, *counts, found])
+    return "\n".join([*lines, markdown(header, table, texts=2), "", *_undetected(rows)]) + "\n"
 
 
 def _undetected(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -137,15 +135,15 @@ def _undetected(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         " others of a kernel were then left out all at once, in every one of its cases: results stay right, and the"
         " vector clocks order every two accesses without them: they are redundant there. Why, by the instruction:",
         "",
-        "| instruction | of how many kernels | runs that passed without all of them | reason |",
-        "|---|---:|---:|---|",
     ]
+    table = []
     for start, why in REASONS.items():
         having = [row for row in rows if any(reason(each) == why for each in row["undetected"])]
         if having:
             runs = sum(row["without_undetected"] for row in having)
-            lines.append(f"| `{start.rstrip(' %')}` | {len(having)} | {runs} | {why} |")
-    return lines
+            table.append([f"`{start.rstrip(' %')}`", why, len(having), runs])
+    header = ["instruction", "reason", "of how many kernels", "runs that passed without all of them"]
+    return [*lines, markdown(header, table, texts=2)]
 
 
 def _one_line(text: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 
 import matplotlib as mpl
+from tabulate import tabulate
 
 from flashmla_ops.demo.steps import CONTEXTS, StepResult, dtype_name
 from flashmla_ops.demo.text import COMPILED, EAGER, NEW_TOKENS, PROMPTS, TRANSFORMERS, TextResult
@@ -21,13 +24,14 @@ def text_report(result: TextResult) -> str:
     lines = ["A trained MLA language model (3.7 M parameters, 4 layers, fp32), greedy:", ""]
     for prompt, text in zip(PROMPTS, result.texts, strict=True):
         lines.append(f"  {prompt} | {' '.join(text.split())}")
-    lines += ["", f"  {'':<20}{'tokens/s':>10}{'cache':>12}   tokens identical to transformers"]
     reference = result.generations[TRANSFORMERS].tokens
+    rows = []
     for name, generation in result.generations.items():
         same = int((generation.tokens == reference).sum())
         speed = generation.tokens.numel() / generation.seconds
         kib = generation.cache_bytes / 1024
-        lines.append(f"  {name:<20}{speed:>10.0f}{kib:>8.0f} KiB   {same}/{reference.numel()}")
+        rows.append((name, f"{speed:.0f}", f"{kib:.0f} KiB", f"{same}/{reference.numel()}"))
+    lines += ["", _table(("", "tokens/s", "cache", "tokens identical to transformers"), rows)]
     lines.append(f"  ({len(PROMPTS)} prompts of different lengths as one batch, {NEW_TOKENS} new tokens each.")
     lines.append("  transformers caches the same latents: FlashMLA saves the work of expanding them, not memory.")
     lines.append("  Pages are counted whole, and the compiled cache at its full capacity.)")
@@ -36,17 +40,14 @@ def text_report(result: TextResult) -> str:
 
 def step_report(result: StepResult, bandwidth: float) -> str:
     """A table of decode steps, and the attention module alone."""
-    header = "".join(f"{name:>20}" for name in WAYS)
-    lines = [
-        "One decode step at DeepSeek-V2-Lite's geometry (2 dense layers, random weights, batch 1), median ms:",
-        "",
-        f"  {'context':>7}{'dtype':>7}{header}{'faster':>9}{'reading the weights':>22}",
-    ]
+    lines = ["One decode step at DeepSeek-V2-Lite's geometry (2 dense layers, random weights, batch 1), median ms:", ""]
+    rows = []
     for step in result.steps:
-        cells = "".join(f"{step.seconds[name] * 1e3:>20.1f}" for name in WAYS)
+        cells = [f"{step.seconds[name] * 1e3:.1f}" for name in WAYS]
         faster = step.seconds[TRANSFORMERS] / step.seconds[COMPILED]
         floor = step.weight_bytes / bandwidth * 1e3
-        lines.append(f"  {step.context:>7}{dtype_name(step.dtype):>7}{cells}{faster:>8.1f}x{floor:>22.1f}")
+        rows.append((step.context, dtype_name(step.dtype), *cells, f"{faster:.1f}x", f"{floor:.1f}"))
+    lines.append(_table(("context", "dtype", *WAYS, "faster", "reading the weights"), rows))
     theirs, ours = (result.attention[name] for name in (TRANSFORMERS, EAGER))
     lines += [
         "",
@@ -55,6 +56,10 @@ def step_report(result: StepResult, bandwidth: float) -> str:
         f" {ours * 1e3:.1f} ms with FlashMLA eager ({theirs / ours:.1f}x).",
     ]
     return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return indent(tabulate(rows, header, tablefmt="plain", disable_numparse=True, stralign="right"), "  ")
 
 
 def draw(result: StepResult, bandwidth: float, path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch._dynamo.utils import ReinplaceCounters, counters
 
 from lowering import backend, registration, versions
@@ -45,10 +46,8 @@ class Explanation:
         lines = [
             f"graphs          {self.graphs}, breaks {len(self.breaks)}, compilations {self.compilations}",
             *(f"  break: {reason}" for reason in self.breaks),
-            f"{'':<15} {'Inductor':>10} {'flashmla':>10}",
+            tabulate(self._rows(), ("", "Inductor", "flashmla"), tablefmt="plain"),
         ]
-        for label, value in ROWS:
-            lines.append(f"{label:<15} {value(self.before):>10} {value(self.after):>10}")
         lines.append("graph passes" + ("" if self.rewrites else "    nothing to rewrite"))
         lines += [f"  {decision}" for decision in self.rewrites]
         lines.append("lowerings" + ("" if self.lowered else "       no operator of ours"))
@@ -57,8 +56,10 @@ class Explanation:
 
     def svg(self) -> str:
         """The steps before and after, side by side, as a picture."""
-        rows = [(label, value(self.before), value(self.after)) for label, value in ROWS]
-        return draw(self.before, self.after, rows)
+        return draw(self.before, self.after, self._rows())
+
+    def _rows(self) -> list[tuple[str, int, int]]:
+        return [(label, value(self.before), value(self.after)) for label, value in ROWS]
 
 
 #: What the two programs are compared by.

@@ -11,17 +11,18 @@ import pytest
 from bench import footprints, report, runner, summary
 from flashmla_ops import cpu
 from tests.support.bench_runs import small_run
+from tests.support.markdown import squeezed
 
 
 def test_a_wrong_result_is_shown_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "| wrong |" in report.chapter(small_run(monkeypatch, wrong=True), Path("."))
+    assert "| wrong |" in squeezed(report.chapter(small_run(monkeypatch, wrong=True), Path(".")))
 
 
 def test_columns_are_what_differs_and_the_rest_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     results = small_run(monkeypatch)
     (row,) = results["results"]
     other = row | {"case": row["case"] | {"h_q": 7}}
-    text = report.table([row, other])
+    text = squeezed(report.table([row, other]))
     assert "In all cases: b 1, s_kv 3, dtype fp32." in text
     assert "| h_q | limit |" in text
     assert "broken: RuntimeError: this build has no such kernel." in text
@@ -45,13 +46,14 @@ def test_dram_is_that_of_the_case_or_in_older_results_that_of_the_run(monkeypatc
     results = small_run(monkeypatch, dram_reads=[20e9, 50e9])
     for row in results["results"]:
         row["timings"][runner.OURS] |= {"median": row["bytes"] / 10e9, "clean": True}
-    assert [line.split(" | ")[4] for line in report.table(results["results"]).splitlines()[-2:]] == ["50%", "20%"]
+    lines = squeezed(report.table(results["results"])).splitlines()[-2:]
+    assert [line.split(" | ")[4] for line in lines] == ["50%", "20%"]
     assert "DRAM bandwidth measured beside the case" in report.heading(results)
 
     for row in results["results"]:
         del row["dram_read"]
         row["memory_limit"] = row["bytes"] / results["limits"]["dram_read"]
-    text = report.chapter(results, Path("."))
+    text = squeezed(report.chapter(results, Path(".")))
     assert text.count(" | 25% | ") == 2
     assert "beside the case" not in text
     (line,) = summary.lines_of(results)
@@ -87,9 +89,11 @@ def test_tables_replace_what_stands_between_the_markers(monkeypatch: pytest.Monk
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert text.count("| decode, fp32 | 1 |") == 1  # a headline; groups are in the document, quick results nowhere
+    assert (
+        squeezed(text).count("| decode, fp32 | 1 |") == 1
+    )  # a headline; groups are in the document, quick results nowhere
     assert "decode, shapes, fp32" not in text
-    assert document.read_text().count("| decode, shapes, fp32 | 1 |") == 1
+    assert squeezed(document.read_text()).count("| decode, shapes, fp32 | 1 |") == 1
     assert text.count("In all cases") == 0
     assert document.read_text().count("In all cases: b 1") == 2
     assert "**shapes**" in document.read_text()
@@ -123,9 +127,8 @@ def test_a_summary_is_the_median_and_the_range_of_the_shares(monkeypatch: pytest
         )
     (line,) = summary.lines_of(results | {"results": rows})
     assert (line.shares, line.peers, line.gains) == ([0.5, 0.8, 0.25], [0.25, 0.2, 1 / 4.4], [2.0, 4.0, 1.1])
-    assert "| decode, fp32 | 3 | 50% (25% to 80%) | 23% (20% to 25%) | 2.0x (1.1x to 4.0x) |" in summary.table(
-        [results | {"results": rows}]
-    )
+    table = squeezed(summary.table([results | {"results": rows}]))
+    assert "| decode, fp32 | 3 | 50% (25% to 80%) | 23% (20% to 25%) | 2.0x (1.1x to 4.0x) |" in table
 
 
 def test_a_wrong_result_is_not_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,5 +147,5 @@ def test_levels_save_what_the_article_saves() -> None:
     whole, blocks, parts = (footprints.total(row) for row in rows[:3])  # of 2048 tokens
     assert blocks <= 0.4 * whole
     assert parts <= 0.4 * whole
-    assert "| 2048 tokens, 16 heads, causal | 2: blocks |" in footprints.table(rows)
+    assert "| 2048 tokens, 16 heads, causal | 2: blocks |" in squeezed(footprints.table(rows))
     assert footprints.of_suite("merge") == []

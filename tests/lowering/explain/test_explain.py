@@ -17,6 +17,7 @@ from lowering.explain.figure import label
 from lowering.explain.program import Buffer, Program, Step
 from lowering.names import user_name
 from lowering.passes import PASSES, Record
+from tests.support.markdown import squeezed
 
 
 def step(q: Tensor, cache: Tensor, rows: Tensor, slots: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def test_decisions_and_reasons_are_in_the_text(explained: tuple[Explanation, tup
     text = str(result)
     assert "graphs          1, breaks 0, compilations 1" in text
     assert "another at mul: left alone: for a reason" in text
-    assert f"library calls   {result.before.calls:>10} {result.after.calls:>10}" in text
+    assert f"library calls {result.before.calls} {result.after.calls}" in squeezed(text)
 
 
 def test_inputs_stay_as_they_are(explained: tuple[Explanation, tuple[Tensor, ...]]) -> None:
