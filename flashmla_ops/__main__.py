@@ -1,4 +1,4 @@
-"""``python -m flashmla_ops build | info | explain``."""
+"""``flashmla build | info | explain | demo``, or ``python -m flashmla_ops`` with the same words."""
 
 from __future__ import annotations
 
@@ -55,18 +55,27 @@ def _explain() -> int:
     return 0
 
 
+def _demo() -> int:
+    from flashmla_ops.demo.__main__ import main as demo
+    from flashmla_ops.demo.timing import sleep_when_idle
+
+    sleep_when_idle()
+    return demo()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flashmla_ops", description=__doc__)
+    parser = argparse.ArgumentParser(prog="flashmla", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="compile the C++ kernels of all instruction sets ahead of first use")
     build.add_argument("--verbose", action="store_true", help="print each compiler command")
     build.add_argument("--into", type=Path, metavar="FOLDER", help="and copy there what a wheel holds")
     commands.add_parser("info", help="versions, paths and implementations, one a line")
     commands.add_parser("explain", help="what runs here, and why")
+    commands.add_parser("demo", help="run a small MLA model with and without FlashMLA; needs the extra demo")
     chosen = parser.parse_args(arguments)
     if chosen.command == "build":
         return _build(chosen.into, chosen.verbose)
-    return _info() if chosen.command == "info" else _explain()
+    return {"info": _info, "explain": _explain, "demo": _demo}[chosen.command]()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import os
 import re
@@ -168,6 +169,15 @@ def test_an_old_setuptools_is_told_in_one_sentence() -> None:
     assert done.stderr.strip() == (
         f"flashmla-ops: setuptools 65.5.0 is installed, building needs {needed} or newer: pip install -U setuptools"
     )
+
+
+def test_the_command_is_the_module() -> None:
+    (target,) = PYPROJECT["project"]["scripts"].values()
+    module, _, function = target.partition(":")
+    main = getattr(importlib.import_module(module), function)
+    assert main(["info"]) == 0
+    with pytest.raises(SystemExit):
+        main(["no-such-command"])
 
 
 def test_torch_is_a_dependency_but_no_build_requirement() -> None:

@@ -21,7 +21,7 @@ from cutlass_kernels.gemm.catalogue import kernels
 MOST_BYTES = 60 << 20
 PACKAGES = ("flashmla_build", "flashmla_ops", "cutlass_kernels", "lowering", "bench")
 #: Dependencies that an environment with torch may lack. They are pure Python, and fit any version of it.
-CARRIED = ("platformdirs",)
+CARRIED = ("platformdirs", "tabulate")
 #: Neither kernels nor what tells them apart: the demo's model, and results of other machines.
 LEAVE_OUT = shutil.ignore_patterns("fixtures", "results", "__pycache__", "*.so")
 SOURCES = "FLASHMLA_CARRIED_SOURCES"
@@ -39,15 +39,22 @@ def carried_sources() -> Path | None:
     return Path(found) if found and Path(found).is_dir() else None
 
 
+def _carry_dependency(name: str, folder: Path) -> None:
+    spec = find_spec(name)
+    assert spec is not None  # a dependency of this package
+    for place in spec.submodule_search_locations or []:
+        shutil.copytree(place, folder / name, ignore=LEAVE_OUT, dirs_exist_ok=True)
+    if not spec.submodule_search_locations:
+        assert spec.origin is not None
+        shutil.copy(spec.origin, folder)
+
+
 def pack(folder: Path, archs: Sequence[str] | None) -> int:
     """Fill the folder; 1 if it would be too large."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=LEAVE_OUT, dirs_exist_ok=True)
     for name in CARRIED:
-        spec = find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        shutil.copytree(Path(spec.origin).parent, folder / name, ignore=LEAVE_OUT, dirs_exist_ok=True)
+        _carry_dependency(name, folder)
     for file in ("flashmla.py", "pyproject.toml"):
         shutil.copy(ROOT / file, folder / file)
     wanted = [config for config in kernels() if not archs or config.arch in archs]
