@@ -16,6 +16,8 @@ LEVELS = (1, 2, 3)
 OPERATORS = (
     "decode",
     "decode_up",
+    "sparse_decode",
+    "sparse_prefill",
     "attend_masked",
     "decode_schedule",
     "append_",

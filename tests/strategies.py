@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from flashmla_ops.formats import NATIVE, QUANTIZED
 from tests.support.cases import DecodeCase
+from tests.support.sparse import Rows, SparseCase
 
 DTYPES = ("bfloat16", "float16", "float32")
 SEEDS = st.integers(0, 2**31 - 1)
@@ -90,3 +92,42 @@ def mla_cases(draw: st.DrawFn) -> DecodeCase:
         q_spread=draw(st.sampled_from([0.1, 1.0, 10.0])),
         seed=draw(SEEDS),
     )
+
+
+@st.composite
+def sparse_rows(draw: st.DrawFn, row_format: str) -> Rows:
+    """A source of rows: a cache of up to nine pages, and indices of which some or all name nothing."""
+    return Rows(
+        topk=draw(st.one_of(st.integers(0, 3), st.sampled_from([63, 64, 65, 128, 129]), st.integers(0, 300))),
+        n_pages=draw(st.sampled_from([0, 1, 2, 5, 9])),
+        page_size=draw(PAGE_SIZES),
+        row_format=row_format,
+        lengths=draw(st.booleans()),
+        invalid=draw(st.sampled_from([0.0, 0.2, 0.9, 1.0])),
+    )
+
+
+@st.composite
+def sparse_cases(draw: st.DrawFn) -> SparseCase:
+    """Any small sparse case: native rows in all their layouts, or rows of bytes, from one source or two."""
+    h_q, h_kv = draw(HEADS | st.sampled_from([5, 20, 112, 200]).map(lambda h_q: (h_q, 1)))
+    options = {
+        "b": draw(st.integers(0, 3)),
+        "s_q": draw(st.integers(1, 3)),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "softmax_scale": draw(SCALES),
+        "sink": draw(st.booleans()),
+        "batch_invariant": draw(st.booleans()),
+        "strided": draw(st.booleans()),
+        "seed": draw(SEEDS),
+    }
+    first = draw(st.sampled_from([NATIVE, *QUANTIZED]))
+    if first == NATIVE:
+        layout = draw(rows() | st.just({"d": 576, "d_v": 512, "qk_start": 0, "d_k": None}))
+        layout["d"] += layout["d_k"] or 0
+        extra = draw(st.none() | sparse_rows(NATIVE))
+        return SparseCase(draw(sparse_rows(NATIVE)), extra, h_q=h_q, h_kv=h_kv, **layout, **options)
+    elements = QUANTIZED[first].elements
+    others = sorted(name for name, row in QUANTIZED.items() if row.elements == elements)
+    extra = draw(st.none() | st.sampled_from(others).flatmap(sparse_rows))
+    return SparseCase(draw(sparse_rows(first)), extra, h_q=h_q, d=elements, d_v=512, **options)

@@ -79,13 +79,16 @@ KERNELS = {
 #: Says which instruction sets this processor runs, before anything else is compiled.
 ISAS = Library("flashmla_isas", (Unit("isas.cpp"),))
 CORE_UNITS = (
-    *(Unit(f"{name}.cpp") for name in ("isas", "dispatch", "decode", "decode_up", "prefill", "append", "gemm")),
+    *(
+        Unit(f"{name}.cpp")
+        for name in ("isas", "dispatch", "decode", "decode_up", "sparse", "prefill", "append", "gemm")
+    ),
     Unit("append_quantized.cpp", ("-O3",)),
 )
 #: What registers the kernels with torch, by the stable ABI of the oldest torch that we support.
 BINDING_UNITS = tuple(
     Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
-    for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up")
+    for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up", "torch_sparse")
 )
 #: The core without them is reached through ctypes.
 CTYPES = Library("flashmla_cpu_ctypes", CORE_UNITS)

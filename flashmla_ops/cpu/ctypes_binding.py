@@ -6,6 +6,7 @@ Slower to call than the stable-ABI binding by a few microseconds; used where tha
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int64, c_void_p
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
 from flashmla_ops.formats import NATIVE, QUANTIZED
-from flashmla_ops.ops import append, decode, decode_up, merge, schedule
+from flashmla_ops.ops import append, decode, decode_up, merge, schedule, sparse
 from flashmla_ops.ops._library import LIBRARY
 
 _BODY = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
@@ -112,6 +113,48 @@ class Binding:
         function = self._library.flashmla_append
         self._call(function, calls, c_int64(len(calls)), c_void_p(slots.data_ptr()), *sizes, byref(self._runtime()))
 
+    def sparse_decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = sparse.decode_fake(*args, **kwargs)
+        a = _SPARSE_DECODE.bind(*args, **kwargs)
+        a.apply_defaults()
+        given = a.arguments
+        kv_cache, indices, length = given["kv_cache"], given["indices"], given["topk_length"]
+        call = _sparse_call(given, kv_cache.size(2), given["qk_start"], out)
+        call.attention.lse, call.attention.lse_stride = lse.data_ptr(), lse.stride()
+        call.batch_invariant = given["batch_invariant"]
+
+        def source(cache: Tensor, k: Tensor | None, chosen: Tensor, lengths: Tensor | None, row: str) -> structs.Source:
+            made = _source(cache, chosen, lengths, row)
+            made.k = structs.Cache() if k is None else _cache(k)
+            made.indices_stride = (chosen.stride(0), chosen.stride(1), 0, chosen.stride(2))
+            made.topk_length_stride = (0 if lengths is None else lengths.stride(0), 0)
+            return made
+
+        call.sources[0] = source(kv_cache, given["k_cache"], indices, length, given["row_format"])
+        extra = given["extra_kv_cache"]
+        if extra is not None:
+            chosen, length, row = given["extra_indices"], given["extra_topk_length"], given["extra_row_format"]
+            call.sources[1] = source(extra, None, chosen, length, row)
+        call.n_sources = 1 if extra is None else 2
+        self._call(self._library.flashmla_sparse, b"sparse_decode", byref(call), byref(self._runtime()))
+        return out, lse
+
+    def sparse_prefill(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, max_logits, lse = sparse.prefill_fake(*args, **kwargs)
+        a = _SPARSE_PREFILL.bind(*args, **kwargs)
+        a.apply_defaults()
+        given = a.arguments
+        kv, indices, lengths = given["kv"][None], given["indices"], given["topk_length"]
+        call = _sparse_call(given, kv.size(2), 0, out)
+        call.attention.lse, call.attention.max_logits = lse.data_ptr(), max_logits.data_ptr()
+        call.attention.lse_stride = (0, 1, lse.stride(0))
+        call.sources[0] = _source(kv, indices, lengths, given["row_format"])
+        call.sources[0].indices_stride = (0, *indices.stride())
+        call.sources[0].topk_length_stride = (0, 0 if lengths is None else lengths.stride(0))
+        call.n_sources = 1
+        self._call(self._library.flashmla_sparse, b"sparse_prefill", byref(call), byref(self._runtime()))
+        return out, max_logits, lse
+
     def merge_states(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         out, lse = merge.fake(outs, lses)
         *batch, s_q, h_q, d_v = out.shape
@@ -170,7 +213,7 @@ def _decode_call(
         row_format=[NATIVE, *QUANTIZED].index(row_format),
         q=q.data_ptr(),
         q_stride=q.stride(),
-        kv=_cache(kv_cache) if row_format == NATIVE else _cache(kv_cache, QUANTIZED[row_format].elements),
+        kv=_cache(kv_cache, row_format),
         k=structs.Cache() if k_cache is None else _cache(k_cache),
         n_pages=kv_cache.size(0),
         page_size=kv_cache.size(1),
@@ -187,13 +230,58 @@ def _decode_call(
     return call, None if schedule is None else schedule.contiguous()
 
 
+_SPARSE_DECODE, _SPARSE_PREFILL = (inspect.signature(f) for f in (sparse.decode_fake, sparse.prefill_fake))
+
+
+def _sparse_call(given: dict[str, Any], h_kv: int, qk_start: int, out: Tensor) -> structs.Sparse:
+    """What queries and results decide."""
+    q, scale, sink = given["q"], given["softmax_scale"], given["attn_sink"]
+    padding = [0] * (4 - q.dim())
+    call = structs.Sparse()
+    call.attention = structs.Decode(
+        dtype=structs.DTYPES[q.dtype],
+        b=q.size(0) if q.dim() == 4 else 1,
+        s_q=q.size(-3),
+        h_q=q.size(-2),
+        h_kv=h_kv,
+        d_qk=q.size(-1),
+        d_v=given["d_v"],
+        qk_start=qk_start,
+        softmax_scale=q.size(-1) ** -0.5 if scale is None else scale,
+        q=q.data_ptr(),
+        q_stride=(*padding, *q.stride()),
+        attn_sink=None if sink is None else sink.data_ptr(),
+        attn_sink_stride=0 if sink is None else sink.stride(0),
+        out=out.data_ptr(),
+        out_stride=(*padding, *out.stride()[:-1]),
+    )
+    return call
+
+
+def _source(cache: Tensor, indices: Tensor, topk_length: Tensor | None, row_format: str) -> structs.Source:
+    """A source of rows, but for the strides of what says which."""
+    return structs.Source(
+        kv=_cache(cache, row_format),
+        row_format=[NATIVE, *QUANTIZED].index(row_format),
+        n_pages=cache.size(0),
+        page_size=cache.size(1),
+        indices=indices.data_ptr(),
+        topk=indices.size(2),
+        topk_length=None if topk_length is None else topk_length.data_ptr(),
+    )
+
+
 def _schedule(plan: Tensor | None) -> tuple[c_void_p, c_int64]:
     return (c_void_p(None), c_int64(0)) if plan is None else (c_void_p(plan.data_ptr()), c_int64(plan.numel()))
 
 
-def _cache(tensor: Tensor, elements: int | None = None) -> structs.Cache:
-    """``elements``: of a row; None: as many as the last dimension has."""
-    return structs.Cache(tensor.data_ptr(), *tensor.stride()[:3], elements or tensor.size(3))
+def _cache(tensor: Tensor, row_format: str = NATIVE) -> structs.Cache:
+    cache = structs.Cache(tensor.data_ptr(), *tensor.stride()[:3], tensor.size(3))
+    if row_format != NATIVE:
+        row = QUANTIZED[row_format]
+        cache.d = row.elements
+        cache.token_stride = row.bytes - row.tail if row.tail else cache.token_stride
+    return cache
 
 
 def register(library: ctypes.CDLL) -> None:
@@ -205,4 +293,6 @@ def register(library: ctypes.CDLL) -> None:
     LIBRARY.impl("decode_schedule", binding.decode_schedule, "CPU")
     LIBRARY.impl("append_", binding.append, "CPU")
     LIBRARY.impl("append_.two", binding.append_two, "CPU")
+    LIBRARY.impl("sparse_decode", binding.sparse_decode, "CPU")
+    LIBRARY.impl("sparse_prefill", binding.sparse_prefill, "CPU")
     LIBRARY.impl("merge_states", binding.merge_states, "CPU")

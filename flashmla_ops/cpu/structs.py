@@ -45,6 +45,31 @@ class Decode(ctypes.Structure):
         ("out_stride", c_int64 * 3),
         ("lse", c_void_p),
         ("lse_stride", c_int64 * 3),
+        ("max_logits", c_void_p),
+    )
+
+
+class Source(ctypes.Structure):
+    _fields_ = (
+        ("kv", Cache),
+        ("k", Cache),
+        ("row_format", c_int32),
+        ("n_pages", c_int64),
+        ("page_size", c_int64),
+        ("indices", c_void_p),
+        ("indices_stride", c_int64 * 4),
+        ("topk", c_int64),
+        ("topk_length", c_void_p),
+        ("topk_length_stride", c_int64 * 2),
+    )
+
+
+class Sparse(ctypes.Structure):
+    _fields_ = (
+        ("attention", Decode),
+        ("sources", Source * 2),
+        ("n_sources", c_int32),
+        ("batch_invariant", c_int32),
     )
 
 

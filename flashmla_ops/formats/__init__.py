@@ -10,14 +10,31 @@ To add one: its file here, its C++ header, its line in `QUANTIZED`.
 
 from __future__ import annotations
 
+from flashmla_ops.formats.fp4_v41 import FP4_V41
+from flashmla_ops.formats.fp8_model1 import FP8_MODEL1
 from flashmla_ops.formats.fp8_v32 import FP8_V32
+from flashmla_ops.formats.fp8_v41 import FP8_V41
+from flashmla_ops.formats.int4_g32 import INT4_G32
 from flashmla_ops.formats.int8_g128 import INT8_G128
 from flashmla_ops.formats.row_format import RowFormat
 
 #: The format of elements as they are.
 NATIVE = "native"
 #: Those of caches of bytes, by name. Their order is their number in C++, which begins at 1.
-QUANTIZED: dict[str, RowFormat] = {each.name: each for each in (FP8_V32, INT8_G128)}
+QUANTIZED: dict[str, RowFormat] = {
+    each.name: each for each in (FP8_V32, INT8_G128, FP8_MODEL1, FP8_V41, FP4_V41, INT4_G32)
+}
 NAMES = (NATIVE, *QUANTIZED)
 
-__all__ = ["FP8_V32", "INT8_G128", "NAMES", "NATIVE", "QUANTIZED", "RowFormat"]
+__all__ = [
+    "FP4_V41",
+    "FP8_MODEL1",
+    "FP8_V32",
+    "FP8_V41",
+    "INT4_G32",
+    "INT8_G128",
+    "NAMES",
+    "NATIVE",
+    "QUANTIZED",
+    "RowFormat",
+]

@@ -20,7 +20,7 @@ def text() -> str:
         "#pragma once",
         "#include <cstdint>",
         *(_layout(each) for each in formats),
-        "namespace flashmla {\nstruct RowFormat {\n  const char* name;\n  int64_t elements, bytes;\n};",
+        "namespace flashmla {\nstruct RowFormat {\n  const char* name;\n  int64_t elements, bytes, tail;\n};",
         "// By number; 0 is native.",
         f"constexpr RowFormat kRowFormats[] = {{{_table(formats)}}};",
         f'constexpr char kRowFormatNames[] = "{", ".join(("native", *QUANTIZED))}";',
@@ -51,11 +51,11 @@ def write(folder: Path) -> None:
 
 
 def _layout(each: RowFormat) -> str:
-    numbers = {"elements": each.elements, "bytes": each.bytes, **each.constants()}
+    numbers = {"elements": each.elements, "bytes": each.bytes, "tail": each.tail, **each.constants()}
     lines = [f"  static constexpr int64_t {name} = {value};" for name, value in numbers.items()]
     return "\n".join(["namespace flashmla {", f"struct {each.cpp}Layout {{", *lines, "};", "}  // namespace flashmla"])
 
 
 def _table(formats: Iterable[RowFormat]) -> str:
-    rows = [f'{{"{each.name}", {each.cpp}Layout::elements, {each.cpp}Layout::bytes}}' for each in formats]
-    return ", ".join(['{"native", 0, 0}', *rows])
+    rows = [f'{{"{each.name}", {each.elements}, {each.bytes}, {each.tail}}}' for each in formats]
+    return ", ".join(['{"native", 0, 0, 0}', *rows])

@@ -11,6 +11,7 @@ from flashmla_ops.ops import (
     prefill,
     quantize,
     schedule,
+    sparse,
 )
 from flashmla_ops.ops._library import complete
 
@@ -26,4 +27,5 @@ __all__ = [
     "prefill",
     "quantize",
     "schedule",
+    "sparse",
 ]

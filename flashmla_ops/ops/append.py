@@ -16,7 +16,6 @@ from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
 from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._library import (
     define,
-    dtype_name,
     require,
     require_contiguous_rows,
     require_device,
@@ -26,7 +25,7 @@ from flashmla_ops.ops._library import (
 )
 from flashmla_ops.ops._overlap import require_apart
 from flashmla_ops.ops._vmap import Dims, each
-from flashmla_ops.ops.quantize import BYTE_NAMES, BYTES
+from flashmla_ops.ops.quantize import require_pages
 
 OP = "append_"
 
@@ -51,11 +50,10 @@ def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_fo
     require(OP, "row_format", row_format in QUANTIZED, f"one of {', '.join(NAMES)}", row_format)
     row = QUANTIZED[row_format]
     require_dims(OP, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
-    require(OP, "kv_cache", kv_cache.dtype in BYTES, BYTE_NAMES, dtype_name(kv_cache.dtype))
+    require_pages(OP, "kv_cache", kv_cache, row)
     require_contiguous_rows(OP, "kv_cache", kv_cache)
-    _, page_size, h_kv, d = kv_cache.shape
+    _, page_size, h_kv, _ = kv_cache.shape
     require(OP, "kv_cache", page_size >= 1, "page_size of at least 1", page_size)
-    require(OP, "kv_cache", d == row.bytes, f"rows of {row.bytes} bytes", d)
     require_dims(OP, "rows", rows, "[n, h_kv, d]")
     require_float(OP, "rows", rows)
     require_device(OP, "rows", rows, kv_cache.device)
@@ -90,9 +88,7 @@ def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format
 def append_reference(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
     append_fake(kv_cache, rows, slot_mapping, row_format)
     check_slots(kv_cache, slot_mapping)
-    if row_format != NATIVE:
-        kv_cache, rows = kv_cache.view(torch.uint8), QUANTIZED[row_format].quantize(rows)
-    reference.append(kv_cache, rows, slot_mapping)
+    reference.append(kv_cache, rows, slot_mapping, row_format)
 
 
 def append_two_fake(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:

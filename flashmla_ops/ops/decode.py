@@ -34,7 +34,7 @@ from flashmla_ops.ops._library import (
 )
 from flashmla_ops.ops._overlap import require_apart
 from flashmla_ops.ops._vmap import Dims, each, folded
-from flashmla_ops.ops.quantize import require_bytes
+from flashmla_ops.ops.quantize import require_pages
 from flashmla_ops.ops.schedule import check_schedule
 from flashmla_ops.reference.schedule import schedule_numel
 
@@ -76,7 +76,7 @@ def check(
     if row_format == NATIVE:
         require_dtype(op, "kv_cache", kv_cache, q.dtype)
     else:
-        require_bytes(op, "kv_cache", kv_cache, QUANTIZED[row_format])
+        require_pages(op, "kv_cache", kv_cache, QUANTIZED[row_format])
         require(op, "k_cache", k_cache is None, f"None with rows of {row_format}", "a tensor")
     require_device(op, "kv_cache", kv_cache, q.device)
     require_contiguous_rows(op, "kv_cache", kv_cache)

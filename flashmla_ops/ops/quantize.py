@@ -1,6 +1,7 @@
 """``flashmla::quantize_rows`` and ``flashmla::dequantize_rows``: rows of elements to quantised rows, and back.
 
-`flashmla_ops.formats` has the formats. `append_` quantises on the way into the cache, without this in between.
+`flashmla_ops.formats` has the formats. `append_` quantises on the way into the cache, without this in between. A row of
+a format whose pages hold parts of rows apart (``fp8_model1``) is here in one piece, as in a page of one token.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ def require_bytes(op: str, argument: str, tensor: Tensor, row: RowFormat) -> Non
     """The last dimension of ``tensor`` holds rows of a format."""
     require(op, argument, tensor.dtype in BYTES, BYTE_NAMES, dtype_name(tensor.dtype))
     require(op, argument, tensor.size(-1) == row.bytes, f"rows of {row.bytes} bytes", tensor.size(-1))
+
+
+def require_pages(op: str, argument: str, cache: Tensor, row: RowFormat) -> None:
+    """``cache`` [.., page_size, h_kv, bytes] has rows of a format, and pages as it wants them."""
+    require_bytes(op, argument, cache, row)
+    if row.tail:
+        page_size, h_kv, _ = cache.shape[-3:]
+        require(op, argument, h_kv == 1, f"1 KV head with rows of {row.name}", h_kv)
+        whole = page_size <= 1 or cache.stride(-3) == row.bytes
+        expected = f"stride {row.bytes} between tokens: a page of {row.name} is one piece"
+        require(op, argument, whole, expected, f"stride {cache.stride(-3)}")
 
 
 def quantize_fake(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:

@@ -4,8 +4,10 @@ from flashmla_ops.reference.attention import attend_masked, decode, decode_up, m
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.schedule import decode_schedule
+from flashmla_ops.reference.sparse import Source, sparse_attention
 
 __all__ = [
+    "Source",
     "append",
     "attend_masked",
     "bmm",
@@ -17,4 +19,5 @@ __all__ = [
     "grouped_gemm",
     "merge_states",
     "prefill",
+    "sparse_attention",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashmla_ops.formats import NATIVE, QUANTIZED
+from flashmla_ops.formats import NATIVE
 from flashmla_ops.reference.cache import gather_rows
 
 
@@ -40,8 +40,7 @@ def decode(
     for i, length in enumerate(cache_seqlens.tolist()):
         if length == 0:
             continue
-        rows = gather_rows(kv_cache, block_table[i], length, op=op, sequence=i)  # [t, h_kv, d]
-        rows = rows if row_format == NATIVE else QUANTIZED[row_format].dequantize(rows)
+        rows = gather_rows(kv_cache, block_table[i], length, row_format=row_format, op=op, sequence=i)  # [t, h_kv, d]
         value, key = rows[..., :d_v], rows[..., qk_start:]
         if k_cache is not None:
             key = torch.cat([key, gather_rows(k_cache, block_table[i], length, op=op, sequence=i)], dim=-1)

@@ -3,7 +3,7 @@
 
 #define FLASHMLA_ISA generated
 
-#include "flashmla/format_codecs.h"
+#include "flashmla/write_row.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
@@ -16,9 +16,10 @@ void append_quantized(const T* rows, int64_t n, int64_t h_kv, int64_t row_stride
 #pragma omp parallel for if (n * h_kv >= 64)
   for (int64_t i = 0; i < n; i++) {
     if (live[i] < 0) continue;
-    uint8_t* to = cache + live[i] / page_size * page_stride + live[i] % page_size * token_stride;
+    uint8_t* page = cache + live[i] / page_size * page_stride;
     for (int64_t head = 0; head < h_kv; head++) {
-      Format::quantize(rows + i * row_stride + head * row_head_stride, element_stride, to + head * head_stride);
+      write_row<Format>(rows + i * row_stride + head * row_head_stride, element_stride, page + head * head_stride,
+                        live[i] % page_size, page_size, token_stride);
     }
   }
 }

@@ -12,9 +12,10 @@ from flashmla_ops.ops._library import DEFINED, operator
 from tests.support.calls import CALLS, run
 
 CAST = ("prefill", "gemm", "bmm", "grouped_gemm")
-TO_THE_CACHE = ("attend_masked", "decode", "decode_up", "append_", "append_.two")
+TO_THE_CACHE = ("attend_masked", "sparse_decode", "sparse_prefill", "decode", "decode_up", "append_", "append_.two")
 #: What stays float32 whatever happens.
-KEPT = ("lses", "attn_sink", "weight_scale", "kv_cache", "k_cache")
+CACHES = ("kv_cache", "k_cache", "extra_kv_cache", "kv")
+KEPT = ("lses", "attn_sink", "weight_scale", *CACHES)
 LOW = torch.bfloat16
 
 
@@ -62,7 +63,7 @@ def test_a_cache_decides(name: str, cache: torch.dtype, others: torch.dtype, com
     call = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
     plain = CALLS[name].arguments()
     kept = ("attn_sink", "mask")
-    caches = {key: x.to(cache) for key, x in plain.items() if key in ("kv_cache", "k_cache")}
+    caches = {key: x.to(cache) for key, x in plain.items() if key in CACHES}
     given = converted(plain, others, kept) | caches
     expected = run(name, converted(given, cache, kept) | {key: x.clone() for key, x in caches.items()})
     with torch.autocast("cpu", LOW):

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmla_ops.errors import ArgumentError, FlashMLAError, NotDifferentiableError, from_message, typed
+from flashmla_ops.formats import NAMES
 
 INT, LONG, BF16 = torch.int32, torch.int64, torch.bfloat16
 
@@ -67,7 +68,7 @@ Z = torch.zeros
 
 # (operator, changed arguments made when run, argument of the error, expected, actual)
 MISUSES: list[tuple[str, Callable[[], Arguments], str, str, str]] = [
-    ("decode", lambda: {"row_format": "fp8"}, "row_format", "one of native, fp8_v32, int8_g128", "fp8"),
+    ("decode", lambda: {"row_format": "fp8"}, "row_format", f"one of {', '.join(NAMES)}", "fp8"),
     ("decode", lambda: {"q": Z(2, 6, 48)}, "q", "shape [b, s_q, h_q, d_qk]", "3 dimensions"),
     ("decode", lambda: {"q": Z(2, 3, 6, 48).double()}, "q", FLOATS, "float64"),
     ("decode", lambda: {"q": Z(2, 0, 6, 48)}, "q", "at least 1 query token (s_q)", "0"),

@@ -17,13 +17,14 @@ from flashmla_ops.errors import from_message
 from flashmla_ops.formats import FP8_V32, INT8_G128, QUANTIZED
 from tests.strategies import DTYPES, SEEDS
 from tests.support.poison import same_bits, strided
+from tests.support.rows import empty_cache
 
 NOWHERE = -(2**63)
 
 
-def rows_of(n: int, dtype: str, seed: int, spread: float = 1.0, h_kv: int = 1) -> Tensor:
+def rows_of(n: int, dtype: str, seed: int, spread: float = 1.0, h_kv: int = 1, d: int = 576) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, h_kv, 576, generator=generator) * spread).to(getattr(torch, dtype))
+    return (torch.randn(n, h_kv, d, generator=generator) * spread).to(getattr(torch, dtype))
 
 
 def test_the_layout_is_the_official_one() -> None:
@@ -114,11 +115,6 @@ def test_what_was_quantised_once_stays(seed: int) -> None:
     assert same_bits(torch.ops.flashmla.dequantize_rows(once.view(torch.float8_e4m3fn)), back.bfloat16())
 
 
-def empty_cache(pages: int, page_size: int, h_kv: int, dtype: torch.dtype, gaps: bool) -> Tensor:
-    memory = torch.full((pages, page_size + gaps, h_kv + gaps, 656 + 3 * gaps), 77, dtype=torch.uint8).view(dtype)
-    return memory[:, : page_size + gaps, gaps:, gaps : gaps + 656]
-
-
 @settings(max_examples=60)
 @given(
     slots=st.lists(st.integers(0, 11) | st.sampled_from([-1, NOWHERE]), max_size=9),
@@ -142,15 +138,17 @@ def test_append_writes_what_quantize_rows_makes(
     row_format: str,
     seed: int,
 ) -> None:
-    rows = rows_of(len(slots), dtype, seed, h_kv=h_kv)
+    row = QUANTIZED[row_format]
+    h_kv = 1 if row.tail else h_kv
+    rows = rows_of(len(slots), dtype, seed, h_kv=h_kv, d=row.elements)
     if special:
         rows.view(-1)[:: 37 + seed % 5] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 6e-8])[seed % 5]
     if lay_out:
         rows = strided(rows, torch.Generator().manual_seed(seed), contiguous_rows=False)
-    actual, expected = (empty_cache(3, 4, h_kv, byte, gaps) for _ in range(2))
+    actual, expected = (empty_cache(row, 3, 4, gaps=gaps, h_kv=h_kv, dtype=byte, byte=77) for _ in range(2))
     mapping = torch.tensor(slots, dtype=torch.int64)
     torch.ops.flashmla.append_(actual, rows, mapping, row_format)
-    reference.append(expected.view(torch.uint8), torch.ops.flashmla.quantize_rows(rows, row_format), mapping)
+    reference.append(expected, rows, mapping, row_format)
     whole = [x if x._base is None else x._base for x in (actual, expected)]
     assert same_bits(*(x.view(torch.uint8) for x in whole))
 

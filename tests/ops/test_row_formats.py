@@ -16,11 +16,10 @@ from flashmla_ops.formats import QUANTIZED, RowFormat, header
 from tests.strategies import SEEDS, lengths
 from tests.support.compare import OFFICIAL_LSE, OFFICIAL_OUT, Tolerance, difference
 from tests.support.poison import same_bits
+from tests.support.rows import empty_cache, read, write
 
 FORMATS = sorted(QUANTIZED)
-#: Every byte of memory that nobody may read: NaN as e4m3, as bfloat16 and as float32.
-POISON = 0xFF
-#: Beside queries of bfloat16 rows are held in it where the processor multiplies pairs: int8 times a scale is rounded.
+#: Beside queries of bfloat16 rows are held in it where pairs of it are multiplied: an integer times a scale is rounded.
 ROUNDED = Tolerance(absolute=2e-3, relative=2.01 / 128, cosine=5e-6)
 
 
@@ -29,16 +28,14 @@ def cache_of(row: RowFormat, lens: tuple[int, ...], page_size: int, seed: int, g
     generator = torch.Generator().manual_seed(seed)
     pages = [-(-n // page_size) for n in lens]
     order = torch.randperm(sum(pages) + 2, generator=generator)
-    memory = torch.full((sum(pages) + 2, page_size + gaps, 1 + gaps, row.bytes + 5 * gaps), POISON, dtype=torch.uint8)
-    cache = memory[:, :page_size, gaps:, gaps : gaps + row.bytes]
+    cache = empty_cache(row, sum(pages) + 2, page_size, gaps=gaps)
     table = torch.full((len(lens), max(pages, default=0) + 1), 2147480000, dtype=torch.int32)
     for i, (length, count) in enumerate(zip(lens, pages, strict=True)):
         table[i, :count], order = order[:count].int(), order[count:]
         spread = 0.3 * torch.rand(length, 1, 1, generator=generator)  # scales differ; the bounds are for small values
         rows = row.quantize(torch.randn(length, 1, row.elements, generator=generator) * spread)
-        for page in range(count):
-            part = rows[page * page_size : (page + 1) * page_size]
-            cache[table[i, page], : len(part)] = part
+        positions = torch.arange(length)
+        write(row, cache, table[i, positions // page_size] * page_size + positions % page_size, rows)
     cache_seqlens = torch.tensor(lens, dtype=torch.int32)
     return {"kv_cache": cache, "block_table": table, "cache_seqlens": cache_seqlens}
 
@@ -64,7 +61,7 @@ def test_decode_reads_every_format(data: st.DataObject, name: str, page_size: in
         *arguments, causal=causal, row_format=name, attn_sink=sink, softmax_scale=0.05, levels=levels
     )
     expected, expected_lse = reference.decode(*arguments, 0, 0.05, causal, sink, name)
-    rounded = name == "int8_g128" and dtype == "bfloat16"
+    rounded = name.startswith("int") and dtype == "bfloat16"
     tolerances = (ROUNDED, ROUNDED) if rounded else (OFFICIAL_OUT, OFFICIAL_LSE)
     problem = difference("out", out, expected, tolerances[0]) or difference("lse", lse, expected_lse, tolerances[1])
     assert problem is None, f"{problem}; {name} {lens} page {page_size} s_q {s_q} h_q {h_q} {dtype} seed {seed}"
@@ -79,7 +76,7 @@ def test_the_result_is_that_of_the_elements(name: str, dtype: str, h_q: int) -> 
     cache = cache_of(row, lens, page_size, 3, gaps=False)
     q = queries(len(lens), 2, h_q, row, dtype, 3)
     kv = cache["kv_cache"]
-    native = row.dequantize(kv).to(q.dtype)
+    native = read(row, kv).to(q.dtype)
     where = (cache["block_table"], cache["cache_seqlens"], 512)
     made = torch.ops.flashmla.decode(q, kv, None, *where, causal=True, row_format=name)
     plain = torch.ops.flashmla.decode(q, native, None, *where, causal=True)
@@ -101,7 +98,7 @@ def test_decode_up_reads_it_too(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_appended_rows_are_attended_to(name: str) -> None:
     row = QUANTIZED[name]
-    cache = torch.full((4, 16, 1, row.bytes), POISON, dtype=torch.uint8)
+    cache = empty_cache(row, 4, 16, gaps=True)
     rows, table = torch.randn(40, 1, row.elements), torch.tensor([[2, 0, 3]], dtype=torch.int32)
     slots = torch.cat([torch.arange(16) + 16 * page for page in (2, 0, 3)])[:40]
     torch.ops.flashmla.append_(cache, rows, slots, name)
@@ -112,7 +109,7 @@ def test_appended_rows_are_attended_to(name: str) -> None:
     exact, _ = reference.decode(
         q, rows[None], None, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([40], dtype=torch.int32), 512
     )
-    assert float((out.double() - exact).norm() / exact.norm()) < 0.05
+    assert float((out.double() - exact).norm() / exact.norm()) < (0.2 if "4_" in name else 0.05)
 
 
 @pytest.mark.parametrize("name", FORMATS)

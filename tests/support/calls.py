@@ -50,6 +50,21 @@ def _attend_masked() -> dict[str, Any]:
     }
 
 
+def _sparse_decode() -> dict[str, Any]:
+    named = _decode()
+    named = {name: named[name] for name in ("q", "kv_cache", "k_cache", "d_v", "attn_sink")}
+    lengths = {"topk_length": torch.tensor([2, 3], dtype=INT), "extra_topk_length": torch.tensor([0, 2], dtype=INT)}
+    indices = torch.tensor([0, 7, 19, -1, 20, 3] * 3, dtype=INT).view(2, 3, 3)
+    extra = {"extra_kv_cache": torch.randn(3, 2, 2, 48), "extra_indices": indices[..., :2] % 7}
+    return named | {"indices": indices} | lengths | extra
+
+
+def _sparse_prefill() -> dict[str, Any]:
+    indices = torch.tensor([0, 7, -1, 8, 9, 3] * 3, dtype=INT).view(3, 2, 3)
+    named = {"q": torch.randn(3, 6, 48), "kv": torch.randn(9, 2, 48), "indices": indices, "d_v": 32}
+    return named | {"attn_sink": torch.randn(6), "topk_length": torch.tensor([3, 1, 2], dtype=INT)}
+
+
 def _prefill() -> dict[str, Any]:
     bounds = torch.tensor([0, 3, 7], dtype=INT)
     q, k, v = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 8)
@@ -100,6 +115,8 @@ CALLS = {
     "decode_schedule": Call(
         lambda: {"cache_seqlens": torch.tensor([7, 4], dtype=INT), "s_q": 3, "h_q": 6, "h_kv": 2, "num_parts": 2}
     ),
+    "sparse_decode": Call(_sparse_decode, ("q", "kv_cache", "k_cache", "attn_sink", "extra_kv_cache")),
+    "sparse_prefill": Call(_sparse_prefill, ("q", "kv", "attn_sink")),
     "prefill": Call(_prefill, ("q", "k", "v")),
     "append_": Call(_append, ("kv_cache", "rows"), ("kv_cache",)),
     "append_.two": Call(_append_two, ("kv_cache", "k_cache", "rows", "k_rows"), ("kv_cache", "k_cache")),

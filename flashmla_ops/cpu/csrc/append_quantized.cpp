@@ -3,8 +3,8 @@
 #include "flashmla/slots.h"
 
 #define FLASHMLA_ISA plain
-#include "flashmla/format_codecs.h"
 #include "flashmla/formats.h"
+#include "flashmla/write_row.h"
 
 namespace {
 
@@ -28,11 +28,13 @@ void write_share(const Context& c, int64_t share) {
   for (int64_t i = 0; i < c.n; i++) {
     const int64_t slot = c.slots[i * c.slot_stride];
     if (slot < 0 || slot % c.shares != share) continue;
-    char* to = row_at(t, slot);
+    const int64_t page = slot / t.page_size;
+    uint8_t* const to = reinterpret_cast<uint8_t*>(t.cache + page * t.page_bytes);
     const char* from = t.rows + i * t.row_bytes;
     for (int64_t head = 0; head < t.h_kv; head++) {
-      Format::quantize(reinterpret_cast<const T*>(from + head * t.row_head_bytes), t.element_bytes / int64_t{sizeof(T)},
-                       reinterpret_cast<uint8_t*>(to + head * t.head_bytes));
+      write_row<Format>(reinterpret_cast<const T*>(from + head * t.row_head_bytes),
+                        t.element_bytes / int64_t{sizeof(T)}, to + head * t.head_bytes, slot - page * t.page_size,
+                        t.page_size, t.token_bytes);
     }
   }
 }

@@ -1,8 +1,7 @@
 // Attention, once for each instruction set (see kernels.cpp).
 #include "flashmla/attend.h"
+#include "flashmla/decode_rows.h"
 #include "flashmla/finish.h"
-#include "flashmla/format_codecs.h"
-#include "flashmla/formats.h"
 #include "flashmla/isa/compiled_for.h"
 
 namespace flashmla {
@@ -19,15 +18,8 @@ auto with_rows(const FlashmlaDecode& call, F f) {
   return with_element(call.dtype, [&](auto q) {
     using Q = decltype(q);
     using Element = std::conditional_t<Mac<Isa, Q>::pairs, Q, float>;
-    switch (call.row_format) {
-#define FLASHMLA_CASE(number, Format) \
-  case number:                        \
-    return f(q, Tag<QuantizedRow<Format, Element>>{});
-      FLASHMLA_QUANTIZED_FORMATS(FLASHMLA_CASE)
-#undef FLASHMLA_CASE
-      default:
-        return f(q, Tag<NativeRow<Q>>{});
-    }
+    if (call.row_format) return f(q, Tag<QuantizedRow<Element>>{});
+    return f(q, Tag<NativeRow<Q>>{});
   });
 }
 

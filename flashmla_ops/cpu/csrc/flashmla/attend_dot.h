@@ -26,7 +26,7 @@ public:
     Scratch scratch(memory);
     query_stride_ = round_up(head_part_, W) + round_up(call.k.d, W);
     queries_ = scratch.take<float>(item.rows * query_stride_);
-    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>());
+    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>(call.kv));
     bytes_.copies = scratch.used();
     all_scores_ = scratch.take<float>(item.rows * (call.levels > 1 ? kBlock : round_up(item.length, kBlock)));
     rescale_ = scratch.take<float>(item.rows);

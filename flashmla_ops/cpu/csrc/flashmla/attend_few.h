@@ -35,7 +35,7 @@ public:
     Scratch scratch(memory);
     queries_ = scratch.take<uint32_t>((parts_[0].groups + parts_[1].groups) * W);
     zeros_ = scratch.take<T>(call.d_v);
-    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>());
+    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>(call.kv));
     bytes_.copies = scratch.used();
     all_scores_ = scratch.take<float>(tokens * R + W);
     weights_ = scratch.take<uint32_t>(kBlock / 2 * R + W);

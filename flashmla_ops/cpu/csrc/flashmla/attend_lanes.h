@@ -90,7 +90,7 @@ private:
     keys_ = scratch.take<Unit>(chunks_ * kBlock * kChunk);
     values_ = stage_values ? scratch.take<Unit>(S::chunks(call_.d_v) * kBlock * kChunk) : keys_;
     zeros_ = scratch.take<T>(call_.d_v);
-    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>());
+    decoded_ = scratch.take<T>(decoded_elements<Row, kBlock>(call_.kv));
     bytes_.copies = scratch.used();
     all_scores_ = scratch.take<float>(rows_ * (call_.levels > 1 ? kBlock : round_up(item_.length, kBlock)));
     weights_ = M::pairs ? scratch.take<Unit>(rows_ * kBlock / 2) : nullptr;

@@ -54,7 +54,9 @@ void finish_rows(const FlashmlaDecode& call, const Item& item, const Accumulator
     T* out = static_cast<T*>(call.out) + item.sequence * call.out_stride[0] + token * call.out_stride[1] +
              head * call.out_stride[2];
     combine<Isa>(out, call.d_v, n_parts, factors, [&](int64_t p) { return parts[p].o + r * parts[p].stride; });
-    call.lse[item.sequence * call.lse_stride[0] + head * call.lse_stride[1] + token * call.lse_stride[2]] = lse;
+    const int64_t at = item.sequence * call.lse_stride[0] + head * call.lse_stride[1] + token * call.lse_stride[2];
+    call.lse[at] = lse;
+    if (call.max_logits) call.max_logits[at] = m * kLn2;
   }
 }
 

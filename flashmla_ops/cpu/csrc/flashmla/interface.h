@@ -51,6 +51,26 @@ struct FlashmlaDecode {
   int64_t out_stride[3];
   float* lse;  // [b, h_q, s_q]
   int64_t lse_stride[3];
+  float* max_logits;  // the largest scaled score, with lse's strides; or null
+};
+
+// Rows that are named one by one: slots of a cache, page * page_size + offset. Whatever is no slot is skipped.
+struct FlashmlaSource {
+  FlashmlaCache kv, k;
+  int32_t row_format;
+  int64_t n_pages, page_size;
+  const int32_t* indices;  // [b, s_q, h_kv, topk]
+  int64_t indices_stride[4], topk;
+  const int32_t* topk_length;  // [b, s_q]: how many indices count, the first ones; or null
+  int64_t topk_length_stride[2];
+};
+
+// Attention of query tokens over rows of one or two sources, in one softmax.
+struct FlashmlaSparse {
+  FlashmlaDecode attention;  // but for what says where rows are
+  FlashmlaSource sources[2];
+  int32_t n_sources;
+  int32_t batch_invariant;  // cuts are those of a query token's own rows
 };
 
 // Sequences lie one after another: sequence i has query tokens [cu_seqlens_q[i], cu_seqlens_q[i + 1]), keys likewise.
@@ -157,6 +177,9 @@ FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* s
 FLASHMLA_EXPORT int flashmla_decode_up(const FlashmlaDecode* attention, const FlashmlaUp* up, const int32_t* schedule,
                                        int64_t schedule_numel, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
+// `op` names itself in a message.
+FLASHMLA_EXPORT int flashmla_sparse(const char* op, const FlashmlaSparse* call, const FlashmlaRuntime* runtime,
+                                    char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);

@@ -9,6 +9,8 @@ namespace flashmla {
 struct Item {
   int64_t sequence, kv_head, row, rows;
   int64_t length;  // tokens of the sequence
+  // The tokens' slots in the cache, page * page_size + offset, each within it; null: they lie in the sequence's pages.
+  const int32_t* slots = nullptr;
 };
 
 // Unnormalised results of an item over some of its tokens: softmax weights are 2^(score - m), l is their sum.

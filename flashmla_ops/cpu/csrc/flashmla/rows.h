@@ -6,27 +6,37 @@
 namespace flashmla::FLASHMLA_ISA {
 
 // A row format: what lies in a cache (Stored), and the elements that tiles read (Element). Rows that are read in place
-// are both. Others (flashmla/formats/) say how many bytes and elements a row has, and decode one.
+// are both.
 template <class T>
 struct NativeRow {
   using Element = T;
   using Stored = T;
   static constexpr bool in_place = true;
 };
-// Rows of bytes: Format is a struct of flashmla/formats/, and E is what it decodes to.
-template <class Format, class E>
+// Rows of bytes, of the format that a call names; a block of them becomes elements of E at a time. One type for all
+// formats, so that the kernels are compiled once for them.
+template <class E>
 struct QuantizedRow {
   using Element = E;
   using Stored = uint8_t;
   static constexpr bool in_place = false;
-  static constexpr int64_t elements = Format::elements, bytes = Format::bytes;
-  static void decode(const uint8_t* row, E* to) { Format::decode(row, to); }
 };
+
+// How rows of a format become elements, [n, elements of a row]. `tails`: where the last `tail` bytes of each row lie,
+// if a page holds them apart.
+template <class E>
+struct Decoder {
+  int64_t bytes, tail;
+  void (*decode)(const uint8_t* const* rows, const uint8_t* const* tails, int n, E* to);
+};
+// Of a format by its number. Defined in decode_rows.h, for those who decode any.
+template <class E>
+Decoder<E> decoder(int32_t row_format);
 
 // Where rows of N tokens lie in the cache, beside where tiles read them; nothing where that is the same.
 template <class Row, int N, bool IN_PLACE = Row::in_place>
 struct StoredRows {
-  const typename Row::Stored* stored[N];
+  const typename Row::Stored *stored[N], *tails[N];
 };
 template <class Row, int N>
 struct StoredRows<Row, N, true> {};
@@ -40,9 +50,13 @@ struct Rows : StoredRows<Row, N> {
   int page_end[N];  // the first token after this one whose row does not follow at the token stride
   int n = 0;
 
-  // False if a page of tokens [begin, end) is not in the cache.
+  // The tokens [begin, end) of the item's slots, or else of its pages. False if a page is not in the cache.
   bool locate(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end) {
     n = 0;
+    if (item.slots != nullptr) {
+      locate_slots(call, item, begin, end);
+      return true;
+    }
     const int32_t* table = call.block_table + item.sequence * call.block_table_stride[0];
     for (int64_t t = begin; t < end;) {
       const int64_t index = t / call.page_size, first = t - index * call.page_size;
@@ -55,14 +69,11 @@ struct Rows : StoredRows<Row, N> {
     return true;
   }
 
-  // Rows that are not read in place become elements in `memory`, [N, Row::elements].
-  void decode(T* memory) {
+  // Rows that are not read in place become elements in `memory`, [N, elements of a row].
+  void decode(const FlashmlaDecode& call, T* memory) {
     if constexpr (!Row::in_place) {
-      for (int i = 0; i < n; i++) {
-        T* row = memory + i * Row::elements;
-        Row::decode(this->stored[i], row);
-        kv[i] = row, page_end[i] = n;
-      }
+      decoder<T>(call.row_format).decode(this->stored, this->tails, n, memory);
+      for (int i = 0; i < n; i++) kv[i] = memory + i * call.kv.d, page_end[i] = n;
     }
   }
 
@@ -81,6 +92,18 @@ struct Rows : StoredRows<Row, N> {
   }
 
 private:
+  // Slots that follow one another in a page are put as one piece: tiles read them in place.
+  void locate_slots(const FlashmlaDecode& call, const Item& item, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end;) {
+      const int64_t page = item.slots[t] / call.page_size, first = item.slots[t] - page * call.page_size;
+      int64_t last = first + 1, next = t + 1;
+      while (next < end && last < call.page_size && item.slots[next] == int64_t{item.slots[next - 1]} + 1)
+        next++, last++;
+      put(call, page, item.kv_head, first, last);
+      t = next;
+    }
+  }
+
   // Tokens [first, last) of a page.
   void put(const FlashmlaDecode& call, int64_t page, int64_t head, int64_t first, int64_t last) {
     const typename Row::Stored* kv_page = at<typename Row::Stored>(call.kv, page, head);
@@ -93,7 +116,11 @@ private:
         k[n] = k_page + i * call.k.token_stride;
       }
     } else {
-      for (int64_t i = first; i < last; i++, n++) this->stored[n] = kv_page + i * call.kv.token_stride, k[n] = nullptr;
+      const int64_t tail = decoder<T>(call.row_format).tail;
+      const uint8_t* tails = kv_page + call.page_size * call.kv.token_stride;
+      for (int64_t i = first; i < last; i++, n++) {
+        this->stored[n] = kv_page + i * call.kv.token_stride, this->tails[n] = tails + i * tail, k[n] = nullptr;
+      }
     }
   }
   template <class Stored>
@@ -105,20 +132,12 @@ private:
 // Elements from one row to the next where tiles read them.
 template <class Row>
 int64_t token_stride(const FlashmlaCache& cache) {
-  if constexpr (Row::in_place) {
-    return cache.token_stride;
-  } else {
-    return Row::elements;
-  }
+  return Row::in_place ? cache.token_stride : cache.d;
 }
 // Elements of the memory in which the rows of a block of N tokens are decoded.
 template <class Row, int N>
-constexpr int64_t decoded_elements() {
-  if constexpr (Row::in_place) {
-    return 0;
-  } else {
-    return N * Row::elements;
-  }
+int64_t decoded_elements(const FlashmlaCache& cache) {
+  return Row::in_place ? 0 : N * cache.d;
 }
 
 // Fetches the next block's rows into L2 while this block is being multiplied, spread evenly over `steps` calls of
@@ -134,7 +153,8 @@ public:
       kv_bytes_ = call.kv.d * int64_t{sizeof(typename Row::Stored)};
       k_bytes_ = call.k.d * int64_t{sizeof(typename Row::Stored)};
     } else {
-      kv_bytes_ = Row::bytes, k_bytes_ = 0;
+      const auto format = decoder<typename Row::Element>(call.row_format);
+      kv_bytes_ = format.bytes - format.tail, k_bytes_ = 0, tail_ = format.tail;
     }
     touch([&](int i) { return rows.address(i); }, kv_bytes_);
     touch([&](int i) { return rows.k[i]; }, k_bytes_);
@@ -144,6 +164,7 @@ public:
     for (due_ += rows_.n; due_ >= steps_ && row_ < rows_.n; due_ -= steps_, row_++) {
       fetch(rows_.address(row_), kv_bytes_);
       fetch(rows_.k[row_], k_bytes_);
+      if constexpr (!Row::in_place) fetch(rows_.tails[row_], tail_);
     }
   }
 
@@ -167,7 +188,7 @@ private:
   }
 
   const Rows<Row, N>& rows_;
-  int64_t kv_bytes_, k_bytes_;
+  int64_t kv_bytes_, k_bytes_, tail_ = 0;
   const int64_t steps_;
   int64_t due_ = 0;
   int row_ = 0;
@@ -187,7 +208,7 @@ __attribute__((always_inline)) inline bool for_blocks(const FlashmlaDecode& call
   for (int64_t t = begin; t < end; t += N, current ^= 1) {
     Rows<Row, N>&here = blocks[current], &ahead = blocks[current ^ 1];
     if (!ahead.locate(call, item, t + N, last(t + N))) return false;
-    here.decode(decoded);
+    here.decode(call, decoded);
     Prefetcher<Row, N> prefetch(call, ahead, steps(here.n));
     body(here, t, [&] { prefetch.step(); });
   }

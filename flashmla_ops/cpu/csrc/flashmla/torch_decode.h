@@ -13,6 +13,15 @@ inline FlashmlaCache cache_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.size(3)};
 }
 
+// Of rows of a format by its number.
+inline FlashmlaCache cache_of(const Tensor& tensor, int32_t row_format) {
+  FlashmlaCache cache = cache_of(tensor);
+  const RowFormat& format = kRowFormats[row_format];
+  if (row_format) cache.d = format.elements;
+  if (format.tail) cache.token_stride = format.bytes - format.tail;
+  return cache;
+}
+
 struct DecodeArguments {
   const Tensor &q, &kv_cache;
   const std::optional<Tensor>& k_cache;
@@ -34,7 +43,7 @@ inline int32_t number_of_format(const std::string& name) {
   return 0;
 }
 
-// A cache of rows of bytes, whatever one-byte type its tensor has.
+// A cache [.., page_size, h_kv, bytes] of rows of bytes, whatever one-byte type its tensor has.
 inline void check_bytes(const Check& check, const char* name, const Tensor& cache, const RowFormat& format) {
   const ScalarType type = cache.scalar_type();
   if (type != ScalarType::Byte && type != ScalarType::Float8_e4m3fn) {
@@ -42,7 +51,13 @@ inline void check_bytes(const Check& check, const char* name, const Tensor& cach
   }
   check.on_cpu(name, cache);
   check.contiguous_rows(name, cache);
-  if (cache.size(3) != format.bytes) check.fail(name, text("rows of ", format.bytes, " bytes"), text(cache.size(3)));
+  if (cache.size(-1) != format.bytes) check.fail(name, text("rows of ", format.bytes, " bytes"), text(cache.size(-1)));
+  if (format.tail == 0) return;
+  if (cache.size(-2) != 1) check.fail(name, text("1 KV head with rows of ", format.name), text(cache.size(-2)));
+  if (cache.size(-3) > 1 && cache.stride(-3) != format.bytes) {
+    check.fail(name, text("stride ", format.bytes, " between tokens: a page of ", format.name, " is one piece"),
+               text("stride ", cache.stride(-3)));
+  }
 }
 
 inline void check_levels(const Check& check, int64_t levels) {
@@ -123,9 +138,8 @@ inline FlashmlaDecode decode_call(const DecodeArguments& a) {
   call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
   call.q = a.q.const_data_ptr();
   for (int i = 0; i < 4; i++) call.q_stride[i] = a.q.stride(i);
-  call.kv = cache_of(a.kv_cache);
   call.row_format = number_of_format(a.row_format);
-  if (call.row_format) call.kv.d = kRowFormats[call.row_format].elements;
+  call.kv = cache_of(a.kv_cache, call.row_format);
   if (a.k_cache) call.k = cache_of(*a.k_cache);
   call.n_pages = a.kv_cache.size(0), call.page_size = a.kv_cache.size(1);
   call.block_table = a.block_table.const_data_ptr<int32_t>();
