@@ -41,13 +41,14 @@ def test_signature() -> None:
         "num_splits": None,
         "softmax_scale": None,
         "causal": False,
-        "is_fp8_kvcache": False,
+        "is_fp8_kvcache": None,
         "indices": None,
         "attn_sink": None,
         "extra_k_cache": None,
         "extra_indices_in_kvcache": None,
         "topk_length": None,
         "extra_topk_length": None,
+        "enable_batch_invariant": False,
     }
     assert list(parameters) == [*required, *defaults]
     assert all(parameters[name].default is inspect.Parameter.empty for name in required)
@@ -64,7 +65,8 @@ def test_metadata_takes_the_arguments_of_older_releases_and_is_empty() -> None:
 def test_config_fields() -> None:
     names = [field.name for field in dataclasses.fields(flash_mla.FlashMLASchedMeta.Config)]
     heads = ["b", "s_q", "h_q", "page_block_size", "h_k"]
-    assert names == [*heads, "causal", "is_fp8_kvcache", "topk", "extra_page_block_size", "extra_topk"]
+    plan = ["causal", "is_fp8_kvcache", "topk", "extra_page_block_size", "extra_topk", "enable_batch_invariant"]
+    assert names == [*heads, *plan]
 
 
 def test_first_call_fills_the_metadata_and_later_ones_reuse_it() -> None:
@@ -115,13 +117,14 @@ def test_positional_call_of_the_readme() -> None:
     ("changes", "argument", "expected", "actual"),
     [
         ({"num_splits": torch.ones(2)}, "num_splits", "None", "Tensor"),
-        ({"indices": torch.zeros(4, 2, 64, dtype=torch.int32)}, "indices", "None", "Tensor"),
-        ({"attn_sink": torch.zeros(9)}, "attn_sink", "None", "Tensor"),
+        ({"indices": torch.zeros(4, 2, 64, dtype=torch.int32)}, "causal", "False with indices", "True"),
+        ({"attn_sink": torch.zeros(8)}, "attn_sink", "9 heads", "8"),
         ({"extra_k_cache": torch.zeros(1, 64, 1, 576)}, "extra_k_cache", "None", "Tensor"),
         ({"extra_indices_in_kvcache": torch.zeros(4, 2, 64)}, "extra_indices_in_kvcache", "None", "Tensor"),
         ({"topk_length": torch.zeros(4)}, "topk_length", "None", "Tensor"),
         ({"extra_topk_length": torch.zeros(4)}, "extra_topk_length", "None", "Tensor"),
         ({"is_fp8_kvcache": True}, "is_fp8_kvcache", "False", "True"),
+        ({"enable_batch_invariant": True}, "enable_batch_invariant", "False without indices", "True"),
         ({"block_table": None}, "block_table", "a tensor", "None"),
         ({"cache_seqlens": None}, "cache_seqlens", "a tensor", "None"),
         ({"tile_scheduler_metadata": torch.zeros(2)}, "tile_scheduler_metadata", "FlashMLASchedMeta", "Tensor"),

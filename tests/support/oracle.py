@@ -48,7 +48,7 @@ def tolerances(case: DecodeCase, inputs: DecodeInputs) -> tuple[Tolerance, Toler
     out = OFFICIAL_OUT
     columns = sum(length > 0 for length in case.lengths) * case.h_kv * case.d_v
     if case.dtype == "bfloat16" and cpu.STATE.active in ROUND_WEIGHTS and columns < FEW_COLUMNS:
-        out = replace(out, cosine=8 * out.cosine)
+        out = replace(out, cosine=max(8.0, FEW_COLUMNS / max(columns, 1)) * out.cosine)
     if case.q_spread <= 0.1 and case.softmax_scale is None:
         return out, OFFICIAL_LSE
     return out, replace(OFFICIAL_LSE, absolute=max(OFFICIAL_LSE.absolute, score_error(case, inputs)))
