@@ -3,6 +3,7 @@
 from bench.suite import Peer, Suite
 from bench.suites import (
     append,
+    arena,
     compile_time,
     decode,
     decode_shapes,
@@ -27,6 +28,7 @@ SUITES: dict[str, Suite] = {
         small_gemm.SUITE,
         append.SUITE,
         merge.SUITE,
+        arena.SUITE,
         op_overhead.SUITE,
         scaling.SUITE,
         end_to_end.SUITE,

@@ -16,6 +16,7 @@ from bench.suite import Peer, clone_as_it_lies, copies_of, make_problem, rotatin
 from bench.suites import (
     SUITES,
     append,
+    arena,
     compile_time,
     decode,
     decode_shapes,
@@ -47,6 +48,8 @@ TINY_CASES = [
     ("small_gemm", small_gemm.GemmCase(2, 512, 128, "bf16", "W_UV", 3)),
     ("append", append.AppendCase(3, "bf16", h_kv=2, d=8, n_pages=2)),
     ("merge", merge.MergeCase(3, 2, 4, "bf16", d_v=16)),
+    ("arena", arena.ArenaCase("empty", 64, 3)),
+    ("arena", arena.ArenaCase("zeros", 100_000)),
     *(("op_overhead", case) for case in op_overhead.cases(True)),
 ]
 #: They take seconds to compile.
