@@ -31,8 +31,15 @@ test: kernels  ## run the tests, without the slow ones; TORCH=2.15.0 TRANSFORMER
 test-all: kernels  ## run every test
 	$(PY) -m pytest
 
-verify: $(INSTALLED)  ## build one CUDA kernel of each kind and run it in the emulator (5 minutes; needs nvcc, no GPU)
-	$(PY) -m cutlass_kernels verify --list representatives
+# pip's nvcc, for a machine without one: the compiler, its optimiser, and the headers that it includes.
+NVCC_WHEELS := nvidia-cuda-nvcc==13.0.88 $(patsubst %,nvidia-%==13.0.*,nvvm cuda-crt cuda-cccl cuda-runtime)
+FINDS_NVCC := $(PY) -c 'from cutlass_kernels.build.toolchain import nvcc; nvcc()' 2> /dev/null
+
+verify: $(INSTALLED)  ## build one CUDA kernel of each kind and run it in the emulator (6 minutes; no GPU; installs nvcc)
+	@$(FINDS_NVCC) || { echo "no nvcc here: installing $(NVCC_WHEELS) into $(VENV)"; \
+		$(PIP_INSTALL) --retries 1 $(patsubst %,'%',$(NVCC_WHEELS)) || true; }
+	@if $(FINDS_NVCC); then $(PY) -m cutlass_kernels verify --list representatives; \
+	else echo "verify: skipped: there is no nvcc, and pip could not install it (its reason is above)"; fi
 
 gpu-check: kernels  ## check and time the CUDA kernels on this machine's GPU (9 minutes); says so where there is none
 	$(PY) -m bench.gpu_check

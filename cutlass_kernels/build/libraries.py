@@ -194,7 +194,7 @@ def _compile(config: GemmConfig, source: str, include: str, compiler: Nvcc, scra
     file.write_text(source)
     includes = (f"-I{include}", f"-I{generate.CSRC}")
     output = ("-o", str(folder / LIBRARY), str(file))
-    command = [compiler.path, *FLAGS, *target_flags(config.arch), *includes, *output]
+    command = [compiler.path, *FLAGS, *target_flags(config.arch), *includes, *compiler.link_flags(scratch), *output]
     started = time.monotonic()
     done = run(command, scratch)
     seconds = time.monotonic() - started

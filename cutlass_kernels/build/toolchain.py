@@ -24,6 +24,19 @@ class Nvcc:
     version: str
     release: str
 
+    def link_flags(self, scratch: Path) -> tuple[str, ...]:
+        """Where the linker finds CUDA's runtime as ``libcudart.so``.
+
+        A toolkit has it under that name, in a folder that nvcc knows. pip's package has it under the full name alone,
+        so that a link is made in ``scratch``.
+        """
+        folder = Path(self.path).parents[1] / "lib"
+        runtimes = sorted(folder.glob("libcudart.so.*"))
+        if not runtimes or (folder / "libcudart.so").exists():
+            return ()
+        (scratch / "libcudart.so").symlink_to(runtimes[-1])
+        return (f"-L{scratch}", f"-L{folder}")
+
 
 @cache
 def nvcc() -> Nvcc:
