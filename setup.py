@@ -88,7 +88,7 @@ class Wheel(bdist_wheel):
 
 
 class Distribution(setuptools.Distribution):
-    """What decides whether a wheel is pure."""
+    """Decides whether a wheel is pure."""
 
     def has_ext_modules(self) -> bool:
         return BUILD == "1"

@@ -1,4 +1,4 @@
-"""What a build says on stderr while it runs."""
+"""Lines that a build writes to stderr while it runs."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class FlashMLASchedMeta:
 
     @dataclasses.dataclass
     class Config:
-        """What the plan was made for."""
+        """The sizes and options that the plan was made for."""
 
         b: int
         s_q: int

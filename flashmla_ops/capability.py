@@ -1,4 +1,4 @@
-"""What runs here, and why: one table of implementations, read by `explain`, the command line and the demo."""
+"""The implementations that run here, and why: one table, read by `explain`, the command line and the demo."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def implementations() -> list[Implementation]:
 
 
 def operators() -> dict[str, str]:
-    """What serves each operator on the CPU, as torch's dispatcher has it."""
+    """The implementation of each operator on the CPU, by name, from torch's dispatcher."""
 
     def has_kernel(name: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashmla::{name}", "CPU")
@@ -91,7 +91,7 @@ def memory() -> list[str]:
 
 
 def explain() -> str:
-    """What runs, and why, as text."""
+    """Which implementation runs, and why, as text."""
     state = cpu.STATE
     lines = [
         f"processor   {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",

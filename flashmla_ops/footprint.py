@@ -1,4 +1,4 @@
-"""What attention keeps in memory besides its inputs and outputs, by level of the kernels' hierarchy.
+"""Memory that attention uses besides its inputs and outputs, by level of the kernels' hierarchy.
 
 The kernels are a hierarchy: a sequence is cut into parts that run in parallel, a part is blocks of tokens that stay in
 cache, a block is register tiles. ``levels`` (of ``flashmla::decode`` and ``flashmla::prefill``) says how much of it is
@@ -45,7 +45,7 @@ def decode_footprint(
     levels: int = 3,
     threads: int | None = None,
 ) -> Footprint:
-    """Of ``flashmla::decode`` over ``b`` sequences of ``s_kv`` tokens.
+    """The footprint of ``flashmla::decode`` over ``b`` sequences of ``s_kv`` tokens.
 
     One KV head: MLA rows whose first ``d_v`` elements are the value. More: V and K in two tensors. Raises
     `FlashMLAError` where no C++ kernels run.
@@ -82,7 +82,10 @@ def prefill_footprint(
     levels: int = 3,
     threads: int | None = None,
 ) -> Footprint:
-    """Of ``flashmla::prefill`` over one sequence of ``tokens``. Raises `FlashMLAError` where no C++ kernels run."""
+    """The footprint of ``flashmla::prefill`` over one sequence of ``tokens``.
+
+    Raises `FlashMLAError` where no C++ kernels run.
+    """
     bounds = (c_int32 * 2)(0, tokens)
     call = structs.Prefill(
         dtype=_dtype("prefill", dtype),

@@ -1,4 +1,4 @@
-"""What compiled code depends on besides the graph, as part of every cache key of torch.compile.
+"""Facts that compiled code depends on besides the graph, as part of every cache key of torch.compile.
 
 Inductor's caches know the graph, the configuration and torch's own sources. They do not know lowerings: with a changed
 lowering they would return the old kernel. So a hash of our sources, the instruction set that the library runs, and

@@ -14,7 +14,7 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 
 
 def user_name(source: str) -> str:
-    """What a user calls what Dynamo calls ``source``.
+    """The user's name for what Dynamo calls ``source``.
 
     >>> user_name("L['self']._modules['layers']._modules['0']._parameters['weight']")
     'layers.0.weight'

@@ -1,4 +1,4 @@
-"""What the graph passes did to one graph: every rewrite made, and every one refused with its reason."""
+"""The record of the passes over one graph: every rewrite made, and every one refused with its reason."""
 
 from __future__ import annotations
 

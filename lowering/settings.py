@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flashmla_ops.errors import ArgumentError
 
-#: What each setting may be. Values are compared with their type: 1 is not True, and "no" is not False.
+#: The values that each setting may have. They are compared with their type: 1 is not True, and "no" is not False.
 CHOICES: dict[str, tuple[str | bool, ...]] = {
     "decode": ("extern", "template", "autotune"),
     "fuse_append": (True, False),

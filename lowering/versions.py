@@ -48,7 +48,7 @@ def unknown_option(name: str, known: Sequence[str]) -> ArgumentError:
 
 
 def default_backend() -> Any:
-    """What ``torch.compile`` uses where no backend is named."""
+    """The backend that ``torch.compile`` uses where none is named."""
     get = getattr(registry, "get_default_backend", None)
     return get() if get is not None else "inductor"
 

@@ -1,4 +1,4 @@
-"""What `explain` and the command line say is what the process does."""
+"""`explain` and the command line say what the process does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README and the guides show runs as it stands: Python in fresh interpreters, commands as they are typed."""
+"""Code of the README and the guides runs as it stands: Python in fresh interpreters, commands as they are typed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def python_of(page: str) -> str:
 
 
 def shown_by(page: str) -> str:
-    """What a page says that its Python prints, in ``text`` blocks."""
+    """The output that a page says its Python has, in ``text`` blocks."""
     return "".join(code for language, code in blocks(page) if language == "text")
 
 

@@ -1,4 +1,4 @@
-"""What is shipped, what a build needs, and which way imports point."""
+"""The files that are shipped, what a build needs, and which way imports point."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_development_pins_are_inside_the_supported_ranges() -> None:
 
 
 def steps(*variables: str) -> str:
-    """What ``make test`` would run in a fresh clone."""
+    """The commands that ``make test`` would run in a fresh clone."""
     command = ["make", "--dry-run", "--no-print-directory", "-f", str(ROOT / "Makefile"), "test", *variables]
     ours = {
         "MAKEFLAGS",

@@ -85,7 +85,7 @@ CORE_UNITS = (
     ),
     Unit("append_quantized.cpp", ("-O3",)),
 )
-#: What registers the kernels with torch, by the stable ABI of the oldest torch that we support.
+#: Units that register the kernels with torch, by the stable ABI of the oldest torch that we support.
 BINDING_UNITS = tuple(
     Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
     for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up", "torch_sparse")
@@ -93,14 +93,14 @@ BINDING_UNITS = tuple(
 #: The core without them is reached through ctypes.
 CTYPES = Library("flashmla_cpu_ctypes", CORE_UNITS)
 STABLE_ABI = Library("flashmla_cpu", (*BINDING_UNITS, *CORE_UNITS), links_torch=True, otherwise=CTYPES)
-#: What tells autograd of the operators. It knows more of torch than the stable ABI, and fits this version alone;
+#: Tells autograd of the operators. It uses more of torch than the stable ABI, and fits this version alone;
 #: without it, the same runs in Python.
 AUTOGRAD = Library(f"flashmla_autograd_{torch.__version__}", (Unit("autograd.cpp"),), links_torch=True)
 #: Torch's CPU allocator with arenas in front, for this version alone too.
 ALLOCATOR = Library(f"flashmla_allocator_{torch.__version__}", (Unit("pool/hook.cpp"),), links_torch=True)
 #: Memory of CUDA devices for torch.cuda.MemPool. It needs neither torch nor CUDA to be compiled.
 DEVICE_ALLOCATOR = Library("flashmla_device_allocator", (Unit("pool/device.cpp"),))
-#: What sees torch's headers.
+#: Units that are compiled with torch's headers.
 TORCH_UNITS = (*BINDING_UNITS, *AUTOGRAD.units, *ALLOCATOR.units)
 
 
@@ -144,7 +144,7 @@ def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: 
 
 
 def in_wheels() -> list[Library]:
-    """What a wheel with kernels holds: all that a processor may choose."""
+    """The libraries that a wheel with kernels holds: all that a processor may choose."""
     return [
         ISAS,
         STABLE_ABI,

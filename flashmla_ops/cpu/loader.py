@@ -20,7 +20,7 @@ REFERENCE = "reference"
 
 @dataclass
 class State:
-    """What runs on the CPU. ``active`` is an instruction set's name, or "reference"."""
+    """The implementation that runs on the CPU. ``active`` is an instruction set's name, or "reference"."""
 
     active: str = REFERENCE
     binding: str = "none"

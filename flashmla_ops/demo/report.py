@@ -1,4 +1,4 @@
-"""What the demo prints and draws."""
+"""The text and the chart of the demo."""
 
 from __future__ import annotations
 

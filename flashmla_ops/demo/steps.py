@@ -48,7 +48,7 @@ class StepResult:
         return step.seconds[TRANSFORMERS] / step.seconds[COMPILED]
 
     def wrong(self) -> list[str]:
-        """What differs by more than rounding explains."""
+        """The results that differ by more than rounding explains, a line each."""
         return [
             f"logits at {step.context} in {step.dtype} differ by {step.difference:.1e}"
             for step in self.steps

@@ -29,7 +29,7 @@ TRANSFORMERS, EAGER, COMPILED = "transformers SDPA", "FlashMLA eager", "FlashMLA
 
 @dataclass(frozen=True)
 class Generation:
-    """What one way of running the model gave."""
+    """The tokens that one way of running the model gave, and what they cost."""
 
     tokens: Tensor  # [prompts, NEW_TOKENS]
     seconds: float

@@ -1,4 +1,4 @@
-"""What formats share whose values are codes in groups, each group with a scale, beside a rotary part in bfloat16."""
+"""Formats whose values are codes in groups, each group with a scale, beside a rotary part in bfloat16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every quantised row format says of itself."""
+"""The description of a quantised row format: its layout, and its codec in torch."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class Arena:
         return address != 0 and self._library.flashmla_arena_of(address) == self._address
 
     def stats(self) -> ArenaStats:
-        """What is in use, free, deferred, and what went elsewhere."""
+        """Bytes and blocks in use, free and deferred, and those that went elsewhere."""
         found = allocator.Stats()
         self._library.flashmla_arena_stats(self._address, ctypes.byref(found))
         return ArenaStats(**{name: getattr(found, name) for name in allocator.Stats.NAMES})

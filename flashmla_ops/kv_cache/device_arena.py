@@ -106,7 +106,7 @@ class DeviceArena:
             yield
 
     def stats(self) -> DeviceArenaStats:
-        """What is in use, free and pending, after events have been asked."""
+        """Bytes in use, free and pending, after events have been asked."""
         found = _Stats()
         self._library.flashmla_device_stats(self._index, found)
         return DeviceArenaStats(**{name: getattr(found, name) for name in _Stats.NAMES})

@@ -15,7 +15,7 @@ from flashmla_ops.panels import PANEL, from_panels, to_panels
 
 
 class _AsLinear(type):
-    """Of a class that takes the place of ``nn.Linear`` in tables of module classes too.
+    """The metaclass of a layer that takes the place of ``nn.Linear`` in tables of module classes too.
 
     ``torch.ao.quantization.quantize_dynamic`` looks layers up by their exact class, and would pass ours over.
     """

@@ -80,7 +80,7 @@ class AppendOps(WrapperHandler):
 
 @contextlib.contextmanager
 def _guarding(kernel: CppKernel, pointer: str) -> Iterator[None]:
-    """What the kernel stores in the block goes out only at offsets that are not negative."""
+    """Stores that the kernel makes in the block happen only at offsets that are not negative."""
     guarded = f"flashmla::guarded({pointer})"
     store: Any = kernel.store
     patches = contextlib.ExitStack()

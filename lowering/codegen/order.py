@@ -41,7 +41,7 @@ def regrouped(nodes: Nodes, peak: Callable[[Nodes], int]) -> Nodes:
 
 
 def grouped(nodes: Sequence[BaseSchedulerNode]) -> Nodes:
-    """Of the steps that are ready the first of the last one's kind, or else the first."""
+    """The steps in an order that follows each one by a ready step of its kind, where there is one."""
     maker = {name: i for i, node in enumerate(nodes) for name in node.get_buffer_names()}
     needs = [
         {maker[dep.name] for dep in node.unmet_dependencies if dep.name in maker} - {i} for i, node in enumerate(nodes)

@@ -1,4 +1,4 @@
-"""What the backend does to a model: `explain` compiles it with Inductor alone and with our backend, and compares."""
+"""How the backend changes a model: `explain` compiles it with Inductor alone and with our backend, and compares."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Explanation:
         return [(label, value(self.before), value(self.after)) for label, value in ROWS]
 
 
-#: What the two programs are compared by.
+#: The numbers by which the two programs are compared.
 ROWS: tuple[tuple[str, Callable[[Program], int]], ...] = (
     ("kernels", lambda p: p.kernels),
     ("library calls", lambda p: p.calls),

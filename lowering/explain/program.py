@@ -21,7 +21,7 @@ _STEP = re.compile(
 _BUFFER = re.compile(
     r"^\s+(?P<name>buf\d+) = empty_strided_cpu\(\((?P<shape>[^)]*)\), \([^)]*\), torch\.(?P<dtype>\w+)\)", re.MULTILINE
 )
-#: What `read_programs` adds to a source: the results that library calls allocate themselves.
+#: A line that `read_programs` adds to a source, for a result that a library call allocates itself.
 _RETURNED = re.compile(r"^# returned (?P<name>buf\d+): \[(?P<shape>[^\]]*)\] (?P<dtype>\w+)$", re.MULTILINE)
 
 
@@ -67,7 +67,7 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """What it allocates in one run, memory that is used again counted once."""
+        """Bytes that it allocates in one run, memory that is used again counted once."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @staticmethod

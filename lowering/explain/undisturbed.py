@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def undisturbed(model: Callable[..., Any]) -> Iterator[None]:
-    """What runs in the block works on copies of the buffers of ``model``, and of tensors that are plain attributes.
+    """Let the block work on copies of the buffers of ``model``, and of tensors that are plain attributes.
 
     Afterwards its modules have the attributes that they had before, and the generators of random numbers their state.
     ``model`` is a module, a method of one, or a function that refers to some. Parameters are not copied.

@@ -56,7 +56,7 @@ def run_aten(
     names: tuple[str, ...],
     activation: str = "none",
 ) -> Tensor:
-    """What `lower_aten` generates, with a call for each pointwise operator."""
+    """Run the operators that `lower_aten` generates, with a call for each pointwise one."""
     if op == "bmm":
         return torch.bmm(a, weight, out=out)
     given = dict(zip(names, rest, strict=True))

@@ -172,7 +172,7 @@ def narrow(element: Access, axis: Axis, part: Part) -> Access:
 
 
 def projection(element: Access) -> Projection:
-    """What is multiplied: an element of a product is a sum over c of a row of one tensor and a column of the other."""
+    """The factors of a product: its element is a sum over c of a row of one tensor and a column of the other."""
     node = element.node
     if node.target == aten.addmm.default:
         raise Refusal(f"the projection {node} has a bias, which absorption would drop")

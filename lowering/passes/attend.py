@@ -39,7 +39,7 @@ def _serve(writer: Writer, candidate: Candidate) -> str:
 
 @dataclass(frozen=True)
 class Roles:
-    """What the outer axes of an attention are: sequences, KV heads, and query heads of one KV head."""
+    """The outer axes of an attention by role: sequences, KV heads, and query heads of one KV head."""
 
     sequences: list[Axis]
     kv_heads: list[Axis]

@@ -1,4 +1,4 @@
-"""What is known of an attention: where q, k and v are read, over which axes, with which scale, which keys are seen."""
+"""An attention found in a graph: where q, k and v are read, over which axes, which scale, which keys are seen."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _softmax_before(node: Any, steps: int = 24) -> bool:
 
 
 def match(candidate: Candidate) -> Attention:
-    """What the candidate computes. Raises `Refusal` with the reason why it is not proven to be attention."""
+    """The attention that a candidate computes. Raises `Refusal` with the reason why it is not proven to be one."""
     found = match_sdpa(candidate.node) if candidate.pattern == "sdpa" else match_softmax(candidate.node)
     found = _before_widening(found)
     require_type(found.dtype)

@@ -48,7 +48,7 @@ def _expand(element: Access) -> Access:
 
 
 def broadcast(element: Access, source: Any) -> Access:
-    """Of a tensor that is broadcast to the element's shape. ``source`` may have fewer dimensions, or size 1."""
+    """The element of a tensor that is broadcast. ``source`` may have fewer dimensions than the element, or size 1."""
     sizes = shape(source)
     index = element.index[len(element.index) - len(sizes) :]
     return Access(source, tuple(() if known(n == 1) else entry for n, entry in zip(sizes, index, strict=True)))
@@ -162,7 +162,7 @@ def _from_the_front(place: Size, size: Size) -> Size | None:
 
 
 def _shift(element: Access, source: Any, dim: int, start: Size) -> Access | None:
-    """Of a tensor whose dimension ``dim`` the element's node has from ``start`` on."""
+    """The element of ``source``, whose dimension ``dim`` the element's node has from ``start`` on."""
     dim %= len(element.index)
     size = shape(source)[dim]
     entry = cut_digits(element.index[dim])

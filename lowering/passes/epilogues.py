@@ -1,4 +1,4 @@
-"""What stands behind a product and can be computed with it: a gate ``silu(gate) * up``, and a residual."""
+"""Work behind a product that can be computed with it: a gate ``silu(gate) * up``, and a residual."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _at_most(number: Number, limit: int) -> bool:
 
 
 def rounded(form: Affine, dtype: torch.dtype) -> Affine | None:
-    """What a tensor of the type holds where a form was to be written; None where that is not known."""
+    """The form that a tensor of the type holds once ``form`` is written to it; None where that is not known."""
     if form.terms or isinstance(form.constant, torch.SymInt) or dtype not in FLOATS:
         return form if holds(form, dtype) else None
     if not isinstance(form.constant, (int, float)):
@@ -82,7 +82,7 @@ def rounded(form: Affine, dtype: torch.dtype) -> Affine | None:
 
 
 def represented(value: Value, dtype: torch.dtype) -> Value | None:
-    """What an element of the type is that was to become ``value``; None where that is not known."""
+    """The value that an element of the type has once ``value`` is written to it; None where that is not known."""
     if dtype == torch.bool or isinstance(value, Condition):
         return value if dtype == torch.bool and isinstance(value, Condition) else None
     if isinstance(value, Choice):

@@ -110,7 +110,7 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Negated:
-    """That one of several conditions does not hold."""
+    """A condition's opposite: one of its literals does not hold."""
 
     condition: Condition
 
@@ -120,7 +120,7 @@ Literal: TypeAlias = Affine | Opaque | Negated
 
 @dataclass(frozen=True)
 class Condition:
-    """That every literal holds: an affine form is at most 0, an opaque boolean is true. No literals: always true."""
+    """True where every literal holds: an affine form is at most 0, an opaque boolean is true. No literals: always."""
 
     literals: tuple[Literal, ...] = ()
 
@@ -183,7 +183,7 @@ _WORDS = {"i": "query", "j": "key", "b": "sequence", "h": "head"}
 
 
 def said(literal: Literal) -> str:
-    """What a literal says: "key <= query + 4"."""
+    """A literal in words: "key <= query + 4"."""
     if isinstance(literal, Opaque):
         return literal.reason
     if isinstance(literal, Negated):

@@ -65,7 +65,7 @@ def mask_of_operator(element: Access, mask: Node) -> Mask:
 
 
 def mask_that_is_added(element: Access, bias: Any) -> Mask:
-    """What is added to scores, one of which is ``element``. Raises `Refusal` if it is a bias."""
+    """The mask in a tensor that is added to scores, one of which is ``element``. Raises `Refusal` if it is a bias."""
     found = operand(element, bias)
     if not isinstance(bias, Node):
         return Mask(hidden_unless(found), None)
@@ -118,7 +118,7 @@ def _is(found: Value, number: float) -> bool:
 
 
 def decide(masks: Sequence[Mask], i: Axis, j: Axis, graph: Graph, *, safe: bool) -> Visible | Given:
-    """What all masks together let a query see, as the graph proves it, or what has to be read at run time.
+    """The keys that all masks together let a query see, as the graph proves it, or the masks to read at run time.
 
     Raises `Refusal` where the graph proves that it is neither.
     """
@@ -211,7 +211,7 @@ def _number(writer: Writer, source: Node, number: float) -> Node:
 
 
 def _laid_out(writer: Writer, element: Access, groups: Sequence[Sequence[Axis]]) -> Node:
-    """As `Writer.lay_out`, where a group may have axes that the element is the same along: its size is 1, or all."""
+    """Do as `Writer.lay_out`; a group may have axes along which the element is the same: its size is 1, or all."""
     depends = element.leaves()
     leaves = [[leaf for axis in group for leaf in axis.leaves()] for group in groups]
     apart = [[[leaf] if leaf in depends else [] for leaf in group] for group in leaves]

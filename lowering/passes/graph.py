@@ -1,4 +1,4 @@
-"""What passes ask a graph about: a node's arguments, shape and type, and whether a gradient is required."""
+"""Questions that passes ask a graph: a node's arguments, shape and type, and whether a gradient is required."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def known(condition: Any) -> bool:
 
 
 def value(argument: Any) -> Any:
-    """What an argument stands for while tracing: a node's fake tensor or symbolic size, or the argument itself."""
+    """The value of an argument while tracing: a node's fake tensor or symbolic size, or the argument itself."""
     return argument.meta.get("val") if isinstance(argument, Node) else argument
 
 

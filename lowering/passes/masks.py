@@ -30,7 +30,7 @@ from lowering.record import Refusal
 
 @dataclass(frozen=True)
 class Visible:
-    """Of ``s_kv`` keys, the last query sees the first ``length``; with ``causal`` each earlier query sees one less.
+    """The last query sees the first ``length`` of ``s_kv`` keys; with ``causal`` each earlier query sees one less.
 
     ``length`` is None for all of them, and otherwise ``constant`` plus at most one element of a tensor. With such an
     element it must be asked where the graph runs whether the first query sees a key: it does if ``length > earlier``.
@@ -83,7 +83,7 @@ def _is_zero(form: Affine) -> bool:
 
 
 def visible_keys(seen: Condition, i: Axis, j: Axis, graph: Graph) -> Visible:
-    """What a condition on query i and key j says.
+    """The keys that a condition on query i and key j lets be seen.
 
     Raises `Refusal` where it is none of the forms above or a bound is not proven.
     """
@@ -141,7 +141,7 @@ def _prove_written(start: Affine, length: Affine, graph: Graph, s_kv: Size) -> N
 
 
 def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
-    """Of all writes at consecutive positions: the first one, their number, and the size they must be less than."""
+    """All writes at consecutive positions: the first one, their number, and the size they must be less than."""
     for node in graph.nodes:
         if node.target != aten.index_put.default or not node.users:
             continue

@@ -49,7 +49,7 @@ class Product:
 
     @property
     def a(self) -> Node:
-        """As it is now: the product that computes it may have been replaced."""
+        """The left operand as it is now: the product that computes it may have been replaced."""
         left: Node = arguments(self.node)["mat1" if self.node.target == aten.addmm.default else "self"]
         return left
 
@@ -174,7 +174,7 @@ def _joined(products: list[Product], record: Record, writer: Writer) -> list[Pro
 
 
 def _source(a: Node) -> Node:
-    """What a matrix ``[m, k]`` is a view of: views keep the order of the elements."""
+    """The tensor that a matrix ``[m, k]`` is a view of: views keep the order of the elements."""
     while a.target in VIEWS:
         a = inputs(a)[0]
     return a

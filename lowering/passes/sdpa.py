@@ -48,7 +48,7 @@ def match_sdpa(node: Node) -> Attention:
 
 
 def _tie(size: Size, other: Size) -> None:
-    """Of two sizes that the operator requires to be equal: a guard, where the graph does not say.
+    """Guard that two sizes, which the operator requires to be equal, are equal, where the graph does not say so.
 
     Caches of one model have a symbol each for a length that they share; the attention is an error if it is not shared.
     """

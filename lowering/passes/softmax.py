@@ -40,7 +40,7 @@ QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 
 @dataclass
 class _Chain:
-    """What was met between the product with v and the product of q and k."""
+    """The nodes, masks and scale met between the product with v and the product of q and k."""
 
     dtype: torch.dtype  # of the product with v
     nodes: list[Node] = field(default_factory=list)  # whose only users must be one another

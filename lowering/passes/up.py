@@ -24,7 +24,7 @@ from lowering.record import Record, Refusal
 
 PATTERN = "decode, then a product for each head"
 PRODUCTS = (aten.bmm.default, flashmla.bmm.default)
-#: What moves all elements of a tensor: followed behind the product, so that its result need not be put in order twice.
+#: Operators that move all elements of a tensor: followed behind the product, so that its result is put in order once.
 MOVES = (
     aten.view.default,
     aten._unsafe_view.default,

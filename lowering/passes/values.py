@@ -1,4 +1,4 @@
-"""What the elements of masks and positions are, as formulas over indices.
+"""The elements of masks and positions, as formulas over indices.
 
 A mask is proven causal by what it says, not by how it was written: `evaluate` turns one symbolic element of a node into
 a formula ("arange(n)[j] + start" is ``j + start``). Whatever it does not understand, or a dtype does not hold exactly,

@@ -29,7 +29,7 @@ Group = Sequence[Axis]
 
 
 class Mark(NamedTuple):
-    """What a writer had written at some time."""
+    """A point in time: how much a writer had written then."""
 
     written: int
     replaced: int
@@ -74,7 +74,7 @@ class Writer:
         self._shared = mark.shared
 
     def _run(self, node: Node, changed: Values | None = None) -> Any:
-        """What a call gives for the fake values of its arguments."""
+        """The result of a call for the fake values of its arguments."""
         others = changed or {}
 
         def value(n: Node) -> Any:
@@ -297,5 +297,5 @@ def _describe_inputs(node: Node) -> None:
         node.meta["eager_input_vals"] = pytree.tree_map_only(Node, strict, (node.args, node.kwargs))
 
 
-#: What the compiler knows about where a node comes from in the user's program.
+#: Keys of a node's metadata that say where it comes from in the user's program.
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")

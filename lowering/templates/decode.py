@@ -176,7 +176,7 @@ def instruction_set() -> str:
 
 @dataclass
 class EpiloguePlan:
-    """What is stored for each row, and how: the nodes to compute from the finished row, the last into ``stored``.
+    """How each finished row is stored: the nodes to compute from it, the last into ``stored``.
 
     With ``nodes`` empty, the row itself is stored. Inductor fuses a node only where it reads the result in the order in
     which it lies in memory, so that a node's index follows from the result's by linear position (`_reindexer`).

@@ -58,7 +58,7 @@ def test_no_compiler_means_the_reference_and_one_warning(
 
 @needs_kernels
 def test_what_is_compiled_needs_no_compiler() -> None:
-    """As in an image whose earlier stage compiled, and had the compiler."""
+    """An image is like this whose earlier stage compiled, and had the compiler."""
     done = run(ATTEND, CXX="no-such-compiler", FLASHMLA_CACHE=str(Path(cpu.STATE.path).parents[1]))
     assert done.stdout.split()[0] == cpu.STATE.active
     assert done.stderr == ""
@@ -66,7 +66,7 @@ def test_what_is_compiled_needs_no_compiler() -> None:
 
 @needs_kernels
 def test_without_a_compiler_the_fastest_that_is_compiled_runs(tmp_path: Path) -> None:
-    """As in an image that was made on a processor of another kind."""
+    """An image is like this that was made on a processor of another kind."""
     folder = tmp_path / build.key()
     folder.mkdir()
     for path in build.find_or_build([build.ISAS, build.STABLE_ABI, build.KERNELS["generic"]]):

@@ -33,7 +33,7 @@ def temporary(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a container's uid without an entry in passwd."""
+    """A container's uid is like this: without an entry in passwd."""
 
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_written_is_passed_over(
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
 def test_a_folder_of_ours_that_cannot_be_written_is_passed_over(tmp_path: Path) -> None:
-    """As one that root made in a cache of this user's."""
+    """Root may have made it in a cache of this user's."""
     (tmp_path / "home" / ".cache" / "flashmla" / NAME).mkdir(parents=True, mode=0o500)
     assert folders.writable(NAME) == temporary(tmp_path) / NAME
 

@@ -1,4 +1,4 @@
-"""What runs without our operators says so: refusals, `why_not`, one warning, and attention weights."""
+"""A model that runs without our operators says so: refusals, `why_not`, one warning, and attention weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Linear(nn.Linear):
 
 
 class LoRA(nn.Module):
-    """As adapters are built: the old layer inside, and a product of two small matrices beside it."""
+    """A layer as adapters build it: the old one inside, and a product of two small matrices beside it."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -193,7 +193,7 @@ def test_class_names_stay() -> None:
 
 
 def test_another_class_since() -> None:
-    """As sharding a module does: its class is derived from ours, and has to be undone first."""
+    """Sharding a module does this: its class is derived from ours, and has to be undone first."""
 
     class Mixin(Specialised):
         pass

@@ -26,7 +26,7 @@ def tolerated() -> None:
 
 @pytest.fixture(autouse=True)
 def no_internal_error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a model's compilation survives fails a test."""
+    """Errors that a model's compilation survives fail a test."""
 
     def fail(error: Exception) -> str:
         raise error

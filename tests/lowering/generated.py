@@ -1,4 +1,4 @@
-"""What Inductor generates for a function, alone and under our backend, without compiling a line of it.
+"""The code that Inductor generates for a function, alone and under our backend, without compiling a line of it.
 
 The graph is traced once and lowered twice. Lowering ends where the generated module would be loaded, which is what
 takes a C++ compiler; the function itself runs eagerly.

@@ -1,4 +1,4 @@
-"""What the backend saves of a decode layer, against the same code under Inductor alone."""
+"""Savings of the backend in a decode layer, against the same code under Inductor alone."""
 
 from __future__ import annotations
 

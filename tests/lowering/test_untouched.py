@@ -1,4 +1,4 @@
-"""What is none of our business comes out of Inductor as it would without us: the same generated kernels."""
+"""Graphs that are none of our business come out of Inductor as they would without us: the same kernels."""
 
 from __future__ import annotations
 

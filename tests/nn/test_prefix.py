@@ -20,7 +20,7 @@ from tests.support.compare import Tolerance, difference
 from tests.support.poison import DEAD_PAGE
 from tests.support.threads import threads
 
-#: Of bf16 and fp16, the official bounds of dense prefill, with a wider cosine: partial results are rounded, and each
+#: For bf16 and fp16, the official bounds of dense prefill, with a wider cosine: partial results are rounded, and each
 #: rounding of a weight is one error for the few columns of a small head.
 OUT = {"float32": Tolerance(4e-6, 4e-5, 1e-9)}
 OFFICIAL_OUT, LSE = Tolerance(1e-3, 8.01 / 128, 5e-5), Tolerance(4e-6, 2.01 / 65536, 1e-7)

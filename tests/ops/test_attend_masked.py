@@ -158,7 +158,7 @@ def test_any_case(data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", ["prefix", "causal-prefix", "left"])
 @pytest.mark.parametrize("s_q", [1, 2])
 def test_hidden_rows_are_not_read(kind: str, s_q: int) -> None:
-    """Of a mask that is a span: the other rows hold NaN here, as unused memory of a cache may."""
+    """The mask is a span: the other rows hold NaN here, as unused memory of a cache may."""
     if kind == "left" and s_q > 1:
         kind = "left-causal"
     arguments = Case((kind, "prefix" if s_q == 1 else "causal-prefix"), s_q, seed=3).arguments()

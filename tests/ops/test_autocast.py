@@ -13,7 +13,7 @@ from tests.support.calls import CALLS, run
 
 CAST = ("prefill", "gemm", "bmm", "grouped_gemm")
 TO_THE_CACHE = ("attend_masked", "sparse_decode", "sparse_prefill", "decode", "decode_up", "append_", "append_.two")
-#: What stays float32 whatever happens.
+#: Arguments that keep their type whatever happens.
 CACHES = ("kv_cache", "k_cache", "extra_kv_cache", "kv")
 KEPT = ("lses", "attn_sink", "weight_scale", *CACHES)
 LOW = torch.bfloat16

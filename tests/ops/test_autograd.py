@@ -1,4 +1,4 @@
-"""What autograd is told: derivatives that no operator has are refused, however asked for; mutations are counted."""
+"""Autograd's view of the operators: derivatives that none has are refused, however asked for; mutations are counted."""
 
 from __future__ import annotations
 

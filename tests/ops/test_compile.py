@@ -29,7 +29,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def decode_step(q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """What one layer of a model does, with pointwise work around it."""
+    """One layer of a model, with pointwise work around it."""
     s_q, h_q = q.shape[1:3]
     schedule = torch.ops.flashmla.decode_schedule(cache_seqlens, s_q, h_q, kv_cache.size(2), 2)
     return torch.ops.flashmla.decode(

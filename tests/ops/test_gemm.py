@@ -95,7 +95,7 @@ def check(case: GemmCase) -> None:
     out_dtype = inputs.pop("out_dtype") or inputs["a"].dtype
     assert actual.dtype == out_dtype
     expected = reference.gemm(**inputs)
-    # What rounding in float32 may cost: of the sum of |a| |w|, carried through an activation of slope at most 1.13.
+    # Rounding in float32 costs a part of the sum of |a| |w|, carried through an activation of slope at most 1.13.
     magnitudes = inputs | {"a": inputs["a"].abs(), "weight": inputs["weight"].abs(), "bias": None, "residual": None}
     if case.activation == "silu_mul":
         parts = reference.gemm(**magnitudes | {"activation": "none"}) + 3

@@ -1,4 +1,4 @@
-"""What must not change a result: where pages lie, strides, how key and value are stored, other sequences' data."""
+"""Changes that leave a result as it is: places of pages, strides, how key and value are stored, others' data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator writes shares no memory with itself or with what it reads."""
+"""A tensor that an operator writes shares no memory with itself or with one that is read."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ MEMORY = torch.zeros(400)
 
 
 def addresses(tensor: Tensor) -> Iterator[int]:
-    """Of every byte of every element."""
+    """The address of every byte of every element."""
     for index in product(*map(range, tensor.shape)):
         element = tensor.storage_offset() + sum(i * s for i, s in zip(index, tensor.stride(), strict=True))
         yield from range(element * tensor.itemsize, (element + 1) * tensor.itemsize)

@@ -79,7 +79,7 @@ def test_merge_states(batched: bool) -> None:
 
 
 B = 3
-#: Of each operator the arguments that may be mapped, alone and together.
+#: The arguments of each operator that may be mapped, alone and together.
 MAPPED = {
     "attend_masked": ("q", "mask"),
     "prefill": ("q", "k", "v"),

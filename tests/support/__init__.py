@@ -1,1 +1,1 @@
-"""What the tests share: cases, poison, comparison with the float64 reference."""
+"""Helpers that tests share: cases, poison, comparison with the float64 reference."""

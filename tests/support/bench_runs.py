@@ -11,7 +11,7 @@ import torch
 
 from bench import limits, runner, timing
 
-#: Of a 3 GHz machine with 32-byte vectors: at most 192 GFLOP/s on two threads.
+#: Samples of a 3 GHz machine with 32-byte vectors: at most 192 GFLOP/s on two threads.
 USUAL: limits.Samples = {
     "hz": [3e9],
     "fp32_flops": [190e9],
@@ -28,7 +28,7 @@ def printed(samples: limits.Samples) -> str:
 
 
 def output(**samples: list[float]) -> str:
-    """What the measuring program prints of all limits."""
+    """The measuring program's output on all limits."""
     return printed(USUAL | samples)
 
 

@@ -29,7 +29,7 @@ OFFICIAL_LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536, cosine=1e-7)
 
 
 def difference(name: str, actual: Tensor, expected: Tensor, tolerance: Tolerance) -> str | None:
-    """What is wrong with ``actual``, in one line; None if nothing is. Infinities and NaN must be in the same places."""
+    """The fault of ``actual``, in one line; None if it has none. Infinities and NaN must be in the same places."""
     if actual.shape != expected.shape:
         return f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
     actual, expected = actual.double(), expected.double()

@@ -33,7 +33,7 @@ def score_error(case: DecodeCase, inputs: DecodeInputs) -> float:
 
 #: These multiply pairs of bf16, and so round the weights, as the official kernels do.
 ROUND_WEIGHTS = ("avx512_bf16", "emulated")
-#: That rounding is one error for all heads of a column: a cosine of fewer columns is no average.
+#: Rounding a weight is one error for all heads of a column: a cosine of fewer columns is no average.
 FEW_COLUMNS = 64
 
 
@@ -60,14 +60,14 @@ def mismatch(
     actual: tuple[Tensor, Tensor],
     expected: tuple[Tensor, Tensor],
 ) -> str | None:
-    """What is wrong with ``actual`` (out, lse), in one line that also says how to repeat it; None if nothing is."""
+    """The fault of ``actual`` (out, lse), in one line that also says how to repeat it; None if it has none."""
     dtype = getattr(torch, case.dtype)
     out, lse = actual
     if out.dtype != dtype or lse.dtype != torch.float32:
         problem: str | None = f"dtypes {out.dtype} and {lse.dtype}"
     else:
         out_tolerance, lse_tolerance = tolerances(case, inputs)
-        # As the official tests do, compare with what the output's dtype can hold.
+        # The official tests too compare with what the output's dtype can hold.
         problem = difference("out", out, expected[0].to(dtype), out_tolerance)
         problem = problem or difference("lse", lse, expected[1].to(torch.float32), lse_tolerance)
     return problem and f'{problem} | python -m tests.support.oracle "{case!r}"'

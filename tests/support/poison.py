@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-#: What stands in block-table entries past a sequence's end: near INT32_MAX, so that any use of it shows.
+#: Stands in block-table entries past a sequence's end: near INT32_MAX, so that any use of it shows.
 DEAD_PAGE = 2147480000
 
 

@@ -38,7 +38,7 @@ MLAModule = Any
 
 
 class Pages(NamedTuple):
-    """What a paged cache's ``update`` returns beside its pages: how to read them."""
+    """How to read the pages that a paged cache's ``update`` returns."""
 
     block_table: Tensor  # [b, max_pages] int32
     cache_seqlens: Tensor  # [b] int32, the tokens in the cache, new ones included
@@ -56,7 +56,7 @@ class LatentRows(NamedTuple):
 
 
 class AbsorbedMLA(Specialised):
-    """What the attention modules of an enabled model have beside their own methods."""
+    """Methods that the attention modules of an enabled model get beside their own."""
 
     config: Any
     #: The reasons for falling back that were told already, one set for all modules of a model.

@@ -57,7 +57,7 @@ def uncompile(model: nn.Module) -> None:
 
 
 class CompiledSteps(Specialised):
-    """What a compiled model has beside its own methods."""
+    """Methods that a compiled model gets beside its own."""
 
     generation_config: Any
     training: bool

@@ -77,7 +77,7 @@ def _holders(model: nn.Module) -> list[Any]:
 
 
 def _own(module: Any) -> Own | None:
-    """What a module holds, unless it was given another configuration since."""
+    """The entry that a module holds; None if it was given another configuration since."""
     own: Own | None = vars(module).get(OWN_CONFIG)
     return own if own is not None and own.config is module.config else None
 

@@ -296,7 +296,7 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Pages]:
-        """As `PagedLatentLayer.update`, with tensors for all that changes from step to step."""
+        """Do as `PagedLatentLayer.update`, with tensors for all that changes from step to step."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         b, _, n, _ = key_states.shape
@@ -361,7 +361,7 @@ def append_rows(slab: Tensor, key_states: Tensor, value_states: Tensor, slots: T
 
 
 def length_after_crop(length: int, tokens_to_remove: int | Tensor) -> int:
-    """What transformers' ``crop`` leaves: 0 removes nothing, a positive number is the length to keep.
+    """The length that transformers' ``crop`` leaves: 0 removes nothing, a positive number is the length to keep.
 
     Drafting hands over a tensor of one element where it means a number.
     """

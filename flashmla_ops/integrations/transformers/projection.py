@@ -12,7 +12,7 @@ PLAIN = "a plain nn.Linear without bias, hooks or adapters"
 
 
 def obstacle(projection: nn.Module) -> str:
-    """What makes a projection more than its weight; empty if nothing does.
+    """The reason why a projection is more than its weight; empty if there is none.
 
     Quantised, adapted (LoRA), parametrized, offloaded and hooked layers are more than their weight.
     """

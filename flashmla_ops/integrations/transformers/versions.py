@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers that are supported.
+"""The differences between the versions of transformers that are supported.
 
 A version is known by what it has, never by its number; one that was not tested is said once.
 """
@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 from flashmla_ops.versions import warn_if_untested
 
-#: What models and ``generate`` call the argument that takes a cache: "cache" from 5.24 on.
+#: The name of the argument of models and ``generate`` that takes a cache: "cache" from 5.24 on.
 CACHE_ARGUMENT = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

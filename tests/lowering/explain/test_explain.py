@@ -1,4 +1,4 @@
-"""What `explain` reports of a step, as text and as a picture."""
+"""The report of `explain` on a step, as text and as a picture."""
 
 from __future__ import annotations
 

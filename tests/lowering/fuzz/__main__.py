@@ -42,7 +42,7 @@ class Tally:
 
     @property
     def share(self) -> float:
-        """Of the programs that hold attention, those in which one was rewritten."""
+        """The share of the programs with attention in which one was rewritten."""
         programs = sum(self.families[family] for family in ATTENTION)
         return sum(self.rewritten[family] for family in ATTENTION) / max(1, programs)
 

@@ -36,7 +36,7 @@ class Builder:
         return self.rng.choice(choices)
 
     def number(self, size: str) -> int:
-        """What a size is at the first call: of its name, or written as a number."""
+        """A size at the first call, given by its name or written as a number."""
         return self.sizes[size] if size in self.sizes else int(size)
 
     def input(self, code: str, name: str = "a") -> str:

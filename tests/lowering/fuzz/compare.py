@@ -1,4 +1,4 @@
-"""What a program does, eagerly and compiled, and in what the two differ.
+"""A program's effects, eagerly and compiled, and in what the two differ.
 
 Values may differ by what rounding explains: the program runs again, eagerly, on inputs that are changed in their last
 place, and a small multiple of what that changes is allowed. So an ill-conditioned program is allowed more, and results
@@ -111,7 +111,7 @@ def _disturb(inputs: list[Tensor], seed: int, epsilon: float) -> None:
 
 
 class Expected:
-    """What the eager program does at one call, and how far each value may be from it."""
+    """The eager program's effects at one call, and how far each value may be from them."""
 
     def __init__(self, program: Program, call: int, epsilon: float | None = None) -> None:
         setup, function = program.build()

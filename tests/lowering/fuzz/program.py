@@ -21,7 +21,7 @@ NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 #: Settings of Dynamo under which sizes that depend on data do not break a graph.
 CAPTURED = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 
-#: What the code of programs may name beside its own variables.
+#: Names that the code of programs may use beside its own variables.
 NAMESPACE: dict[str, Any] = {"torch": torch, "F": F, "math": math}
 
 

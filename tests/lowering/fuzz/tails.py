@@ -1,4 +1,4 @@
-"""What stands around and behind attention: observers of strides, mutation, control flow, other operators."""
+"""Code around and behind attention: observers of strides, mutation, control flow, other operators."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _broken(b: Builder, y: str) -> list[str]:
     return _views(b, y)
 
 
-#: What may follow, each with its weight.
+#: Code that may follow, each with its weight.
 TAILS: dict[Callable[[Builder, str], list[str]], float] = {
     _views: 5,
     _strided: 3,

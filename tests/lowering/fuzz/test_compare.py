@@ -32,7 +32,7 @@ def verdict(program: Program, output: torch.Tensor) -> list[str]:
 
 
 def in_float32(program: Program) -> torch.Tensor:
-    """What a kernel gives that keeps scores in float32, rounded to float16 at the end."""
+    """The result of a kernel that keeps scores in float32, rounded to float16 at the end."""
     setup, function = program.build()
     (result,) = function(*(x.float() for x in setup(0)))
     return result.half()

@@ -128,7 +128,7 @@ def check_all(jobs: Iterable[Job], n_workers: int) -> Iterator[tuple[Job, Outcom
 
 @contextlib.contextmanager
 def own_cache() -> Iterator[None]:
-    """What is generated goes into a folder that is removed: thousands of programs are of no use later."""
+    """Put generated code into a folder that is removed: thousands of programs are of no use later."""
     with (
         tempfile.TemporaryDirectory(prefix="flashmla_fuzz_", ignore_cleanup_errors=True) as folder,
         patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),

@@ -28,7 +28,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def one_cache(cache: Tensor, latent: Tensor, rope: Tensor, weight: Tensor, *rest: Tensor) -> None:
-    """What an MLA layer does to its cache: norm, rotary embedding, cast, append."""
+    """An MLA layer's way to its cache: norm, rotary embedding, cast, append."""
     cos, sin, slots = rest
     rows = torch.cat([rms_norm(latent, weight), rotated(rope, cos, sin)], dim=-1)
     torch.ops.flashmla.append_(cache, rows.to(cache.dtype).unsqueeze(1), slots)

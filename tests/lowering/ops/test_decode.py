@@ -68,7 +68,7 @@ ALLOWED = {"rtol": 2.0**-6, "atol": 2.0**-6} if os.environ.get("FLASHMLA_CPU") e
 
 
 def compare(actual: Any, expected: Any) -> None:
-    """As the same graph with a call of the library, up to the rounding of a fused chain in the last place."""
+    """Results equal those with a call of the library, up to the rounding of a fused chain in the last place."""
     for ours, theirs in zip(_tensors(actual), _tensors(expected), strict=True):
         assert ours.stride() == theirs.stride()
         torch.testing.assert_close(ours, theirs, **ALLOWED)

@@ -36,7 +36,7 @@ def products(slab: Tensor, other: Tensor, x: Tensor, slots: Tensor) -> None:
 
 
 def read_back(slab: Tensor, other: Tensor, x: Tensor, slots: Tensor) -> Tensor:
-    """What was appended to a layer is attended to, and the result is written into a layer of another slab."""
+    """Attend to rows that were appended to a layer, and write the result into a layer of another slab."""
     n = slab.size(1)
     flashmla.append_(slab[1], x, slots)
     table = torch.arange(n, dtype=torch.int32).view(1, n)

@@ -25,7 +25,7 @@ def inputs(
 
 
 def positions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Of queries, as a column, and of keys, as a row."""
+    """The positions of queries, as a column, and of keys, as a row."""
     return torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])[None, :]
 
 
@@ -44,7 +44,7 @@ def repeat_kv(x: Tensor, n: int) -> Tensor:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """As transformers writes it."""
+    """Attention as transformers writes it."""
     weights = scores(q, k)
     if mask is not None:
         weights = weights + mask
@@ -86,7 +86,7 @@ def sdpa(**options: Any) -> Function:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
 
 
-#: Of as many KV heads as query heads.
+#: Attention with as many KV heads as query heads.
 SAME_HEADS: dict[str, Function] = {
     "sdpa": sdpa(),
     "sdpa-scale": sdpa(scale=SCALE),
@@ -116,7 +116,7 @@ SAME_HEADS: dict[str, Function] = {
     "keys-of-one-sequence": lambda q, k, v: eager(q, k[:1].expand_as(k), v[:1].expand_as(v)),
 }
 
-#: Of fewer KV heads.
+#: Attention with fewer KV heads.
 FEWER_HEADS: dict[str, Function] = {
     "gqa-sdpa": sdpa(enable_gqa=True),
     "gqa-mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bottom_right(q, k), enable_gqa=True),
@@ -130,5 +130,5 @@ FEWER_HEADS: dict[str, Function] = {
     "mqa-broadcast": lambda q, k, v: eager(q, k[:, :1], v[:, :1]),
 }
 
-#: That need at least as many queries as keys to be what they are elsewhere, or the other way round.
+#: Attention that is itself only with at least as many queries as keys, or the other way round.
 SQUARE: dict[str, Function] = {"sdpa-causal": sdpa(is_causal=True)}

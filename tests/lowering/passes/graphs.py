@@ -30,7 +30,7 @@ def traced(function: Function, *inputs: Tensor, mode: str = "fake") -> torch.fx.
         return make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode=mode)(*inputs)
 
 
-#: What is around attention stays as it is: `test_products` is about that.
+#: Products around attention stay as they are: `test_products` is about that.
 ATTENTION_ALONE = Settings(gemm=False)
 
 
@@ -52,7 +52,7 @@ def _outputs(graph: torch.fx.GraphModule) -> list[Any]:
 
 
 def check_metadata(node: torch.fx.Node) -> None:
-    """What a node is said to compute is what it computes from what its inputs are said to be."""
+    """Check that a node's metadata are what it computes from those of its inputs."""
     if (
         not isinstance(node.target, torch._ops.OpOverload)
         or "val" not in node.meta

@@ -185,7 +185,7 @@ def test_a_size_that_the_graph_computes(s: int) -> None:
 
 @pytest.mark.parametrize("name", ["sdpa-mask-bool", "eager-mask-least", "gqa-mask", "gqa-repeat", "sdpa-causal"])
 def test_one_graph_for_all_lengths(name: str) -> None:
-    """Of a cache that grows by concatenation: there are as many keys as past ones and queries together.
+    """A cache grows by concatenation: there are as many keys as past ones and queries together.
 
     New tokens are one tensor, as in a model: queries and new keys cannot differ in number.
     """

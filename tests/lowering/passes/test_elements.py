@@ -120,7 +120,7 @@ def test_resolve_follows_every_element(chain: list[Callable[[Tensor], Tensor]]) 
 
 
 def test_resolve_reaches_the_source_of_common_chains() -> None:
-    """What models do to a cache on its way to attention."""
+    """Models do this to a cache on its way to attention."""
 
     def repeat(x: Tensor) -> Tensor:
         x = x * 1

@@ -62,7 +62,7 @@ def test_positions_up_to_the_last_exact_integer(row: str, dtype: torch.dtype, be
     ("dtype", "size"), [(torch.uint8, 256), (torch.int8, 128), (torch.bfloat16, 257), (torch.float16, 2049)], ids=str
 )
 def test_rows_of_a_narrow_type(dtype: torch.dtype, size: int) -> None:
-    """As long as the type holds its positions, and one longer."""
+    """One size whose positions the type just holds, and one that is longer."""
     for n in (size, size + 1):
 
         def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def test_conditions_on_data(name: str) -> None:
 
 
 def test_a_window_of_one_query() -> None:
-    """Of one query, any span of keys will do; of several, a constant window never is one."""
+    """For one query any span of keys will do; for several, a constant window never is one."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         _, j = positions(q, k)

@@ -1,4 +1,4 @@
-"""What is almost attention that the operators serve is left alone, with the reason, and not one node is changed."""
+"""Code that is almost attention as the operators have it is left alone, with the reason; no node is changed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _own_softmax(exponential: Callable[[Tensor], Tensor], extra: float = 0.0) ->
 
 
 def _sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
-    """As in gpt-oss: one more score, whose value is nothing."""
+    """The sink of gpt-oss: one more score, whose value is nothing."""
     together = torch.cat([scores(q, k), sink.expand(B, H, q.shape[2], 1)], dim=-1)
     return torch.softmax(together, -1)[..., :-1] @ v
 

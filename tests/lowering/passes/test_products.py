@@ -31,12 +31,12 @@ BIAS, BOTH = draw(N, seed=4), draw(2 * N, K, seed=5)
 
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """As Llama writes it, with its residual."""
+    """The MLP as Llama writes it, with its residual."""
     return x + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def fused_mlp(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
-    """As Phi-3 writes it: one weight for gate and up."""
+    """The MLP as Phi-3 writes it: one weight for gate and up."""
     gate, up = F.linear(x, both).chunk(2, dim=-1)
     return F.linear(up * F.silu(gate), down) + x
 

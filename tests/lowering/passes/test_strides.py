@@ -45,7 +45,7 @@ def loop(x: Tensor) -> Any:
     return torch._higher_order_ops.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x.sin()), (torch.tensor(0), x))
 
 
-#: What sees strides: directly, and behind operators that keep them.
+#: Readers of strides: directly, and behind operators that keep them.
 READERS: dict[str, Callable[[Tensor], Any]] = {
     "output": lambda x: x,
     "output-moved": lambda x: x.sin().transpose(1, 2),
@@ -164,7 +164,7 @@ def test_a_copy_is_computed_with_its_reader() -> None:
     assert sum(buffer.shape == "2, 4, 5, 16" for buffer in explained.after.buffers) == 1
 
 
-# What was computed, and in which order.
+# Tensors that were computed in one order or another.
 
 LAID_OUT: dict[str, Callable[..., Tensor]] = {
     "cast-transposed": lambda q, k, v: eager(q.bfloat16(), k.mT.bfloat16().mT, v.bfloat16()).float(),
@@ -182,7 +182,7 @@ def test_rows_that_are_computed_from_columns(name: str) -> None:
 
 
 def test_grouped_heads_under_autocast() -> None:
-    """As eager attention of Llama under autocast."""
+    """Eager attention of Llama is this under autocast."""
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
