@@ -261,7 +261,7 @@ def _require_dense(
     cache_seqlens: Tensor | None,
     enable_batch_invariant: bool,
 ) -> None:
-    """What a call without indices must and must not have. ``sparse``: arguments that go with indices."""
+    """Check the arguments that a call without indices must have or must not. ``sparse``: arguments that go with indices."""
     for name, value in sparse.items():
         if value is not None:
             raise ArgumentError(_OP, name, "None without indices", type(value).__name__)
@@ -283,7 +283,7 @@ def _describe(
     is_fp8_kvcache: bool | None,
     enable_batch_invariant: bool,
 ) -> tuple[FlashMLASchedMeta.Config, tuple[str, str]]:
-    """What a plan is made for, and the row formats of both caches."""
+    """The sizes that a plan is made for, and the row formats of both caches."""
     for name, tensor in (("q", q), ("k_cache", k_cache), ("extra_k_cache", extra_k_cache)):
         if tensor is not None and tensor.dim() != 4:
             raise ArgumentError(_OP, name, "4 dimensions", f"{tensor.dim()} dimensions")

@@ -18,7 +18,7 @@ from tests.support.poison import same_bits
 from tests.support.sparse import Rows, SparseCase, build
 
 INT = torch.int32
-#: What each release caches: the format of the first cache, and of the second.
+#: The caches of each release: the format of the first cache, and of the second.
 RELEASES = {
     "V3": ("native", None),
     "V3.2": ("fp8_v32", None),

@@ -1,4 +1,4 @@
-"""What `make verify` does where there is no nvcc: install it, or say why nothing is verified."""
+"""`make verify` without nvcc: it installs it, or says why nothing is verified."""
 
 from __future__ import annotations
 

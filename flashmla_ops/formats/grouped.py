@@ -18,7 +18,7 @@ class Grouped(RowFormat):
     values: int = 512
     group: int = 128
     rope: int = 64
-    #: Of a code: 8, or 4 with the even element in the low half of a byte.
+    #: The bits of a code: 8, or 4 with the even element in the low half of a byte.
     bits: int = 8
     scale_bytes: int = 4
 

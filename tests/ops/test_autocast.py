@@ -59,7 +59,7 @@ def test_inputs_are_cast(name: str, mixed: bool, dtype: torch.dtype, compiled: b
 @pytest.mark.parametrize("others", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_cache_decides(name: str, cache: torch.dtype, others: torch.dtype, compiled: bool) -> None:
-    """What comes with it is cast to its dtype; the cache itself is not touched."""
+    """The other arguments are cast to the cache's dtype; the cache itself is not touched."""
     call = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
     plain = CALLS[name].arguments()
     kept = ("attn_sink", "mask")

@@ -94,7 +94,7 @@ def test_an_invalid_index_names_nothing(name: str, which: int) -> None:
 @pytest.mark.parametrize("sink", [-math.inf, -1.0, 3.0, math.inf])
 @pytest.mark.parametrize("h_q", [2, 16])
 def test_a_sink_takes_its_share_once(sink: float, h_q: int) -> None:
-    """Of the rows of both sources together; lse knows nothing of it, nor does a query without rows."""
+    """The sink joins the rows of both sources together; lse knows nothing of it, nor does a query without rows."""
     case = SparseCase(Rows(topk=40), Rows(topk=20, page_size=3), h_q=h_q, dtype="float32", b=3)
     named = build(case)
     named["indices"][2], named["extra_indices"][2] = -1, 100000

@@ -14,7 +14,7 @@ from tests.support.compare import OFFICIAL_LSE, Tolerance, difference
 from tests.support.poison import strided
 from tests.support.rows import empty_cache, write
 
-#: What the official tests allow.
+#: The tolerances of the official tests.
 SPARSE_OUT = Tolerance(absolute=1e-3, relative=2.01 / 128, cosine=5e-6)
 PREFILL_OUT = Tolerance(absolute=1e-3, relative=3.01 / 128, cosine=7e-6)
 FLOAT32 = Tolerance(absolute=2e-5, relative=0.0, cosine=1e-8)
