@@ -261,7 +261,7 @@ def _require_dense(
     cache_seqlens: Tensor | None,
     enable_batch_invariant: bool,
 ) -> None:
-    """Check the arguments that a call without indices must have or must not. ``sparse``: arguments that go with indices."""
+    """Check what a call without indices must have or must not. ``sparse``: the arguments that go with indices."""
     for name, value in sparse.items():
         if value is not None:
             raise ArgumentError(_OP, name, "None without indices", type(value).__name__)
