@@ -154,6 +154,12 @@ void together(size_t operations, unsigned threads) {
   check(ArenaMap::find(somewhere) == nullptr, "the arena went with its last block");
 }
 
+// A block that comes back when the process ends, after what was made since main began is gone.
+struct AtExit {
+  Block block;
+  ~AtExit() { give_back(block); }
+} at_exit;
+
 // Arenas that come and go while others do.
 void many(size_t rounds) {
   const auto work = [&](unsigned seed) {
@@ -179,5 +185,9 @@ int main(int, char** arguments) {
   alone(operations / 4, true);
   together(operations / threads, threads);
   many(operations / 100);
+  Arena* last = Arena::create({1 << 20, 1 << 20, 0, 0, 0, 0});
+  Random random(3);
+  at_exit.block = take(*last, random);
+  last->let_go();
   std::puts("good");
 }

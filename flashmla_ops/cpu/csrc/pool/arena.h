@@ -55,7 +55,8 @@ public:
   // False where the system has no address space for the table, or gave addresses that it does not cover.
   static bool set(const Reservation& range, Arena* arena) {
     static const bool reserved = [] {
-      static Reservation memory(sizeof(std::atomic<Arena*>) << (kAddressBits - kSlotBits), kSlot);
+      // Never destroyed: blocks come back until the process has ended.
+      static auto& memory = *new Reservation(sizeof(std::atomic<Arena*>) << (kAddressBits - kSlotBits), kSlot);
       if (!memory || !memory.commit(0, memory.bytes())) return false;
       table().store(reinterpret_cast<std::atomic<Arena*>*>(memory.base()), std::memory_order_release);
       return true;
