@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from flashmla_ops.cpu import allocator
+from flashmla_ops.errors import ArenaFullError
 from flashmla_ops.kv_cache import Arena
+from tests.support.threads import threads
 
 pytestmark = pytest.mark.usefixtures("cxx")
 
@@ -64,7 +66,7 @@ class TestAutograd:
         torch.testing.assert_close(gradients, expected)
 
     def test_autograds_own_threads_are_served(self, arena: Arena) -> None:
-        served, threads = [], set()
+        served, seen = [], set()
 
         class Nested(torch.autograd.Function):
             """Its backward runs another backward, which autograd gives a thread of its own from some depth on."""
@@ -81,13 +83,13 @@ class TestAutograd:
                         y = torch.ones(5, requires_grad=True)
                         Nested.apply(y, ctx.depth - 1).sum().backward()
                     served.append(arena.owns(y.grad))
-                    threads.add(threading.get_ident())
+                    seen.add(threading.get_ident())
                 return gradient * 2, None
 
         x = torch.ones(5, requires_grad=True)
         with arena.allocator():
             Nested.apply(x, 70).sum().backward()
-        assert len(threads) > 1
+        assert len(seen) > 1
         assert served == [True] * 70
 
 
@@ -120,6 +122,17 @@ class TestCompiled:
                 y = net(x[: step % 60 + 2])
         assert arena.owns(y)
         assert arena.stats().peak < 1 << 20
+
+    def test_a_full_arena_in_compiled_code(self, arena: Arena) -> None:
+        net = torch.compile(lambda x: (x @ x.mT).softmax(-1) @ x)
+        small, large = torch.randn(64, 16), torch.randn(8192, 16)  # 256 MiB of scores
+        with torch.no_grad():
+            expected = net(small)
+            with pytest.raises(ArenaFullError), arena.allocator(strict=True):
+                net(large)
+            with arena.allocator(strict=True):
+                again = net(small)
+        torch.testing.assert_close(again, expected)
 
     def test_a_context_inside_compiled_code(self, arena: Arena) -> None:
         @torch.compile
@@ -159,6 +172,18 @@ class TestStorages:
         assert x.is_shared()
         assert not arena.owns(x)
         assert x.tolist() == list(range(12))
+
+    def test_pin_memory_is_as_without_an_arena(self, arena: Arena) -> None:
+        def outcome(x: Tensor) -> bool | str:
+            try:
+                return x.pin_memory().is_pinned()
+            except RuntimeError as error:
+                return str(error)
+
+        with arena.allocator():
+            x = torch.arange(12)
+            inside = outcome(x)
+        assert inside == outcome(x) == outcome(torch.arange(12))
 
     def test_numpy_and_dlpack_keep_the_memory(self, arena: Arena) -> None:
         with arena.allocator():
@@ -273,10 +298,8 @@ class TestThreads:
 
     @pytest.fixture(autouse=True)
     def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(4)
-        yield
-        torch.set_num_threads(before)
+        with threads(4):
+            yield
 
     def test_parallel_regions(self, arena: Arena, probe: ctypes.CDLL) -> None:
         for n_threads in (4, 2, 6, 1, 3):
@@ -381,7 +404,7 @@ class TestForks:
         """Run ``work`` in the child of a fork: it must return true in time."""
         pid = os.fork()
         if pid == 0:
-            signal.alarm(60)
+            signal.alarm(30)
             good = False
             try:
                 good = work()
@@ -402,6 +425,17 @@ class TestForks:
             self.child(work)
             assert x.tolist() == list(range(10))
 
+    def test_the_child_enters_contexts_though_the_parent_has_had_parallel_regions(self, arena: Arena) -> None:
+        with threads(4):
+            with arena.allocator():
+                torch.ones(1 << 20).sum()
+
+            def work() -> bool:
+                with arena.allocator():
+                    return arena.owns(torch.empty(10))
+
+            self.child(work)
+
     def test_while_other_threads_allocate(self, arena: Arena) -> None:
         stop = threading.Event()
 
@@ -414,15 +448,15 @@ class TestForks:
             with arena.allocator():
                 return all(arena.owns(torch.empty(n)) for n in range(1, 500))
 
-        threads = [threading.Thread(target=churn) for _ in range(3)]
-        for thread in threads:
+        others = [threading.Thread(target=churn) for _ in range(3)]
+        for thread in others:
             thread.start()
         try:
             for _ in range(20):
                 self.child(work)
         finally:
             stop.set()
-            for thread in threads:
+            for thread in others:
                 thread.join()
 
     def test_epochs_of_threads_that_the_child_lacks(self, arena: Arena) -> None:

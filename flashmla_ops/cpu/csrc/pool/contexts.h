@@ -65,6 +65,7 @@ inline thread_local Owner owner;
 struct Process {
   std::atomic<int> open{0};    // contexts of any kind
   std::atomic<int> shared{0};  // those that serve all threads
+  bool forked = false;         // from a process that may have had threads
   std::mutex mutex;
   std::vector<ContextPtr> serving_all;
 
@@ -73,7 +74,7 @@ struct Process {
       pthread_atfork([] { get().mutex.lock(); }, [] { get().mutex.unlock(); },
                      [] {
                        get().mutex.unlock();
-                       if (own != nullptr) own->workers = 0;  // a fork has no threads but one
+                       get().forked = true;
                      });
       return new Process;
     }();
@@ -121,7 +122,9 @@ inline Context* current(ContextPtr* keep) {
 
 // Has the threads of this thread's parallel regions look at it, if some of them do not yet.
 inline void lead_workers() {
-  if (at::in_parallel_region() || at::get_num_threads() - 1 <= own->workers.load()) return;
+  // A fork has the books of OpenMP's threads, but not the threads: a parallel region would wait for them for ever.
+  if (Process::get().forked || at::in_parallel_region()) return;
+  if (at::get_num_threads() - 1 <= own->workers.load()) return;
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   // Of the OpenMP library that torch uses, whichever it is: its threads are meant.
   static const auto parallel = reinterpret_cast<Parallel>(::dlsym(RTLD_DEFAULT, "GOMP_parallel"));
