@@ -52,7 +52,29 @@ class FallbackWarning(UserWarning):
 
 
 class OutOfPagesError(FlashMLAError, MemoryError):
-    """The page pool has fewer free pages than were asked for. Nothing was allocated."""
+    """A pool has too few pages for what was asked. Nothing was allocated.
+
+    Attributes, in pages: ``needed``; ``free``; ``evictable`` (of the prefix cache alone; those that an open step may
+    still read cannot be taken yet); ``deferred`` (released, but an open step may still read them); ``reserved`` (of
+    sequences, for tokens to come); and ``n_pages`` of the pool.
+    """
+
+    def __init__(self, needed: int, *, free: int, evictable: int, deferred: int, reserved: int, n_pages: int) -> None:
+        self.needed, self.free, self.evictable = needed, free, evictable
+        self.deferred, self.reserved, self.n_pages = deferred, reserved, n_pages
+        super().__init__(
+            f"{needed} pages are needed and {free} of {n_pages} are free ({evictable} evictable, {deferred} deferred"
+            f" until open steps close, {reserved} reserved): release, truncate or swap out sequences, or make the pool"
+            " with more pages"
+        )
+
+
+class PoolBusyError(FlashMLAError):
+    """Something that moves rows was asked of a pool while a step is open, which may read them."""
+
+
+class SwapError(FlashMLAError):
+    """A swapped sequence cannot be read back: its file is not whole, or is another pool's."""
 
 
 class ArenaUnavailableError(FlashMLAError):

@@ -93,6 +93,8 @@ BINDING_UNITS = tuple(
 #: The core without them is reached through ctypes.
 CTYPES = Library("flashmla_cpu_ctypes", CORE_UNITS)
 STABLE_ABI = Library("flashmla_cpu", (*BINDING_UNITS, *CORE_UNITS), links_torch=True, otherwise=CTYPES)
+#: The books of a KV pool.
+PAGES = Library("flashmla_pages", tuple(Unit(f"pool/{name}.cpp") for name in ("pages", "pages_interface")))
 #: Tells autograd of the operators. It uses more of torch than the stable ABI, and fits this version alone;
 #: without it, the same runs in Python.
 AUTOGRAD = Library(f"flashmla_autograd_{torch.__version__}", (Unit("autograd.cpp"),), links_torch=True)
@@ -110,7 +112,7 @@ def source_key() -> str:
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     digest.update(repr(header.generated()).encode())
-    digest.update(repr((platform.machine(), COMMON_FLAGS, ISAS, STABLE_ABI, KERNELS)).encode())
+    digest.update(repr((platform.machine(), COMMON_FLAGS, ISAS, PAGES, STABLE_ABI, KERNELS)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -147,6 +149,7 @@ def in_wheels() -> list[Library]:
     """The libraries that a wheel with kernels holds: all that a processor may choose."""
     return [
         ISAS,
+        PAGES,
         STABLE_ABI,
         AUTOGRAD,
         ALLOCATOR,

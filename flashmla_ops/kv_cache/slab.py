@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashmla_ops.kv_cache.block_tables import PageCopy
+from flashmla_ops.kv_cache.tables import PageCopy
 
 HUGE_PAGE = 2 << 20  # bytes of Linux's transparent huge pages on x86-64, and on Arm with pages of 4 KB
 
@@ -70,3 +70,9 @@ def copy_pages(slab: Tensor, copies: Sequence[PageCopy]) -> None:
     if copies:
         sources, targets = torch.tensor(copies, device=slab.device).unbind(dim=1)
         slab.index_copy_(0, targets, slab.index_select(0, sources))
+
+
+def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that take memory as they are written, where the system has such memory."""
+    reserved = _reserve(math.prod(shape), dtype)
+    return torch.zeros(*shape, dtype=dtype) if reserved is None else reserved.view(*shape)

@@ -31,8 +31,7 @@ def new_cache(request: pytest.FixtureRequest) -> Callable[[PreTrainedModel], Any
 
 
 def pages_in_use(cache: PagedLatentCache) -> int:
-    allocator = cache.sequences.tables.allocator
-    return allocator.n_pages - allocator.n_free
+    return cache.sequences.pool.stats().used
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_tracing
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
 from flashmla_ops.integrations.transformers.attention import Pages
 from flashmla_ops.integrations.transformers.hook import is_enabled, mla_modules
-from flashmla_ops.kv_cache import BlockTables, PageCopy, as_cache, copy_pages, new_slab, slot_mapping
+from flashmla_ops.kv_cache import KVPool, Sequence, as_cache
 
 DEFAULT_PAGES = 256
 
@@ -39,12 +39,12 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
 
     @property
     def batch_size(self) -> int:
-        return len(self.sequences.names)
+        return len(self.sequences.batch)
 
     def n_bytes(self) -> int:
         """Bytes of the pages in use, in all layers."""
-        pages = self.sequences.tables.allocator.n_pages - self.sequences.tables.allocator.n_free
-        return sum(pages * layer.slab[0].nbytes for layer in self.layers if layer.is_initialized)
+        pool = self.sequences.pool
+        return pool.stats().used * pool.storage.page_bytes
 
     def reset(self) -> None:
         """Forget all tokens and release all pages."""
@@ -73,58 +73,44 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
 
 
 class PagedSequences:
-    """The sequences of one batch in the pool, which all have one length. Shared by the layers of a cache."""
+    """The sequences of one batch in a pool, which all have one length. Shared by the layers of a cache."""
 
     def __init__(self, n_pages: int, page_size: int) -> None:
-        self.tables = BlockTables(n_pages, page_size)
-        self.names: list[int] = []
+        self.pool = KVPool(layers=0, n_pages=n_pages, page_size=page_size)
+        self.batch: list[Sequence] = []
         self.length = 0
-        self.slabs: list[Tensor] = []
-        self._next_name = 0
         self._step: tuple[Pages, Tensor] | None = None
 
-    def extend(self, b: int, length: int, device: torch.device) -> tuple[Pages, Tensor]:
+    def extend(self, b: int, length: int) -> tuple[Pages, Tensor]:
         """Make the sequences ``length`` tokens long; how to read them, and the slots ``[b * n]`` of the new ones.
 
         The first layer of a forward makes the room; the others come here for the same tokens and find it made.
         """
-        names = self.names or [self._new_name() for _ in range(b)]
-        if b != len(names):
-            raise ArgumentError("PagedLatentCache", "key_states", f"a batch of {len(names)}, as cached", b)
+        batch = self.batch or [self.pool.open() for _ in range(b)]
+        if b != len(batch):
+            raise ArgumentError("PagedLatentCache", "key_states", f"a batch of {len(batch)}, as cached", b)
         if self._step is None or length > self.length:
-            self._copy(self.tables.extend(names, length - self.length))
-            self.names = names
-            positions = torch.arange(self.length, length, device=device).expand(b, -1)
-            block_table = self.tables.block_table(self.names, device)
-            seqlens = torch.full((b,), length, dtype=torch.int32, device=device)
-            slots = slot_mapping(block_table, positions, self.tables.page_size)
-            self._step = Pages(block_table, seqlens, length), slots
+            # The forward reads these tensors before anything else is asked of the pool, so that the step may end here.
+            with self.pool.step(batch, length - self.length) as step:
+                self.batch = batch
+                used = -(-length // self.pool.page_size)
+                self._step = Pages(step.block_table[:, :used], step.cache_seqlens, length), step.slot_mapping
             self.length = length
         return self._step
 
     def select(self, parents: list[int]) -> None:
         """Make the batch out of the sequences at these indices; each may be taken any number of times, or never."""
-        old, self.names = self.names, [self._new_name() for _ in parents]
-        for name, parent in zip(self.names, parents, strict=True):
-            self.tables.fork(old[parent], name)
-        for name in old:
-            self.tables.release(name)
+        old, self.batch = self.batch, [self.pool.fork(self.batch[parent]) for parent in parents]
+        for sequence in old:
+            self.pool.release(sequence)
         self.length = self.length if parents else 0
         self._step = None
 
     def truncate(self, length: int) -> None:
-        for name in self.names:
-            self.tables.truncate(name, length)
+        for sequence in self.batch:
+            self.pool.truncate(sequence, length)
         self.length = length
         self._step = None
-
-    def _copy(self, copies: list[PageCopy]) -> None:
-        for slab in self.slabs:
-            copy_pages(slab, copies)
-
-    def _new_name(self) -> int:
-        self._next_name += 1
-        return self._next_name
 
 
 class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -140,9 +126,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        tables = self.sequences.tables
-        self.slab = slab_for(key_states, value_states, tables.allocator.n_pages, tables.page_size)
-        self.sequences.slabs.append(self.slab)
+        self.slab = add_slab(self.sequences.pool, key_states, value_states)
         self.is_initialized = True
 
     def update(
@@ -156,7 +140,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         b, _, n, _ = key_states.shape
-        view, slots = self.sequences.extend(b, self.length + n, key_states.device)
+        view, slots = self.sequences.extend(b, self.length + n)
         append_rows(self.slab, key_states, value_states, slots)
         self.length += n
         return self.slab, view
@@ -189,7 +173,8 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
         self.page_size = page_size
         layers = [StaticPagedLatentLayer(self, max_cache_len) for _ in range(count_layers(model))]
         super().__init__(layers=layers)
-        self.tables: BlockTables | None = None
+        self.pool: KVPool | None = None
+        self.batch: list[Sequence] = []
         self.block_table: Tensor | None = None
 
     @property
@@ -200,15 +185,21 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
         """Bytes of all pages, in all layers."""
         return sum(layer.slab.nbytes for layer in self.layers if layer.is_initialized)
 
-    def reserve(self, b: int, device: torch.device) -> Tensor:
-        """The block table ``[b, max_pages]`` of the batch; the first layer to ask reserves the pages."""
-        if self.block_table is None:
+    def reserve(self, b: int, device: torch.device) -> tuple[KVPool, Tensor]:
+        """A pool with pages for the batch at full length, and its block table ``[b, max_pages]``.
+
+        The first layer to ask makes them.
+        """
+        if self.pool is None or self.block_table is None:
             capacity = self.layers[0].max_cache_len
-            self.tables = BlockTables(b * -(-capacity // self.page_size), self.page_size)
-            self.tables.extend(range(b), capacity)
-            self.block_table = self.tables.block_table(range(b), device)
+            pages = -(-capacity // self.page_size)
+            sizes = {"n_pages": b * pages, "page_size": self.page_size, "max_batch": b, "max_length": capacity}
+            self.pool = KVPool(layers=0, device=device, **sizes)
+            self.batch = [self.pool.open() for _ in range(b)]
+            with self.pool.step(self.batch, capacity) as step:
+                self.block_table = step.block_table.clone()
             mark_static(self.block_table)
-        return self.block_table
+        return self.pool, self.block_table
 
     def reset(self) -> None:
         """Forget all tokens. Pages stay reserved, and tensors where they are."""
@@ -250,21 +241,15 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
 
     def _rearrange(self, length: int, parents: list[int]) -> None:
         """Cut all sequences to ``length``, make the batch out of ``parents``, and reserve the pages behind again."""
-        if self.tables is None or self.block_table is None:
+        if self.pool is None or self.block_table is None:
             return
-        for i in parents:
-            self.tables.truncate(i, length)
-        moved = [("moved", i) for i in range(len(parents))]
-        for name, parent in zip(moved, parents, strict=True):
-            self.tables.fork(parent, name)
-        for i in range(len(parents)):
-            self.tables.release(i)
-            self.tables.fork(moved[i], i)
-            self.tables.release(moved[i])
-        copies = self.tables.extend(range(len(parents)), self.layers[0].max_cache_len - length)
-        for layer in self.layers:
-            copy_pages(layer.slab, copies)
-        self.block_table.copy_(self.tables.block_table(range(len(parents))))
+        for sequence in self.batch:
+            self.pool.truncate(sequence, length)
+        old, self.batch = self.batch, [self.pool.fork(self.batch[parent]) for parent in parents]
+        for sequence in old:
+            self.pool.release(sequence)
+        with self.pool.step(self.batch, self.layers[0].max_cache_len - length) as step:
+            self.block_table.copy_(step.block_table)
 
 
 class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -282,10 +267,9 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.block_table = self.cache.reserve(key_states.shape[0], key_states.device)
+        pool, self.block_table = self.cache.reserve(key_states.shape[0], key_states.device)
+        self.slab = add_slab(pool, key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(key_states.device)
-        n_pages = self.block_table.numel()
-        self.slab = slab_for(key_states, value_states, n_pages, self.cache.page_size)
         mark_static(self.slab, self.cumulative_length)
         self.is_initialized = True
 
@@ -348,10 +332,21 @@ def check_room(length: int, n: int, max_cache_len: int) -> None:
         raise ArgumentError("StaticPagedLatentCache", "key_states", expected, f"{n} behind {length} cached")
 
 
-def slab_for(key_states: Tensor, value_states: Tensor, n_pages: int, page_size: int) -> Tensor:
-    """Pages for rows ``[c_kv, k_pe]`` of the states' widths, dtype and device."""
+def add_slab(pool: KVPool, key_states: Tensor, value_states: Tensor) -> Tensor:
+    """A layer of rows ``[c_kv, k_pe]`` of the states' widths, dtype and device."""
     d = key_states.shape[-1] + value_states.shape[-1]
-    return new_slab(n_pages, page_size, 1, d, key_states.dtype, key_states.device)
+    layer = pool.add_layer(d, dtype=key_states.dtype, device=key_states.device)
+    return pool.storage.slabs[layer][0]
+
+
+def slot_mapping(
+    block_table: Tensor,  # [b, max_pages] int32
+    positions: Tensor,  # [b, n] int64, the tokens' places in their sequences
+    page_size: int,
+) -> Tensor:  # [b * n] int64
+    """The slots of tokens, as `flashmla::append_` takes them: page * page_size + offset."""
+    pages = block_table.gather(1, positions // page_size).long()
+    return (pages * page_size + positions % page_size).flatten()
 
 
 def append_rows(slab: Tensor, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:

@@ -1,0 +1,223 @@
+"""`KVPool`: one pool of pages for the cached rows of all sequences and layers of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flashmla_ops.errors import ArgumentError, PoolBusyError, SwapError
+from flashmla_ops.kv_cache import plot, stats, swap
+from flashmla_ops.kv_cache.core import PagePool
+from flashmla_ops.kv_cache.epochs import TraceEvent
+from flashmla_ops.kv_cache.sequence import NOWHERE, Sequence
+from flashmla_ops.kv_cache.stats import PoolStats
+
+
+class KVPool(PagePool):
+    """Pages for the rows of every layer, shared by all sequences; one block table serves all layers.
+
+        pool = KVPool(layers=27, format="fp8_v32", d=576, page_size=64, memory="8GiB", preallocate=True)
+        seq = pool.open(prompt_tokens)               # cached prefixes are found again
+        with pool.step([seq], seq.pending) as step:  # room for the rest of the prompt
+            model(..., step.block_table, step.cache_seqlens, step.slot_mapping)
+        pool.release(seq)                            # at once, whatever is still being read
+
+    Every method either succeeds, or raises and changes nothing; several threads may call them at once. A method that
+    gives out pages raises `OutOfPagesError` where there are too few. `PagePool` has the arguments.
+    """
+
+    def _begin(self) -> None:
+        self._watchers: list[Watermarks] = []
+        super()._begin()
+
+    # Pressure.
+
+    def can_fit(
+        self, new_tokens: int | Sized[int], sequences: Sized[Sequence] | None = None, headroom: int = 0
+    ) -> bool:
+        """Whether there are pages for a step of these sequences, or for new ones; ``headroom`` pages are left.
+
+        ``new_tokens`` is one count for all sequences, or a list; without ``sequences``, the lengths of new ones.
+        """
+        counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
+        if sequences is not None:
+            counts = counts * len(sequences) if isinstance(new_tokens, int) else counts
+            if len(counts) != len(sequences):
+                raise ArgumentError("kv_pool", "new_tokens", f"{len(sequences)} counts, one a sequence", len(counts))
+        with self._locked():
+            if sequences is None:
+                needed = sum(self._pages_for(count) for count in counts)
+            else:
+                needed = sum(self._missing(each, count) for each, count in zip(sequences, counts, strict=True))
+            return self.pages.can_take(needed + headroom)
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        """Pages that a sequence needs for more tokens, at most: a shared last page may lose its other holders."""
+        held, length = self.pages.pages_of(self._known(sequence)), sequence.length
+        shared = count and length % self.page_size and self.pages.references(held[length // self.page_size]) > 1
+        return max(0, self._pages_for(length + count) - len(held)) + bool(shared)
+
+    def watch(self, low: float, high: float, tell: Callable[[PoolStats], object]) -> None:
+        """Call ``tell`` when the share of pages that could be given out falls below ``low``, and when it is back.
+
+        Back is above ``high``. It is called by the method that made it so, with the pool's lock held. Raises
+        `ArgumentError` unless 0 <= low <= high <= 1.
+        """
+        if not 0 <= low <= high <= 1:
+            raise ArgumentError("kv_pool", "low", "0 <= low <= high <= 1", f"{low} and {high}")
+        with self._locked():
+            self._watchers.append(Watermarks(low, high, tell))
+            self._look_at_pressure()
+
+    def _look_at_pressure(self) -> None:
+        for each in self._watchers:
+            wanted = each.high if each.low_now else each.low
+            enough = self.pages.can_take(max(0, int(wanted * self.n_pages)))
+            if enough == each.low_now:
+                each.low_now = not enough
+                each.tell(self._stats())
+
+    def evict(self) -> None:
+        """Forget the prefix cache: pages that nobody else holds are free."""
+        with self._locked():
+            self.prefixes.clear()
+            for sequence in self._sequences:
+                sequence.chain.clear()
+            self._after()
+
+    # Swapping.
+
+    def swap_out(self, sequence: Sequence, path: str | Path | None = None) -> None:
+        """Move a sequence's rows to host memory, or to a file, and give its pages back.
+
+        They are given back once the rows are safe: whatever fails or is killed before, the sequence or what was in the
+        file is as it was. Raises OSError, and `PoolBusyError` while a step of this sequence is open.
+        """
+        with self._locked():
+            name = self._known(sequence)
+            self._check_at_rest(sequence)
+            held = self.pages.pages_of(name)[: self._pages_for(sequence.length)]
+            taken = swap.take(self.storage, held, sequence.length, sequence.tokens[:])
+            if path is not None:
+                taken = swap.save(taken, Path(path))
+            sequence.swapped = taken
+            self.pages.close_sequence(name)
+            sequence.name = NOWHERE
+            sequence.chain.clear()
+            self._after()
+
+    def swap_in(self, sequence: Sequence) -> None:
+        """Bring a sequence back. Raises `SwapError` if its rows are not what they were."""
+        with self._locked():
+            if sequence.swapped is None or sequence.books is not self.pages:
+                raise ArgumentError("kv_pool", "sequence", "a swapped sequence of this pool", sequence)
+            sequence.name = self._bring(sequence.swapped)
+            sequence.swapped = None
+            self._remember(sequence)
+
+    def restore(self, path: str | Path) -> Sequence:
+        """A sequence that any pool of the same layers and page size swapped to a file. Raises `SwapError`."""
+        with self._locked():
+            found = swap.load(Path(path))
+            sequence = self._sequence(self._bring(found), found.tokens, [], 0)
+            self._remember(sequence)
+            return sequence
+
+    def _bring(self, swapped: swap.Swapped) -> int:
+        """A sequence of the books with these rows."""
+        if swapped.layout != swap.layout_of(self.storage):
+            raise SwapError(f"the rows are of another pool, whose pages and layers are {swapped.layout}")
+        rows = list(swapped.read())
+        holder = self._sequence(self.pages.open_sequence(), swapped.tokens, [], 0)
+        try:
+            with self.step([holder], swapped.length):
+                for page, data in zip(self.pages.pages_of(holder.name), rows, strict=True):
+                    self.storage.write(page, data)
+        except BaseException:
+            self.release(holder)
+            raise
+        name = holder.name
+        self._forget(holder)
+        return name
+
+    def _check_at_rest(self, sequence: Sequence) -> None:
+        if any(sequence in running for running in self._running.values()):
+            raise PoolBusyError("a sequence cannot be swapped out while a step of it is open")
+
+    # Compaction.
+
+    def compact_(self) -> int:
+        """Move rows so that the used pages are the first ones; how many pages were moved.
+
+        Rows are copied to free pages before any table changes, and then all tables change together. Tensors of a step
+        follow at the next step. Raises `PoolBusyError` while a step is open.
+        """
+        with self._locked():
+            moves = self.pages.plan_moves()
+            if moves is None:
+                raise PoolBusyError(f"pages cannot be moved while {len(self._epochs)} steps are open")
+            self.storage.copy(moves)
+            self.pages.move(moves)
+            self.prefixes.move(moves)
+            self._after()
+            return len(moves)
+
+    # Observing.
+
+    def stats(self) -> PoolStats:
+        """Numbers of this moment. Takes time in the number of pages."""
+        with self._locked():
+            return self._stats()
+
+    def _stats(self) -> PoolStats:
+        found = (self.prefixes.looked_up, self.prefixes.found, self.prefixes.collisions)
+        living = sum(each.name != NOWHERE for each in self._sequences)
+        return stats.gather(self.pages.counts(), self.storage, living, len(self._epochs), found)
+
+    def explain(self) -> str:
+        """The same in words."""
+        return stats.explain(self.stats(), self.storage)
+
+    def snapshot(self) -> str:
+        """Everything as JSON: `stats`, what each page is, and the sequences with their pages."""
+        with self._locked():
+            sequences: list[dict[str, Any]] = [
+                {"length": each.length, "cached": each.cached, "tokens_known": len(each.tokens), "pages": each.pages}
+                for each in self._sequences
+                if each.name != NOWHERE
+            ]
+            kinds = [plot.KINDS[kind] for kind in self.pages.states()]
+            found = {"stats": self._stats().as_dict(), "pages": kinds, "sequences": sequences}
+        return json.dumps(found)
+
+    def plot(self, path: str | Path) -> None:
+        """A map of the pages as ``.svg``, or by matplotlib as ``.png``."""
+        with self._locked():
+            states, first = self.pages.states(), stats.explain(self._stats(), self.storage).partition("\n")[0]
+        plot.draw(states, first, Path(path))
+
+    @contextmanager
+    def trace(self) -> Iterator[list[TraceEvent]]:
+        """Tell the steps and released pages of the ``with`` block as they change."""
+        with self._locked():
+            events = self._epochs.start_trace()
+        try:
+            yield events
+        finally:
+            with self._locked():
+                self._epochs.stop_trace()
+
+
+class Watermarks:
+    """Shares of a pool's pages, and whether fewer than the low one could be given out."""
+
+    def __init__(self, low: float, high: float, tell: Callable[[PoolStats], object]) -> None:
+        self.low, self.high, self.tell = low, high, tell
+        self.low_now = False
