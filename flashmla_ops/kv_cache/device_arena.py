@@ -94,7 +94,8 @@ class DeviceArena:
             self._library._name, "flashmla_device_alloc", "flashmla_device_free"
         )
         self._pools = [torch.cuda.MemPool(functions.allocator())]
-        weakref.finalize(self, _close, self._pools, self._library, self._index).atexit = False
+        self._finalizer = weakref.finalize(self, _close, self._pools, self._library, self._index)
+        self._finalizer.atexit = False
 
     @contextlib.contextmanager
     def allocator(self) -> Iterator[None]:

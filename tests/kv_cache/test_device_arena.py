@@ -86,8 +86,10 @@ def cuda(cxx: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
 
 
 @pytest.fixture
-def arena(cuda: Cuda) -> DeviceArena:
-    return DeviceArena("16MiB", device="cuda:0")
+def arena(cuda: Cuda) -> Iterator[DeviceArena]:
+    arena = DeviceArena("16MiB", device="cuda:0")
+    yield arena
+    arena._finalizer()  # pytest may hold it longer
 
 
 def test_segments_come_from_the_arena(arena: DeviceArena) -> None:

@@ -13,7 +13,8 @@ from flashmla_build import Store, compiler, run
 
 STORE = Store("emulator", "the emulator's runtime", RuntimeUnavailable)
 SOURCE = Path(__file__).with_name("mock.cpp")
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra")
+#: Its functions call each other (-Bsymbolic), never those of a libcudart that torch has loaded.
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wl,-Bsymbolic")
 _NEEDED = re.compile(rb"\0(libcudart\.so\.[0-9.]+)\0")
 
 
