@@ -237,9 +237,9 @@ class PagePool:
             tokens = b * new_tokens if uniform else sum(new_tokens)  # type: ignore[arg-type,operator]
             ahead = self._epochs.ahead_of(behind_step) if behind_step else []
             number = self._epochs.open()
+            step = Step(self, self._lost_steps, number, tuple(sequences), tensors, tokens)
+            self._running[number] = step.sequences
             try:
-                step = Step(self, self._lost_steps, number, tuple(sequences), tensors, tokens)
-                self._running[number] = step.sequences
                 if ahead:
                     step.ahead, step.late_copies = ahead, copies
                     step.late_pages = self.pages.freed() if self.poison else []
@@ -248,10 +248,7 @@ class PagePool:
                         self._after()
                     self.storage.copy(copies)
             except BaseException:
-                books.roll_back(tables, b)
-                self._epochs.close(number)
-                self._running.pop(number, None)
-                self._give_back(tensors)
+                self.close_step(step, written=False)
                 raise
             self._look_at_pressure()
             return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sized
 from contextlib import contextmanager
@@ -52,17 +53,26 @@ class KVPool(PagePool):
             if sequences is None:
                 needed = sum(self._pages_for(count) for count in counts)
             else:
-                needed = sum(self._missing(each, count) for each, count in zip(sequences, counts, strict=True))
+                needed = self._missing(sequences, counts)
             return self.pages.can_take(needed + headroom)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def _missing(self, sequence: Sequence, count: int) -> int:
-        """Pages that a sequence needs for more tokens, at most: a shared last page may lose its other holders."""
-        held, length = self.pages.pages_of(self._known(sequence)), sequence.length
-        shared = count and length % self.page_size and self.pages.references(held[length // self.page_size]) > 1
-        return max(0, self._pages_for(length + count) - len(held)) + bool(shared)
+    def _missing(self, sequences: Sized[Sequence], counts: Sized[int]) -> int:
+        """Pages that a step of these sequences takes."""
+        writers: Counter[int] = Counter()
+        needed = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            held, length = self.pages.pages_of(self._known(sequence)), sequence.length
+            needed += max(0, self._pages_for(length + count) - len(held))
+            if count and length % self.page_size:
+                tail = held[length // self.page_size]
+                # A shared page is copied for each of its writers but the last of its holders.
+                if self.pages.references(tail) - writers[tail] > 1:
+                    writers[tail] += 1
+                    needed += 1
+        return needed
 
     def watch(self, low: float, high: float, tell: Callable[[PoolStats], object]) -> None:
         """Call ``tell`` when the share of pages that could be given out falls below ``low``, and when it is back.
