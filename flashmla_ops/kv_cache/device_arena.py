@@ -90,12 +90,13 @@ class DeviceArena:
             raise ArgumentError("device_arena", "device", "a device without an arena, or tensors of one", place)
         if opened == _REFUSED:
             raise ArenaUnavailableError(f"{place} does not grant {in_words(first)} of memory")
+        self._pools: list[torch.cuda.MemPool] = []
+        self._finalizer = weakref.finalize(self, _close, self._pools, self._library, self._index)
+        self._finalizer.atexit = False
         functions = torch.cuda.memory.CUDAPluggableAllocator(
             self._library._name, "flashmla_device_alloc", "flashmla_device_free"
         )
-        self._pools = [torch.cuda.MemPool(functions.allocator())]
-        self._finalizer = weakref.finalize(self, _close, self._pools, self._library, self._index)
-        self._finalizer.atexit = False
+        self._pools.append(torch.cuda.MemPool(functions.allocator()))
 
     @contextlib.contextmanager
     def allocator(self) -> Iterator[None]:

@@ -218,6 +218,18 @@ def test_what_makes_no_sense(cuda: Cuda) -> None:
         DeviceArena("1GiB", device="cuda:0")
 
 
+def test_nothing_is_left_where_torch_makes_no_pool(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(_: object) -> None:
+        raise RuntimeError("no driver")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "MemPool", no_driver)
+        with pytest.raises(RuntimeError, match="no driver"):
+            DeviceArena("4MiB", device="cuda:0")
+    gc.collect()
+    assert DeviceArena("4MiB", device="cuda:0").stats().size == 4 * MIB
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_without_cuda() -> None:
     with pytest.raises(ArenaUnavailableError, match="built without CUDA"):
