@@ -21,6 +21,7 @@ from flashmla_ops.kv_cache.epochs import Epochs, fence_of
 from flashmla_ops.kv_cache.pages import new_pages
 from flashmla_ops.kv_cache.prefix import PrefixCache
 from flashmla_ops.kv_cache.sequence import NOWHERE, Sequence
+from flashmla_ops.kv_cache.sizes import n_bytes
 from flashmla_ops.kv_cache.step import Step, StepTensors
 from flashmla_ops.kv_cache.storage import Layer, Storage, common_page_size, fitting_pages, layer_of, progress_bar
 from flashmla_ops.kv_cache.tables import OutOfPages
@@ -52,6 +53,7 @@ class PagePool:
         max_batch: int = 256,
         max_length: int | None = None,
         poison: bool = False,
+        workspace: int | str = "1GiB",
     ) -> None:
         """``n_pages`` pages, or as many as ``memory`` holds (bytes, or text such as "8GiB").
 
@@ -62,8 +64,10 @@ class PagePool:
 
         Memory comes as it is written; ``preallocate`` takes all of it now. ``max_batch`` and ``max_length`` (tokens of
         a sequence; None: all that there are) size the tensors of a step; a larger batch gets others. With ``poison``,
-        released pages are filled with NaN, so that whoever reads them is found out. Raises `ArgumentError`.
+        released pages are filled with NaN, so that whoever reads them is found out. ``workspace`` is the most that
+        `KVPool.allocator` gives to torch's own tensors. Raises `ArgumentError`.
         """
+        self.workspace = n_bytes("kv_pool", "workspace", workspace)
         kinds = _layers(layers, page_size, format, d, h_kv, dtype)
         sizes = [kind.page_size for kind in kinds] or ([page_size] if isinstance(page_size, int) else list(page_size))
         self.page_size = common_page_size(sizes)
@@ -356,7 +360,7 @@ class PagePool:
         """For `copy.deepcopy`, which gives the copy rows of its own. Raises `PoolBusyError` while a step is open."""
         with self._locked():
             self._check_idle("a pool cannot be copied")
-            mine = ("_lock", "_epochs", "_running", "_lost_steps", "_idle", "_fence", "_watchers")
+            mine = ("_lock", "_epochs", "_running", "_lost_steps", "_idle", "_fence", "_watchers", "_arena")
             return {name: value for name, value in vars(self).items() if name not in mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -6,16 +6,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from flashmla_ops.errors import ArgumentError, PoolBusyError, SwapError
 from flashmla_ops.kv_cache import plot, stats, swap
+from flashmla_ops.kv_cache.arena import Arena
 from flashmla_ops.kv_cache.core import PagePool
+from flashmla_ops.kv_cache.device_arena import DeviceArena
 from flashmla_ops.kv_cache.epochs import TraceEvent
 from flashmla_ops.kv_cache.sequence import NOWHERE, Sequence
 from flashmla_ops.kv_cache.stats import PoolStats
+
+#: What the memory for torch's own tensors grows by.
+WORKSPACE_STEP = 64 << 20
 
 
 class KVPool(PagePool):
@@ -33,7 +38,29 @@ class KVPool(PagePool):
 
     def _begin(self) -> None:
         self._watchers: list[Watermarks] = []
+        self._arena: Arena | DeviceArena | None = None
         super()._begin()
+
+    # Torch's own tensors.
+
+    def allocator(self) -> AbstractContextManager[None]:
+        """Serve torch's allocations on the pool's device from memory of the pool: see `Arena`, and `DeviceArena`.
+
+        It grows up to the pool's ``workspace``, and lives as long as the pool and what was allocated from it. Raises
+        `ArenaUnavailableError`, which says why it cannot.
+        """
+        return self.arena().allocator()
+
+    def arena(self) -> Arena | DeviceArena:
+        """The arena of `allocator`, made when it is first asked for. Raises `ArenaUnavailableError`."""
+        with self._locked():
+            if self._arena is None:
+                first = min(WORKSPACE_STEP, self.workspace)
+                if self.device is not None and self.device.type == "cuda":
+                    self._arena = DeviceArena(first, device=self.device, limit=self.workspace)
+                else:
+                    self._arena = Arena(first, limit=self.workspace)
+            return self._arena
 
     # Pressure.
 
@@ -193,7 +220,8 @@ class KVPool(PagePool):
 
     def explain(self) -> str:
         """The same in words."""
-        return stats.explain(self.stats(), self.storage)
+        arena = self._arena
+        return stats.explain(self.stats(), self.storage) + (f"\n{arena.explain()}" if arena else "")
 
     def snapshot(self) -> str:
         """Everything as JSON: `stats`, what each page is, and the sequences with their pages."""
