@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.ops import _autocast, _autograd
+from flashmla_ops.ops import _autocast, _autograd, _docs
 
 NAMESPACE = "flashmla"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 (lives as long as the process)
@@ -67,6 +68,9 @@ def complete() -> None:
             torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
         if autocast is not None:
             _autocast.register(LIBRARY, operators[name], autocast)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{__package__}."):
+            _docs.document(module)
 
 
 def operator(name: str) -> torch._ops.OpOverload:

@@ -1,6 +1,15 @@
 """``flashmla::append_``: write new rows into a paged cache, in place. The only operator that mutates anything.
 
 With a ``row_format`` other than "native" the cache holds bytes, and rows are quantised as they are written.
+
+    kv_cache      [n_pages, page_size, h_kv, d] float32, bfloat16 or float16; bytes with a ``row_format``. Written.
+    k_cache       [n_pages, page_size, h_kv, d_k], `append_.two` alone: the second tensor of a cache of two. Written.
+    rows, k_rows  [n, h_kv, d] and [n, h_kv, d_k], of the cache's type: row i goes to slot_mapping[i]
+    slot_mapping  [n] int64: page * page_size + offset; negative: skip. Where two rows name one slot, the later stays.
+    row_format    "native", or a name of `flashmla_ops.formats`
+
+Raises `ArgumentError` for shapes, types and devices that do not fit, and for a slot past the end of the cache before
+anything is written.
 """
 
 from __future__ import annotations

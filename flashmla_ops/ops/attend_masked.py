@@ -10,6 +10,16 @@ The mask is read at run time. Where the queries of a sequence see consecutive ke
 one more than the query before it, only those rows are read, by the kernels of `decode` and `prefill`: an all-true
 padding mask, padding on the right, and padding on the left of a single query are of this kind. Any other mask is exact
 too, through ``torch.nn.functional.scaled_dot_product_attention``.
+
+    q                [b, s_q, h_q, d_qk] float32, bfloat16 or float16
+    kv_cache         [b, s_kv, h_kv, d], of q's type
+    k_cache          [b, s_kv, h_kv, d_k] or None: the rest of each key
+    mask             [b, h_q, s_q, s_kv], each size or 1: bool (True: seen), or added to the scores
+    d_v, qk_start    the value is row[0 : d_v], the key row[qk_start :]
+    softmax_scale    None: d_qk ** -0.5
+    nan_where_empty  a query that sees no key becomes NaN, as in a softmax of -inf, instead of 0
+
+Returns out [b, s_q, h_q, d_v], of q's type. Raises `ArgumentError` for shapes, types and devices that do not fit.
 """
 
 from __future__ import annotations

@@ -9,6 +9,23 @@ so one operator serves MLA (absorbed, one KV head, ``qk_start`` 0) and GQA or MH
 memory, as attention is written on paper; 2, blocks of tokens that stay in cache, with an online softmax; 3 (the
 default), blocks, and sequences cut into parts that run in parallel and are merged. `flashmla_ops.footprint` says what
 each keeps in memory.
+
+    q                [b, s_q, h_q, d_qk] float32, bfloat16 or float16: queries
+    kv_cache         [n_pages, page_size, h_kv, d], of q's type; bytes with a ``row_format``
+    k_cache          [n_pages, page_size, h_kv, d_k] or None: the rest of each key
+    block_table      [b, max_pages] int32: the pages of each sequence
+    cache_seqlens    [b] int32: how many rows each sequence has
+    d_v, qk_start    elements: the value is row[0 : d_v], the key row[qk_start :]
+    softmax_scale    None: d_qk ** -0.5
+    causal           query s sees the rows before cache_seqlens - s_q + s + 1
+    schedule         int32, as `decode_schedule` returns it for these lengths; None: made now
+    row_format       "native", or a name of `flashmla_ops.formats`
+    attn_sink        [h_q] float32 or None: a logit beside the scaled scores that has no value
+
+Returns out [b, s_q, h_q, d_v], of q's type, and lse [b, h_q, s_q] float32, the natural log of the sum of exponentials;
+``decode.out`` writes them into ``out`` and ``lse``. A query that sees no row has out 0 and lse +inf.
+Raises `ArgumentError` for what does not fit, a length beyond the block table, a page that the cache does not have (of a
+row that counts), and a schedule for other lengths.
 """
 
 from __future__ import annotations

@@ -4,6 +4,12 @@
 
 MLA multiplies what was attended to by W_UV, from the latent to the head's values: ``weight`` is then a transposed view
 into ``kv_b_proj``. It is read once for all sequences, and what was attended to is no tensor.
+
+    weight           [h_q, d_v, d_up], of q's type, contiguous along d_v or d_up
+
+The others are those of `decode`: q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale,
+causal, schedule, row_format, attn_sink and levels. Returns out [b, s_q, h_q, d_up] and lse [b, h_q, s_q] float32, and
+raises `ArgumentError`, as `decode` does.
 """
 
 from __future__ import annotations

@@ -4,6 +4,17 @@
 (`flashmla_ops.panels.to_panels`). Every weight is read once; scale, bias, activation and residual are applied before
 the result is rounded. With many rows and a weight that is not in panels torch's own product runs, followed by the same
 epilogue.
+
+    a             [..., k] float32, bfloat16 or float16; of bmm [batch, m, k]
+    weight        [n, k], k contiguous, or panels [n / 16, k, 16], of a's type or int8; of bmm [batch, k, n]
+    bias          [n] or None
+    residual      [..., n] or None, of out_dtype: added to the result
+    weight_scale  [n] float32 or None: multiplies the product; needed by int8 weights
+    activation    "none", "relu", "gelu", "silu", or "silu_mul", which halves n
+    out_dtype     None: a's
+
+Returns [..., n], of bmm [batch, m, n]; the ``.out`` overloads write it into ``out``. Raises `ArgumentError` for shapes,
+types and devices that do not fit.
 """
 
 from __future__ import annotations

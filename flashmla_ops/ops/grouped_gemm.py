@@ -1,6 +1,13 @@
 """``flashmla::grouped_gemm``: one product for each run of rows, each with a weight of its own (the experts of an MoE).
 
 Rows are sorted by expert before the call, so that each expert's are consecutive; ``offsets`` says where they start.
+
+    a        [rows, k] float32, bfloat16 or float16
+    weight   [groups, n, k], k contiguous, of a's type
+    offsets  [groups + 1] int32: the rows of group g are offsets[g] to offsets[g + 1]
+
+Returns [rows, n], of a's type; ``grouped_gemm.out`` writes it into ``out``. Raises `ArgumentError` for shapes, types
+and devices that do not fit, and on the CPU for offsets that do not rise from 0 to rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""``flashmla::merge_states``: combine attention over disjoint key sets into attention over their union."""
+"""``flashmla::merge_states``: combine attention over disjoint key sets into attention over their union.
+
+    outs  [b, s_q, h_q, d_v] or [s_q, h_q, d_v] each, of one type
+    lses  [b, h_q, s_q] or [h_q, s_q] float32 each, natural logarithms; an infinite one says that no key was seen
+
+Returns out and lse in the shapes of a part. Raises `ArgumentError` for shapes, types and devices that do not fit.
+"""
 
 from __future__ import annotations
 

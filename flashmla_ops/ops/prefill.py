@@ -5,6 +5,17 @@ The heads are expanded ones: MLA's after ``kv_b_proj``, or those of GQA and MHA.
 Sequences of different lengths lie one after another; ``cu_seqlens_q`` and ``cu_seqlens_k`` say where each begins and
 ends. No score matrix is ever in memory: only a block of it, in cache. (But at ``levels=1``, where whole rows of scores
 are kept, for comparison; 2 and 3 are the same here, where blocks of queries occupy the threads. See ``decode``.)
+
+    q              [t_q, h_q, d_qk] float32, bfloat16 or float16
+    k, v           [t_k, h_kv, d_qk] and [t_k, h_kv, d_v], of q's type
+    cu_seqlens_q   [b + 1] int32 or int64: sequence i has the query tokens from cu_seqlens_q[i] to cu_seqlens_q[i + 1]
+    cu_seqlens_k   [b + 1], likewise of keys and values
+    causal         aligned bottom-right: the last query sees all keys
+    softmax_scale  None: d_qk ** -0.5
+
+Returns out [t_q, h_q, d_v], of q's type, and lse [h_q, t_q] float32, natural. A query that sees no key has out 0 and
+lse +inf. Raises `ArgumentError` for shapes, types and devices that do not fit, and for boundaries that do not rise
+from 0 to the number of tokens.
 """
 
 from __future__ import annotations

@@ -2,6 +2,13 @@
 
 `flashmla_ops.formats` has the formats. `append_` quantises on the way into the cache, without this in between. A row of
 a format whose pages hold parts of rows apart (``fp8_model1``) is here in one piece, as in a page of one token.
+
+    rows        [..., elements] float32, bfloat16 or float16; of dequantize_rows [..., bytes of a row], one byte each
+    row_format  a name of `flashmla_ops.formats`
+    dtype       of dequantize_rows: the type of the result
+
+Returns [..., bytes] uint8; of dequantize_rows [..., elements]. Raises `ArgumentError` for a format that is not known
+and rows of another size.
 """
 
 from __future__ import annotations

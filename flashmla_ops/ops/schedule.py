@@ -2,6 +2,12 @@
 
 Its layout and its rule are in `flashmla_ops.reference.schedule`. Its size depends on ``b`` and ``num_parts`` alone, so
 nothing recompiles when lengths change; ``num_parts`` is an argument, never read from the machine.
+
+    cache_seqlens   [b] int32: how many rows each sequence has
+    s_q, h_q, h_kv  query tokens of a sequence, query heads and KV heads of the calls that it is for
+    num_parts       parts that run in parallel
+
+Returns an int32 tensor for the argument ``schedule`` of `decode`. Raises `ArgumentError` for what does not fit.
 """
 
 from __future__ import annotations

@@ -10,6 +10,22 @@ nothing, and is skipped. ``topk_length`` says how many of the indices count, the
 the rows of both are in one softmax. `sparse_prefill` reads rows that lie beside the queries. A query that no index
 gives a row has out 0 and lse +inf (and max_logits -inf). Neither max_logits nor lse, natural logarithms both, know of
 ``attn_sink``, which multiplies out by exp(lse) / (exp(lse) + exp(sink)).
+
+    q                 [b, s_q, h_q, d_qk] float32, bfloat16 or float16; of sparse_prefill [s_q, h_q, d_qk]
+    kv_cache, k_cache [n_pages, page_size, h_kv, d] and d_k or None; bytes with a ``row_format``
+    kv                [s_kv, h_kv, d], of sparse_prefill: the rows beside the queries
+    indices           [b, s_q, topk] int32: slots; of sparse_prefill [s_q, h_kv, topk] int32: rows of kv
+    d_v, qk_start     elements: the value is row[0 : d_v], the key row[qk_start :]
+    softmax_scale     None: d_qk ** -0.5
+    attn_sink         [h_q] float32 or None
+    topk_length       [b] int32 or None; of sparse_prefill [s_q]
+    extra_kv_cache    [n_pages, page_size, h_kv, d] or None: the second cache, in ``extra_row_format``
+    extra_indices, extra_topk_length  [b, s_q, topk] and [b] int32, of the second cache
+    batch_invariant   a sequence's result is the same bits whatever else is in the batch, on any number of threads
+
+Returns out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] float32; sparse_prefill out [s_q, h_q, d_v], max_logits and lse
+[s_q, h_q] float32. Raises `ArgumentError` for shapes, types and devices that do not fit and for a length outside
+[0, topk]; an index never raises.
 """
 
 from __future__ import annotations
