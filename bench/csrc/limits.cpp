@@ -1,4 +1,5 @@
-// What this machine can do: peak FLOP/s and read bandwidth, all threads at once. Prints one JSON object on stdout.
+// Measures what this machine can do: peak FLOP/s and read bandwidth, all threads at once. Prints one JSON object on
+// stdout.
 //
 //   limits THREADS DRAM_BYTES L3_BYTES SECONDS [NAME...]
 //

@@ -1,4 +1,4 @@
-// What a generated kernel calls to write rows into a cache of bytes: the library's own quantisation.
+// The function that a generated kernel calls to write rows into a cache of bytes: the library's own quantisation.
 #pragma once
 
 #define FLASHMLA_ISA generated

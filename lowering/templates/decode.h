@@ -1,4 +1,4 @@
-// What a generated decode kernel is made of: the library's kernels compiled for the processor that Inductor compiles
+// The parts of a generated decode kernel: the library's kernels compiled for the processor that Inductor compiles
 // for, with one element type, and with a function that is called for each finished row.
 #pragma once
 

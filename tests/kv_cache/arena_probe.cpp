@@ -1,4 +1,5 @@
-// What allocators are asked for from C++, for tests: torch's raw interface, parallel regions and its own thread pool.
+// Ways to ask an allocator for memory from C++, for tests: torch's raw interface, parallel regions and its own thread
+// pool.
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>

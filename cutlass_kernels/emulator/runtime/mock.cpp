@@ -39,7 +39,7 @@ struct FunctionAttributes {
   int max_threads, registers, ptx_version, binary_version, cache_mode, max_dynamic_shared;
 };
 
-// What Python fills in. Each returns a CUDA error code, 0 for success.
+// Functions that Python fills in. Each returns a CUDA error code, 0 for success.
 struct Hooks {
   int (*launch)(int module, const char* name, const unsigned* grid, const unsigned* block, const unsigned* cluster,
                 size_t shared, void** arguments);
@@ -162,7 +162,7 @@ int mock_frees() { return frees; }
 int mock_fatbin_count() { return static_cast<int>(fatbins().size()); }
 const void* mock_fatbin(int index) { return fatbins()[static_cast<size_t>(index)]; }
 
-// What nvcc's own code calls before main and at a <<<>>> launch.
+// Functions that nvcc's own code calls before main and at a <<<>>> launch.
 
 void** __cudaRegisterFatBinary(void* wrapper) {
   fatbins().push_back(static_cast<const Fatbin*>(wrapper)->data);

@@ -48,7 +48,7 @@ public:
   }
 
 private:
-  // As LaneAttention's.
+  // Does what LaneAttention's does.
   bool pass(int64_t begin, int64_t end, bool scores, bool values) {
     const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto each) __attribute__((always_inline)) {
       scores_ = call_.levels > 1 ? all_scores_ : all_scores_ + (t - begin) * item_.rows;

@@ -204,7 +204,7 @@ private:
     columns<kColumns>(column, rows, first_block, each);
     if (column < call_.d_v) value_columns<1, true>(rows, column, first_block, each);
   }
-  // As many tiles of N vectors of columns as fit, then narrower ones.
+  // Takes tiles of N vectors of columns while they fit, then narrower ones.
   template <int N, class Each>
   void columns(int64_t& column, const Rows<Row, kBlock>& rows, bool first_block, Each each) {
     for (; column + N * W <= call_.d_v; column += N * W) value_columns<N, false>(rows, column, first_block, each);

@@ -25,7 +25,7 @@ class LaneAttention {
   using F = typename Isa::F;
   static constexpr int W = Isa::W, kPanel = Isa::qk_n * W, kBlock = Isa::block;
   static constexpr int kTokensPerUnit = M::pairs ? 2 : 1;  // of a value
-  // What a unit is, is what lies in the cache.
+  // Whether a unit has the bytes that lie in the cache, so that rows are read in place.
   static constexpr bool kInPlace = M::pairs || std::is_same_v<T, float>;
   // A panel of one vector takes twice the tokens: qk_m accumulators alone would not hide the latency.
   static constexpr int kWideTokens = Isa::qk_m, kNarrowTokens = 2 * Isa::qk_m;

@@ -18,7 +18,7 @@ namespace {
 
 thread_local Arena schedule_arena, scratch_arena, result_arena;
 
-// What every item fits in.
+// The sizes that every item fits in.
 Item largest_item(const FlashmlaDecode& call, const Schedule& shape) {
   Item item{};
   item.rows = std::min(shape.row_block, shape.rows());
@@ -81,7 +81,7 @@ private:
     return item;
   }
 
-  // Of a piece of an item that was cut: part p keeps its first in slot 2p and its last in slot 2p + 1.
+  // Where a piece of a cut item is kept: part p keeps its first in slot 2p and its last in slot 2p + 1.
   Accumulator slot(int64_t index) const { return accumulator(results_ + index * accumulator_floats_); }
   Accumulator accumulator(float* memory) const {
     return {memory + 2 * Schedule::kMaxRows, memory, memory + Schedule::kMaxRows, stride_};

@@ -1,4 +1,4 @@
-// What follows the product of a gemm: scale, bias, activation, residual and rounding.
+// The work that follows the product of a gemm: scale, bias, activation, residual and rounding.
 #pragma once
 
 #include <cmath>

@@ -63,8 +63,9 @@ public:
   }
 
 private:
-  // What to fetch into L2 while a chunk is multiplied: what lies `ahead` weights ahead while that is in the chunk, then
-  // what follows from `next` on; of its lines those whose number, modulo `shares`, a power of two, is `turn`.
+  // Weights to fetch into L2 while a chunk is multiplied: those `ahead` weights ahead while they are in the chunk, then
+  // those from `next` on. Of the lines of the latter, only those are fetched whose number modulo `shares`, a power of
+  // two, is `turn`.
   struct Fetch {
     int64_t ahead;
     const W* next;

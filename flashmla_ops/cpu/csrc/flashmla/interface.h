@@ -142,7 +142,7 @@ struct FlashmlaBmm {
   int64_t out_stride[2];
 };
 
-// What a decode call's results are multiplied with: out[.., head, :] = attended[.., head, :] weight[head].
+// The weights that a decode call's results are multiplied with: out[.., head, :] = attended[.., head, :] weight[head].
 struct FlashmlaUp {
   const void* weight;  // [h_q, d_v, d_up], of the query's type
   int64_t weight_stride[3];

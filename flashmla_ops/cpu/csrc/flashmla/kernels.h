@@ -1,4 +1,4 @@
-// What one instruction set provides: a table, which the library of that set hands out (kernels.cpp).
+// The kernels of one instruction set: a table, which the library of that set hands out (kernels.cpp).
 #pragma once
 
 #include "flashmla/interface.h"
@@ -20,7 +20,7 @@ struct Accumulator {
   int64_t stride;  // floats between rows of o
 };
 
-// Of a thread, for one item: packed queries and staged rows; scores, which become weights.
+// A thread's memory for one item: packed queries and staged rows; scores, which become weights.
 struct ScratchBytes {
   int64_t copies, scores;
 

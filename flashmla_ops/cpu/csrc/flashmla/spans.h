@@ -8,9 +8,9 @@
 
 namespace flashmla {
 
-// What one element of a mask says: `kSeen` leaves the score as it is, `kHidden` leaves nothing of the key's weight, and
-// with anything else the mask is a bias. The least number of a type hides like -inf, unless no other key is seen; that
-// of float16 does not, because scores get as large.
+// The meaning of one element of a mask: `kSeen` leaves the score as it is, `kHidden` leaves nothing of the key's
+// weight, and with anything else the mask is a bias. The least number of a type hides like -inf, unless no other key is
+// seen; that of float16 does not, because scores get as large.
 enum class Says { kSeen, kHidden, kBias };
 
 struct BoolMask {

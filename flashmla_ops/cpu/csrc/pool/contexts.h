@@ -37,7 +37,7 @@ inline Context* innermost(Context* context) {
   return context;
 }
 
-// What a thread has entered. Threads of its parallel regions, which run while it waits, look there too.
+// The context that a thread has entered. Threads of its parallel regions, which run while it waits, look there too.
 struct Entered {
   ContextPtr context;
   std::atomic<int> workers{0};
@@ -126,7 +126,7 @@ inline void lead_workers() {
   if (Process::get().forked || at::in_parallel_region()) return;
   if (at::get_num_threads() - 1 <= own->workers.load()) return;
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  // Of the OpenMP library that torch uses, whichever it is: its threads are meant.
+  // Looked up in the OpenMP library that torch uses, whichever it is: its threads are meant.
   static const auto parallel = reinterpret_cast<Parallel>(::dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (parallel == nullptr) return;
   const auto follow = [](void* leader) {

@@ -94,7 +94,8 @@ using flashmla::pool::Arena;
 using flashmla::pool::ArenaMap;
 using flashmla::pool::ContextPtr;
 
-// What Python calls. Nothing is thrown: nullptr, 0 or false says that there is no memory or no such thing.
+// The functions that Python calls. Nothing is thrown: nullptr, 0 or false says that there is no memory or no such
+// thing.
 extern "C" {
 #define FLASHMLA_EXPORT __attribute__((visibility("default")))
 

@@ -15,8 +15,8 @@ namespace flashmla::pool {
 constexpr size_t kUnit = 1024;  // bytes
 constexpr uint32_t kNone = UINT32_MAX;
 
-// What lies at a unit. Written at the first and the last unit of a free block, at the first of a used one, and at all
-// units of a span (small_blocks.h).
+// Says what lies at a unit. It is written at the first and the last unit of a free block, at the first of a used one,
+// and at all units of a span (small_blocks.h).
 struct Tag {
   enum Kind : uint32_t { kInner, kFree, kUsed, kSpan };
   uint32_t kind;
