@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import footprints, summary
+from bench import footprints, occupancy, summary
 from bench.runner import OURS, ROOT, file_name
 from bench.summary import best_peer, limit_of
 from cutlass_kernels.tables import markdown
@@ -208,6 +208,8 @@ def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES)
         parts += link(picture(results, bars_of(name), pictures), beside)
     if results.get("footprints"):
         parts.append(footprints.table(results["footprints"]))
+    if results.get("occupancy"):
+        parts.append(occupancy.table(results["occupancy"]))
     return "\n\n".join(parts)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import footprints, peers
+from bench import footprints, occupancy, peers
 from bench.limits import LimitMeter, Limits, Samples, add, dram_read_of
 from bench.timing import Budget, Timing, interleave, stolen
 from flashmla_ops import capability
@@ -135,6 +135,7 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
         "seconds": round(elapsed, 1),
         "stolen_share": round((stolen() - stolen_before) / (elapsed * (os.cpu_count() or 1)), 4),
         "footprints": footprints.of_suite(suite),
+        "occupancy": occupancy.of_suite(suite),
         "results": [as_dict(each, limits) for each in solved],
     }
 

@@ -12,6 +12,7 @@ from bench.suites import (
     gqa_decode,
     merge,
     op_overhead,
+    pool,
     prefill,
     scaling,
     small_gemm,
@@ -32,6 +33,7 @@ SUITES: dict[str, Suite] = {
         op_overhead.SUITE,
         scaling.SUITE,
         end_to_end.SUITE,
+        pool.SUITE,
         compile_time.SUITE,
     )
 }

@@ -24,6 +24,7 @@ from bench.suites import (
     gqa_decode,
     merge,
     op_overhead,
+    pool,
     prefill,
     scaling,
     select,
@@ -50,6 +51,9 @@ TINY_CASES = [
     ("merge", merge.MergeCase(3, 2, 4, "bf16", d_v=16)),
     ("arena", arena.ArenaCase("empty", 64, 3)),
     ("arena", arena.ArenaCase("zeros", 100_000)),
+    ("pool", pool.PoolCase(pool.PAGES, 70)),
+    ("pool", pool.PoolCase(pool.STEPS, 3)),
+    *(("pool", pool.PoolCase(pool.TRACES, 30, 1 << 13, page_size=16, shared=shared)) for shared in (0.0, 0.5)),
     *(("op_overhead", case) for case in op_overhead.cases(True)),
 ]
 #: They take seconds to compile.

@@ -1,0 +1,89 @@
+"""Simulated serving: policies hold what they say, and the pool holds most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import occupancy, serving
+from bench.peers import vllm_blocks
+
+#: As vLLM's, with an import that is nowhere, and one of a module beside it.
+BLOCK_POOL = """
+import no_such_library.at_all
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import Block
+
+class BlockPool:
+    def __init__(self, num_gpu_blocks: int, enable_caching: bool, hash_block_size: int, something: int = 0):
+        assert not enable_caching
+        init_logger(__name__).info("made")
+        self.free = [Block(i) for i in range(1, num_gpu_blocks)]
+
+    def get_num_free_blocks(self):
+        return len(self.free)
+
+    def get_new_blocks(self, count):
+        return [self.free.pop() for _ in range(count)]
+
+    def free_blocks(self, blocks):
+        self.free += blocks
+"""
+BLOCK = """
+from vllm.config import Config
+from dataclasses import dataclass
+
+@dataclass
+class Block:
+    block_id: int
+    config: Config | None = None
+"""
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    core = tmp_path / "vllm" / "v1" / "core"
+    core.mkdir(parents=True)
+    (core / "block_pool.py").write_text(BLOCK_POOL)
+    (core / "kv_cache_utils.py").write_text(BLOCK)
+    return tmp_path
+
+
+def test_every_policy_serves_all(wheel: Path) -> None:
+    requests = serving.trace(60, 0.5)
+    kind = vllm_blocks.load(wheel)
+    policies = {
+        "ours": serving.Ours(1 << 13, 16),
+        "blocks": serving.Blocks(1 << 13, 16, lambda pages: vllm_blocks.new(pages, kind)),
+        "reserved": serving.Reserved(1 << 13),
+        "growing": serving.Growing(1 << 13),
+    }
+    figures = {}
+    for name, policy in policies.items():
+        outcome = serving.simulate(requests, policy, watch=True)
+        assert (outcome.finished, outcome.generated) == (60, sum(each.output for each in requests))
+        assert policy.memory()[0] == 0
+        figures[name] = outcome.figures()
+    assert figures["ours"]["utilisation"] > 0.96
+    assert figures["ours"]["context"] > 2 * figures["reserved"]["context"]
+    assert figures["ours"]["context"] > figures["blocks"]["context"] > figures["growing"]["context"]
+    assert figures["reserved"]["utilisation"] < 0.75
+
+
+def test_mocks_are_gone(wheel: Path) -> None:
+    import sys
+
+    before = set(sys.modules)
+    vllm_blocks.load(wheel)
+    assert not {name for name in set(sys.modules) - before if "vllm" in name or "no_such" in name}
+
+
+def test_the_table_has_all_policies_and_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(occupancy, "CALLS", 100)
+    monkeypatch.setattr(serving, "REQUESTS", 20)
+    rows = occupancy.of_suite("pool")
+    text = occupancy.table(rows)
+    assert text.count("contiguous, reserved") == len(serving.TRACES)
+    assert "allocate p99.9" in text
+    assert occupancy.of_suite("decode") == []
