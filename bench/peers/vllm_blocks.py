@@ -12,7 +12,6 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
-from collections.abc import MutableSequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +27,9 @@ REAL = ("vllm.v1.core.block_pool", "vllm.v1.core.kv_cache_utils")
 class _Mock(ModuleType):
     """A module that has everything."""
 
-    __path__: MutableSequence[str] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
