@@ -1,4 +1,4 @@
-"""The allocator's core, without torch, under the compiler's sanitizers."""
+"""The allocator's core and the books of the pool, without torch, under the compiler's sanitizers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import pytest
 
 from flashmla_ops.cpu import build
 
-SOURCE = Path(__file__).with_name("arena_stress.cpp")
+HERE = Path(__file__).parent
+ARENA = (HERE / "arena_stress.cpp",)
+PAGES = (HERE / "pages_stress.cpp", build.CSRC / "pool" / "pages.cpp")
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 QUICK, LONG = 4_000, 60_000
 
 
-def stress(cxx: list[str], folder: Path, sanitizer: str, operations: int, threads: int) -> None:
-    """Compile and run arena_stress.cpp; it must end well, and the sanitizer must have nothing to say."""
+def stress(
+    cxx: list[str], folder: Path, sanitizer: str, operations: int, threads: int, sources: tuple[Path, ...] = ARENA
+) -> None:
+    """Compile and run a program; it must end well, and the sanitizer must have nothing to say."""
     program = folder / "stress"
     flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
     flags += ["-D_GLIBCXX_ASSERTIONS"]
@@ -24,7 +28,7 @@ def stress(cxx: list[str], folder: Path, sanitizer: str, operations: int, thread
     )
     if probe.returncode or subprocess.run([program], check=False).returncode:
         pytest.skip(f"this compiler has no {sanitizer} sanitizer that runs here")
-    subprocess.run([*cxx, *flags, f"-I{build.CSRC}", "-o", str(program), str(SOURCE)], check=True)
+    subprocess.run([*cxx, *flags, f"-I{build.CSRC}", "-o", str(program), *sources], check=True)
     command = [str(program), str(operations), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3000)
     assert (done.stdout, done.stderr) == ("good\n", "")
@@ -39,3 +43,9 @@ def test_a_quick_run_under_the_address_sanitizer(cxx: list[str], tmp_path: Path)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_long_runs(cxx: list[str], tmp_path: Path, sanitizer: str, threads: int) -> None:
     stress(cxx, tmp_path, sanitizer, LONG, threads)
+
+
+@pytest.mark.parametrize("operations", [8_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_the_books_of_a_pool(cxx: list[str], tmp_path: Path, operations: int) -> None:
+    """They have one thread: the pool has a lock."""
+    stress(cxx, tmp_path, "address", operations, 1, PAGES)
