@@ -16,6 +16,7 @@ from bench.suites import (
     prefill,
     scaling,
     small_gemm,
+    sparse,
 )
 
 SUITES: dict[str, Suite] = {
@@ -26,6 +27,7 @@ SUITES: dict[str, Suite] = {
         decode_up.SUITE,
         gqa_decode.SUITE,
         prefill.SUITE,
+        sparse.SUITE,
         small_gemm.SUITE,
         append.SUITE,
         merge.SUITE,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
+from flashmla_ops.ops.quantize import require_pages
 
 OP = "prefill_with_prefix"
 #: Prefix tokens that are expanded at a time: 40 MiB in bf16 with 16 heads of 192 + 128.
@@ -43,6 +45,7 @@ def prefill_with_prefix(
     *,
     qk_start: int = 0,
     softmax_scale: float | None = None,
+    row_format: str = NATIVE,
     expand: Expand | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:  # out [t, h_q, d_v], lse [h_q, t] float32
@@ -54,13 +57,14 @@ def prefill_with_prefix(
 
     Without ``expand`` the rows are read in place, as `flashmla::decode` reads them with ``qk_start``. With it (see
     `latents_to_heads`) they become keys and values ``chunk_tokens`` at a time. Partial results are merged in float32.
+    ``row_format`` is that of a cache of bytes, whose rows are elements of ``q``'s type by the time they are expanded.
 
     Lengths are read on the host: it is a function for eager code. Raises `ArgumentError` for arguments that do not fit
     each other, for pages that are not in the cache, and what `flashmla::prefill` and `flashmla::decode` raise.
     """
     bounds: list[int] = cu_seqlens.tolist()
     prefixes: list[int] = prefix_lens.tolist()
-    cache = Prefix(kv_cache, k_cache, block_table, prefix_lens)
+    cache = Prefix(kv_cache, k_cache, block_table, prefix_lens, row_format)
     _check(bounds, prefixes, cache, chunk_tokens)
     _check_pages(prefixes, cache)
     new = torch.ops.flashmla.prefill(q, k, v, cu_seqlens, cu_seqlens, True, softmax_scale)
@@ -88,6 +92,7 @@ class Prefix(NamedTuple):
     k_cache: Tensor | None
     block_table: Tensor
     lengths: Tensor
+    row_format: str
 
 
 def _over_pages(
@@ -95,9 +100,8 @@ def _over_pages(
 ) -> tuple[Tensor, Tensor]:
     """One sequence's queries ``[s_q, h_q, d_qk]`` over the rows of its prefix, where they lie."""
     row = slice(sequence, sequence + 1)
-    out, lse = torch.ops.flashmla.decode(
-        q[None], cache.kv_cache, cache.k_cache, cache.block_table[row], cache.lengths[row], d_v, qk_start, scale
-    )
+    tensors = (cache.kv_cache, cache.k_cache, cache.block_table[row], cache.lengths[row])
+    out, lse = torch.ops.flashmla.decode(q[None], *tensors, d_v, qk_start, scale, row_format=cache.row_format)
     return out[0], lse[0]
 
 
@@ -105,7 +109,10 @@ def _over_heads(
     q: Tensor, cu_seqlens_q: Tensor, cache: Prefix, chunk: Sequence[Span], expand: Expand, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """The queries of the chunk's sequences over its tokens, expanded. Sequences between that have none see nothing."""
-    keys, values = expand(*gather(cache.kv_cache, cache.k_cache, cache.block_table, chunk))
+    rows, k_rows = gather(cache.kv_cache, cache.k_cache, cache.block_table, chunk, cache.row_format)
+    if cache.row_format != NATIVE:
+        rows = torch.ops.flashmla.dequantize_rows(rows, cache.row_format, q.dtype)
+    keys, values = expand(rows, k_rows)
     counts = [0] * (chunk[-1].sequence + 1 - chunk[0].sequence)
     for span in chunk:
         counts[span.sequence - chunk[0].sequence] = span.stop - span.start
@@ -157,14 +164,18 @@ def gather(
     k_cache: Tensor | None,  # [n_pages, page_size, h, d_k]
     block_table: Tensor,  # [b, max_pages] int32
     spans: Sequence[Span],
+    row_format: str = NATIVE,
 ) -> tuple[Tensor, Tensor | None]:  # [n, h, d], [n, h, d_k]
-    """The rows of the spans' n tokens, one after another, as `Expand` takes them."""
+    """The rows of the spans' n tokens as they are stored, one after another."""
     page_size, device = kv_cache.shape[1], kv_cache.device
     positions = torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans])
     counts = torch.tensor([span.stop - span.start for span in spans], device=device)
     sequences = torch.tensor([span.sequence for span in spans], device=device).repeat_interleave(counts)
     at = block_table[sequences, positions // page_size].long(), positions % page_size
-    return kv_cache[at], None if k_cache is None else k_cache[at]
+    parts = [kv_cache] if row_format == NATIVE else QUANTIZED[row_format].parts(kv_cache)
+    pieces = [part[at] for part in parts]
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    return rows, None if k_cache is None else k_cache[at]
 
 
 def _check(bounds: Sequence[int], prefixes: Sequence[int], cache: Prefix, chunk_tokens: int) -> None:
@@ -180,6 +191,12 @@ def _check(bounds: Sequence[int], prefixes: Sequence[int], cache: Prefix, chunk_
         raise ArgumentError(OP, "kv_cache", "shape [n_pages, page_size, h, d]", list(kv_cache.shape))
     if k_cache is not None and k_cache.shape[:3] != kv_cache.shape[:3]:
         raise ArgumentError(OP, "k_cache", f"{list(kv_cache.shape[:3])}, as kv_cache", list(k_cache.shape[:3]))
+    if cache.row_format not in NAMES:
+        raise ArgumentError(OP, "row_format", f"one of {', '.join(NAMES)}", cache.row_format)
+    if cache.row_format != NATIVE:
+        require_pages(OP, "kv_cache", kv_cache, QUANTIZED[cache.row_format])
+        if k_cache is not None:
+            raise ArgumentError(OP, "k_cache", f"None with rows of {cache.row_format}", "a tensor")
     if chunk_tokens < 1:
         raise ArgumentError(OP, "chunk_tokens", "at least 1", chunk_tokens)
 

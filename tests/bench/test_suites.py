@@ -29,6 +29,7 @@ from bench.suites import (
     scaling,
     select,
     small_gemm,
+    sparse,
 )
 from flashmla_ops import reference
 
@@ -43,6 +44,10 @@ TINY_CASES = [
     ("gqa_decode", PagedCase(2, 6, 11, "fp32", page_size=4, d_qk=16, d_v=8, h_kv=3, cache="V and K")),
     ("prefill", dense.PrefillCase((9,), 24, 16, True, "fp32", h_q=4, h_kv=2)),
     ("prefill", dense.PrefillCase((9, 4), 24, 24, False, "fp32", h_q=2, h_kv=2)),
+    ("sparse", sparse.SparseCase(2, 3, 20, "native", n_rows=128)),
+    ("sparse", sparse.SparseCase(2, 16, 20, "fp8_v32", n_rows=128)),
+    ("sparse", sparse.SparseCase(2, 16, 20, "fp8_v41", extra_topk=9, n_rows=128)),
+    ("sparse", sparse.SparseCase(3, 5, 20, "fp8_model1", prefill=True, n_rows=128)),
     ("small_gemm", small_gemm.GemmCase(2, 32, 16, "bf16", "bf16")),
     ("small_gemm", small_gemm.GemmCase(2, 32, 16, "bf16", "int8")),
     ("small_gemm", small_gemm.GemmCase(2, 128, 512, "bf16", "W_UK", 3)),

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.formats import QUANTIZED
 from flashmla_ops.nn import latents_to_heads, prefill_with_prefix
 from flashmla_ops.nn.prefix import Span, chunks
 from tests.strategies import PAGE_SIZES, SEEDS
 from tests.support.compare import Tolerance, difference
 from tests.support.poison import DEAD_PAGE
+from tests.support.rows import empty_cache, read, write
 from tests.support.threads import threads
 
 #: For bf16 and fp16, the official bounds of dense prefill, with a wider cosine: partial results are rounded, and each
@@ -227,3 +229,28 @@ def test_a_bad_argument_is_named(changed: dict[str, object], argument: str, expe
     with pytest.raises(ArgumentError) as raised:
         prefill_with_prefix(**(GOOD | changed))
     assert (raised.value.argument, raised.value.expected, raised.value.actual) == (argument, expected, actual)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("name", sorted(QUANTIZED))
+def test_a_prefix_of_bytes(name: str, absorbed: bool) -> None:
+    """As behind a native cache of the same elements: read in place, and expanded chunk by chunk."""
+    row, generator = QUANTIZED[name], torch.Generator().manual_seed(0)
+    cache = empty_cache(row, 6, 8, gaps=True)
+    table = torch.tensor([[4, 0, 3], [2, 5, DEAD_PAGE]], dtype=torch.int32)
+    prefixes, cu_seqlens = torch.tensor([20, 9], dtype=torch.int32), torch.tensor([0, 5, 8], dtype=torch.int32)
+    for pages, length in zip(table.tolist(), prefixes.tolist(), strict=True):
+        positions = torch.arange(length)
+        slots = torch.tensor(pages)[positions // 8] * 8 + positions % 8
+        write(row, cache, slots, row.quantize(torch.randn(length, 1, row.elements, generator=generator)))
+    native = read(row, cache).float()
+    d, h_k = (row.elements, 1) if absorbed else (16 + row.elements - 448, 4)  # c_kv is 448 wide
+    q, k = torch.randn(8, 4, d, generator=generator), torch.randn(8, h_k, d, generator=generator)
+    v = k[..., :512] if absorbed else torch.randn(8, 4, 16, generator=generator)
+    weight = torch.randn(4 * 32, 448, generator=generator) / 20
+    arguments = (q, k, v, cu_seqlens)
+    where = {"expand": None if absorbed else latents_to_heads(weight, 16, 16), "chunk_tokens": 7}
+    made = prefill_with_prefix(*arguments, cache, None, table, prefixes, row_format=name, **where)
+    plain = prefill_with_prefix(*arguments, native, None, table, prefixes, **where)
+    for x, y in zip(made, plain, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashmla_ops import cpu
 from flashmla_ops.formats import QUANTIZED
-from flashmla_ops.ops.sparse import prefill_reference
+from flashmla_ops.ops.sparse import decode_reference, prefill_reference
 from tests import strategies
 from tests.support.compare import difference
 from tests.support.poison import same_bits
@@ -248,6 +248,21 @@ def test_prefill_of_70000_queries(h_q: int) -> None:
     assert difference("max_logits", max_logits, scores.amax(-1), FLOAT32_LSE) is None
     assert difference("lse", lse, scores.logsumexp(-1).masked_fill(empty, math.inf), FLOAT32_LSE) is None
     assert empty.any()
+
+
+@pytest.mark.parametrize("h_q", [1, 16])
+def test_scores_far_below_any_sentinel(h_q: int) -> None:
+    """Every score is below -1e5; their differences decide as ever."""
+    kv, q = torch.randint(1, 3, (2, 8, 1, 32)).float(), torch.full((1, 9, h_q, 32), -4e3)
+    kv[..., 31] = torch.rand(2, 8, 1)
+    q[..., 31] = 1
+    indices = torch.arange(-4, 14, dtype=INT).view(1, 9, 2)
+    named = {"q": q, "kv_cache": kv, "k_cache": None, "indices": indices, "d_v": 32, "softmax_scale": 1.0}
+    (out, lse), (expected, expected_lse) = decode(**named), decode_reference(**named)
+    assert difference("lse", lse, expected_lse, FLOAT32_LSE) is None
+    assert (lse[0, :, 2:] < -1e5).all()
+    assert (lse[0, :, :2] == math.inf).all()
+    torch.testing.assert_close(out, expected, atol=5e-2, rtol=0)
 
 
 def test_a_nan_of_a_row_that_is_read_is_seen() -> None:

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "flashmla/dtypes.h"
+#include "flashmla/formats/avx512.h"
 
 namespace flashmla::FLASHMLA_ISA {
 
@@ -59,6 +61,15 @@ inline float from_e4m3(uint32_t code, float scale) {
 // is one that compilers vectorise.
 template <int64_t N, class E>
 void decode_e4m3(const uint8_t* codes, float scale, E* out) {
+#ifdef FLASHMLA_WORDS
+  if constexpr (std::is_same_v<E, bf16>) {
+    // Powers of two, as quantisation makes them, of which none makes a number subnormal or infinite.
+    const uint32_t bits = bits_of(scale), exponent = bits >> 23;
+    if ((bits & 0x7fffffu) == 0 && exponent >= 27 && exponent <= 227) {
+      return e4m3_to_bf16<N>(codes, int(exponent) - 127, out);
+    }
+  }
+#endif
   for (int64_t i = 0; i < N; i++) from_float(from_e4m3(codes[i], scale), out[i]);
 }
 

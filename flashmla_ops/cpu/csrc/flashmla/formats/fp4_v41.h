@@ -32,12 +32,20 @@ struct Fp4V41 : Fp4V41Layout {
 
   template <class E>
   static void decode(const uint8_t* row, E* out) {
+    float scales[groups];
+    decode_e4m3<groups>(row + scales_at, 1, scales);
     for (int64_t g = 0; g < groups; g++) {
       const uint8_t* codes = row + g * group / 2;
-      const float scale = from_e4m3(row[scales_at + g], 1);
+      const float scale = scales[g];
+#ifdef FLASHMLA_WORDS
+      if constexpr (std::is_same_v<E, bf16>) {
+        nibbles_to_bf16<group>(codes, kNumbers, scale, out + g * group);
+        continue;
+      }
+#endif
       for (int64_t i = 0; i < group / 2; i++) {
-        from_float(from_e2m1(codes[i] & 15u) * scale, out[g * group + 2 * i]);
-        from_float(from_e2m1(codes[i] >> 4) * scale, out[g * group + 2 * i + 1]);
+        from_float(kNumbers[codes[i] & 15] * scale, out[g * group + 2 * i]);
+        from_float(kNumbers[codes[i] >> 4] * scale, out[g * group + 2 * i + 1]);
       }
     }
   }
@@ -56,12 +64,7 @@ private:
         (m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + uint32_t(m > 5);
     return code | (bits_of(x) >> 28 & 8u);
   }
-  static float from_e2m1(uint32_t code) {
-    const uint32_t magnitude = code & 7u;
-    // Normal: exponent and mantissa at a float's place; 1 is the only subnormal.
-    const uint32_t bits = magnitude > 1 ? (magnitude << 22) + (126u << 23) : magnitude * (126u << 23);
-    return float_of(bits | (code & 8u) << 28);
-  }
+  static constexpr float kNumbers[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

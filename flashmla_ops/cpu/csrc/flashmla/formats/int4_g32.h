@@ -3,9 +3,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "flashmla/dtypes.h"
 #include "flashmla/formats.h"
+#include "flashmla/formats/avx512.h"
 #include "flashmla/formats/rotary.h"
 
 namespace flashmla::FLASHMLA_ISA {
@@ -38,16 +40,23 @@ struct Int4G32 : Int4G32Layout {
     for (int64_t g = 0; g < groups; g++) {
       float scale;
       std::memcpy(&scale, row + scales_at + 4 * g, 4);
+      const uint8_t* codes = row + g * group / 2;
+#ifdef FLASHMLA_WORDS
+      if constexpr (std::is_same_v<E, bf16>) {
+        nibbles_to_bf16<group>(codes, kNumbers, scale, out + g * group);
+        continue;
+      }
+#endif
       for (int64_t i = 0; i < group / 2; i++) {
-        const int32_t codes = row[g * group / 2 + i];
-        from_float(float(((codes & 15) ^ 8) - 8) * scale, out[g * group + 2 * i]);
-        from_float(float((codes >> 4 ^ 8) - 8) * scale, out[g * group + 2 * i + 1]);
+        from_float(kNumbers[codes[i] & 15] * scale, out[g * group + 2 * i]);
+        from_float(kNumbers[codes[i] >> 4] * scale, out[g * group + 2 * i + 1]);
       }
     }
     decode_rotary<rope>(row + rope_at, out + values);
   }
 
 private:
+  static constexpr float kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
   static uint32_t nibble(float x) { return uint32_t(int32_t(std::nearbyint(x))) & 15u; }
 };
 
