@@ -26,6 +26,8 @@ from flashmla_ops.kv_cache.step import Step, StepTensors
 from flashmla_ops.kv_cache.storage import Layer, Storage, common_page_size, fitting_pages, layer_of, progress_bar
 from flashmla_ops.kv_cache.tables import OutOfPages
 
+#: A step that waits for others looks so often, in seconds, whether one was lost.
+PATIENCE = 0.1
 #: All pools, for a fork.
 _POOLS: weakref.WeakSet[PagePool] = weakref.WeakSet()
 
@@ -222,7 +224,7 @@ class PagePool:
         `Step.layer` for every layer, which waits for those steps to have done that layer.
         """
         b = len(sequences)
-        uniform = isinstance(new_tokens, int)
+        uniform = not hasattr(new_tokens, "__len__")
         if not uniform and len(new_tokens) != b:  # type: ignore[arg-type]
             raise ArgumentError("kv_pool", "new_tokens", f"{b} counts, one a sequence", len(new_tokens))  # type: ignore[arg-type]
         with self._locked():
@@ -282,7 +284,9 @@ class PagePool:
         """`Step.layer` begins."""
         with self._locked():
             if step.ahead:
-                self._epochs.wait(step.ahead, layer)
+                # One of them may be lost, or be waiting for its device: that is noticed here.
+                while not self._epochs.wait(step.ahead, layer, PATIENCE):
+                    self._settle()
                 if self.poison:
                     self.storage.poison(step.late_pages, layer)
                 self.storage.copy(step.late_copies, layer)
@@ -320,17 +324,21 @@ class PagePool:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The lock, and first what was lost: steps and sequences that nobody has any more, steps of a device."""
+        """The lock, and the pool without what was lost."""
         with self._lock:
-            while self._lost_steps:
-                self.close_step(self._lost_steps.popleft(), written=None)
-            if self._lost_sequences:
-                while self._lost_sequences:
-                    self.pages.close_sequence(self._lost_sequences.popleft())
-                self._after()
-            if self._epochs.poll():
-                self._after()
+            self._settle()
             yield
+
+    def _settle(self) -> None:
+        """Close steps and sequences that nobody has any more, and steps whose device is done."""
+        while self._lost_steps:
+            self.close_step(self._lost_steps.popleft(), written=None)
+        if self._lost_sequences:
+            while self._lost_sequences:
+                self.pages.close_sequence(self._lost_sequences.popleft())
+            self._after()
+        if self._epochs.poll():
+            self._after()
 
     def _after(self) -> None:
         """Where pages may have come to be free."""

@@ -82,6 +82,8 @@ class Epochs:
 
     def layer_done(self, number: int, layer: int) -> list[int]:
         """The step reads no more of this layer and those before; the pages whose rows of it nobody reads now."""
+        if number not in self._layers_done:
+            raise ArgumentError("kv_pool", "step", "a step that is open", f"step {number}")
         if layer < self._layers_done[number]:
             expected = f"{self._layers_done[number]} or a later one: layers are done in their order"
             raise ArgumentError("kv_pool", "layer", expected, layer)
@@ -100,9 +102,13 @@ class Epochs:
         """The open steps up to this one."""
         return [number for number in self._layers_done if number <= step]
 
-    def wait(self, numbers: Sequence[int], layer: int) -> None:
-        """Until these steps have done a layer, or are closed. The lock is free meanwhile."""
-        self._changed.wait_for(lambda: all(self._layers_done.get(number, layer + 1) > layer for number in numbers))
+    def wait(self, numbers: Sequence[int], layer: int, seconds: float) -> bool:
+        """Wait until these steps have done a layer, or are closed; whether they have. The lock is free meanwhile."""
+
+        def done() -> bool:
+            return all(self._layers_done.get(number, layer + 1) > layer for number in numbers)
+
+        return self._changed.wait_for(done, seconds)
 
     def start_trace(self) -> list[TraceEvent]:
         """The list that events are appended to from now on."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashmla_ops.errors import ArgumentError, OutOfPagesError
-from flashmla_ops.kv_cache import KVPool, Sequence
+from flashmla_ops.kv_cache import KVPool, Sequence, core
 
 LAYERS = 3
 
@@ -98,6 +98,8 @@ def test_layers_are_done_in_their_order() -> None:
             step.layer_done(0)
         with pytest.raises(ArgumentError, match="'layer'"):
             step.layer_done(LAYERS)
+    with pytest.raises(ArgumentError, match="'step'"):
+        step.layer_done(2)
 
 
 def test_a_step_goes_behind_another_in_its_pages() -> None:
@@ -141,6 +143,22 @@ def test_a_step_goes_behind_another_in_its_pages() -> None:
     # The second step was in its first layer while the first had not begun its last.
     assert order.index((behind.number, "layer begins", 0)) < order.index((ahead.number, "layer begins", LAYERS - 1))
     assert pool.stats().deferred == 0
+
+
+def test_a_step_waits_for_no_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "PATIENCE", 0.001)
+    pool = pool_of()
+    a, b = written(pool, 8, 1.0), pool.open()
+    held = [pool.step([a], 0)]
+    pool.release(a)
+    behind = pool.step([b], 8, behind=True)
+    waits = threading.Thread(target=lambda: behind.layer(0).__enter__())
+    waits.start()
+    waits.join(0.05)
+    assert waits.is_alive()
+    held.clear()
+    waits.join(30)
+    assert not waits.is_alive()
 
 
 class Fence:

@@ -341,6 +341,17 @@ def test_preallocated_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not KVPool(n_pages=64, d=576, preallocate=True).cache().any()
 
 
+def test_long_preallocation_shows_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(storage, "CHUNK", 1 << 16)
+    for seconds, shown in ((100.0, False), (0.0, True)):
+        monkeypatch.setattr(storage, "SILENT_SECONDS", seconds)
+        KVPool(n_pages=64, d=576, preallocate=True)
+        assert ("KV pool: 100%" in capsys.readouterr().err) == shown
+
+
 def test_without_a_compiler_the_books_are_kept_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: NativePages, *_: int) -> None:
         raise OSError("no library")
