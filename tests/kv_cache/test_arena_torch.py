@@ -317,6 +317,7 @@ class TestThreads:
             for _ in range(20):
                 if served:
                     with arena.allocator():
+                        torch.empty(1 << 15)  # something large
                         blocks = self.blocks(probe)
                 else:
                     blocks = self.blocks(probe)
@@ -325,6 +326,25 @@ class TestThreads:
 
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(work, [True, False, True, False])) == [{True}, {False}, {True}, {False}]
+
+    def test_more_threads_within_a_context(self, arena: Arena, probe: ctypes.CDLL) -> None:
+        with arena.allocator():
+            torch.set_num_threads(7)
+            torch.empty(1 << 15)
+            blocks = self.blocks(probe)
+        assert self.owned(arena, probe, blocks) == [True] * 7
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc")
+    def test_a_thread_with_small_tensors_starts_no_others(self, arena: Arena) -> None:
+        def work() -> int:
+            torch.set_num_threads(4)
+            before = len(os.listdir("/proc/self/task"))
+            with arena.allocator():
+                torch.empty(10)
+            return len(os.listdir("/proc/self/task")) - before
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(work).result() == 0
 
     def test_torchs_thread_pool(self, arena: Arena, probe: ctypes.CDLL) -> None:
         with arena.allocator():

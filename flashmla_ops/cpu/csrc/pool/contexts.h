@@ -6,6 +6,8 @@
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <memory>
@@ -120,7 +122,8 @@ inline Context* current(ContextPtr* keep) {
   return keep->get();
 }
 
-// Has the threads of this thread's parallel regions look at it, if some of them do not yet.
+// Has the threads of this thread's parallel regions look at it, if some of them do not yet. It starts them, as this
+// thread's next parallel region would.
 inline void lead_workers() {
   // A fork has the books of OpenMP's threads, but not the threads: a parallel region would wait for them for ever.
   if (Process::get().forked || at::in_parallel_region()) return;
@@ -136,7 +139,12 @@ inline void lead_workers() {
   parallel(follow, &owner.own_entered, 0, 0);
 }
 
-// This thread, and those that work for it, are served by the arena until `leave`.
+// From so many bytes on, torch's loops over a tensor are parallel.
+constexpr size_t kParallel = 32768;
+
+// This thread, and those that work for it, are served by the arena until `leave`. Only the main thread surely has
+// parallel regions; another one, which may be one of hundreds, starts no threads before it has something large for
+// them.
 inline ContextPtr enter(Arena* arena, bool strict, bool all_threads) {
   auto context = std::make_shared<Context>(arena, strict);
   if (own == nullptr) {
@@ -154,7 +162,7 @@ inline ContextPtr enter(Arena* arena, bool strict, bool all_threads) {
     process.serving_all.push_back(context);
     process.shared++;
   }
-  lead_workers();
+  if (::syscall(SYS_gettid) == ::getpid()) lead_workers();
   return context;
 }
 

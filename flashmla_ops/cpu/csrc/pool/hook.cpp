@@ -65,6 +65,7 @@ private:
     ContextPtr keep;
     Context* context = current(&keep);
     if (context == nullptr) return nullptr;
+    if (bytes >= kParallel && own != nullptr && own->context) lead_workers();
     dirty_bytes = bytes;
     void* block = context->arena->allocate(bytes, &dirty_bytes);
     if (block != nullptr) {
