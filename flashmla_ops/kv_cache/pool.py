@@ -19,7 +19,7 @@ from flashmla_ops.kv_cache.epochs import TraceEvent
 from flashmla_ops.kv_cache.sequence import NOWHERE, Sequence
 from flashmla_ops.kv_cache.stats import PoolStats
 
-#: What the memory for torch's own tensors grows by.
+#: Bytes by which the memory for torch's own tensors grows.
 WORKSPACE_STEP = 64 << 20
 
 

@@ -9,7 +9,7 @@ import pytest
 from bench import occupancy, serving
 from bench.peers import vllm_blocks
 
-#: As vLLM's, with an import that is nowhere, and one of a module beside it.
+#: A module like vLLM's, with an import that is nowhere, and one of a module beside it.
 BLOCK_POOL = """
 import no_such_library.at_all
 from vllm.logger import init_logger
