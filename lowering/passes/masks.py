@@ -9,6 +9,7 @@ where the operators' is 0. And the last query's keys exist: a mask may go on bey
 ``start`` is a tensor, what proves the latter is a write of new keys in the same graph, by this layer or another whose
 cache is no longer: they go to ``start, start + 1, ...``, and a write beyond the end of a cache raises. Whether
 ``start`` is negative is asked where the graph runs: `index_copy` raises for such a position, and so do our operators.
+`index_put` proves nothing: to it a negative position is one from the cache's end.
 A mask for which something else decides is read at run time: see `given`.
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from lowering.passes.axes import Access, Axis, whole
 from lowering.passes.forms import Affine, Choice, Condition, Negated, Opaque, Value, said
@@ -137,13 +138,16 @@ def _prove_written(start: Affine, length: Affine, graph: Graph, s_kv: Size) -> N
         # first + count <= size <= s_kv, because the write does not raise; and if first >= 0, then start >= 0.
         if known(start.constant >= first.constant) and known(length.constant <= first.constant + count):
             return
-    raise Refusal(f"no write in the graph proves that the {length} visible keys exist")
+    raise Refusal(f"no index_copy in the graph proves that the {length} visible keys exist")
 
 
 def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
-    """All writes at consecutive positions: the first one, their number, and the size they must be less than."""
+    """All `index_copy` at consecutive positions: the first one, their number, and the size they must be less than.
+
+    The graph has them as `index_put`, which by itself takes a negative position for one from the end.
+    """
     for node in graph.nodes:
-        if node.target != aten.index_put.default or not node.users:
+        if node.target != aten.index_put.default or not node.users or not _is_index_copy(node):
             continue
         indices = inputs(node)[1]
         dims = [dim for dim, index in enumerate(indices) if index is not None]
@@ -158,3 +162,8 @@ def _writes(graph: Graph) -> Iterator[tuple[Affine, Size, Size]]:
             continue
         if all(axis is t for axis in first.axes()) and (not t.leaves() or first.factor(t) == 1):
             yield Affine(first.constant, tuple(first.loads())), t.size, shape(node)[dims[0]]
+
+
+def _is_index_copy(node: Node) -> bool:
+    """Whether a node was decomposed from one: nodes hold a copy of the operator that they are made from."""
+    return getattr(node.meta.get("original_aten"), "_overloadpacket", None) is aten.index_copy

@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 from lowering import backend, registration, session, versions
 from lowering.passes import Decision
@@ -72,7 +73,7 @@ class Compiler:
 
         def build(*inputs: Any) -> None:
             functional = torch.func.functionalize(lambda *args: function(*args))
-            with enable_python_dispatcher():
+            with enable_python_dispatcher(), preserve_node_meta():
                 trace = make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode="fake")
                 graphs.append(trace(*inputs))
             if self.ours:

@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowering.passes import Record, run_passes
@@ -25,7 +26,7 @@ Function = Callable[..., Any]
 
 def traced(function: Function, *inputs: Tensor, mode: str = "fake") -> torch.fx.GraphModule:
     """The graph of a function of tensors. Sizes are constants, or all symbolic with ``mode="symbolic"``."""
-    with enable_python_dispatcher():
+    with enable_python_dispatcher(), preserve_node_meta():
         functional = torch.func.functionalize(lambda *args: function(*args))
         return make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode=mode)(*inputs)
 

@@ -148,6 +148,28 @@ def test_a_cache_has_no_position_before_its_first(s_q: int) -> None:
             graph(q, k, v, new, torch.tensor(at))
 
 
+def assigned_cache(q: Tensor, k: Tensor, v: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """`written_cache` by indexed assignment, to which a negative position is one from the end."""
+    rows = torch.arange(q.shape[-2]) + at
+    k, v = k.clone(), v.clone()
+    k[:, :, rows], v[:, :, rows] = new, 2 * new
+    i, j = attentions.positions(q, k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=j <= i + at)
+
+
+@pytest.mark.parametrize("s_q", [1, 3, 70])
+def test_an_assigned_cache_has_positions_from_its_end(s_q: int) -> None:
+    """The mask is read at run time: queries before the first position see no key."""
+    q, k, v = inputs(s_q, 80, b=1)
+    new = torch.randn(1, attentions.H, s_q, attentions.D)
+    graph = traced(assigned_cache, q, k, v, new, torch.tensor(5))
+    rewrite(graph)
+    assert operators(graph) == ["attend_masked"]
+    for at in (0, 4, 80 - s_q, -1, -2, -s_q, -s_q + 1, -80):
+        expected = assigned_cache(q, k, v, new, torch.tensor(at))
+        assert_equal_to(graph(q, k, v, new, torch.tensor(at)), expected)
+
+
 @pytest.mark.parametrize("name", ["sdpa", "sdpa-mask-bool", "gqa-sdpa", "gqa-mask", "no-scale"])
 def test_every_size_is_dynamic(name: str) -> None:
     """The default scale of a size that is not known is the operators' own default."""
