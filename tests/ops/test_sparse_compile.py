@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,18 +65,35 @@ class Sparse(torch.nn.Module):
         return out, max_logits, lse, again
 
 
-def test_exported_for_any_size() -> None:
-    def arguments(s_q: int, s_kv: int, topk: int) -> tuple[Tensor, ...]:
-        indices = torch.randint(-2, s_kv + 2, (s_q, 1, topk), dtype=INT)
-        lengths = torch.randint(0, topk + 1, (s_q,), dtype=INT)
-        return torch.randn(s_q, 6, 40), torch.randn(s_kv, 1, 40), indices, lengths
+def sparse_arguments(s_q: int, s_kv: int, topk: int) -> tuple[Tensor, ...]:
+    indices = torch.randint(-2, s_kv + 2, (s_q, 1, topk), dtype=INT)
+    lengths = torch.randint(0, topk + 1, (s_q,), dtype=INT)
+    return torch.randn(s_q, 6, 40), torch.randn(s_kv, 1, 40), indices, lengths
 
-    s_q, s_kv, topk = (torch.export.Dim(name, min=1, max=4096) for name in ("s_q", "s_kv", "topk"))
+
+def exported() -> torch.export.ExportedProgram:
+    s_q, s_kv, topk = (torch.export.Dim(name, min=2, max=4096) for name in ("s_q", "s_kv", "topk"))
     shapes = {"q": {0: s_q}, "kv": {0: s_kv}, "indices": {0: s_q, 2: topk}, "topk_length": {0: s_q}}
-    program = torch.export.export(Sparse(), arguments(3, 20, 5), dynamic_shapes=shapes)
-    for sizes in ((3, 20, 5), (7, 1, 90), (1, 300, 1)):
-        inputs = arguments(*sizes)
-        assert all(map(same_bits, program.module()(*inputs), Sparse()(*inputs)))
+    return torch.export.export(Sparse(), sparse_arguments(3, 20, 5), dynamic_shapes=shapes)
+
+
+SIZES = ((3, 20, 5), (7, 2, 90), (2, 300, 2))
+
+
+def test_exported_for_any_size() -> None:
+    module = exported().module()
+    for sizes in SIZES:
+        inputs = sparse_arguments(*sizes)
+        assert all(map(same_bits, module(*inputs), Sparse()(*inputs)))
+
+
+@pytest.mark.slow
+def test_a_package_calls_the_library(tmp_path: Path) -> None:
+    path = torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "sparse.pt2"))
+    run = torch._inductor.aoti_load_package(path)
+    for sizes in SIZES:
+        inputs = sparse_arguments(*sizes)
+        assert all(map(same_bits, run(*inputs), Sparse()(*inputs)))
 
 
 @pytest.mark.parametrize("lay_out", [False, True])
