@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,6 +259,31 @@ class TestEpochs:
         del arena
         gc.collect()
         epoch.__exit__(None, None, None)
+
+
+ENDS = """
+import threading, torch
+from flashmla_ops.kv_cache import Arena
+arena = Arena("16MiB")
+context, epoch = arena.allocator(all_threads=True), arena.epoch()
+context.__enter__(), epoch.__enter__()
+kept, freed, packed = torch.randn(1000), torch.randn(1000), torch.randn(3, 3).to_mkldnn()
+del freed
+class Late:
+    def __del__(self):
+        torch.empty(10)
+late, go_on = Late(), threading.Event()
+def churn():
+    while not go_on.wait(0.0001):
+        torch.empty(100)
+threading.Thread(target=churn, daemon=True).start()
+"""
+
+
+def test_a_process_may_end_with_everything_alive() -> None:
+    subprocess.run(
+        [sys.executable, "-c", ENDS], check=True, timeout=300, env=os.environ | {"FLASHMLA_CPU": "reference"}
+    )
 
 
 @pytest.mark.parametrize("preallocate", [False, True])
