@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sized
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import torch
@@ -224,31 +225,32 @@ class PagePool:
         `Step.layer` for every layer, which waits for those steps to have done that layer.
         """
         b = len(sequences)
-        uniform = not hasattr(new_tokens, "__len__")
-        if not uniform and len(new_tokens) != b:  # type: ignore[arg-type]
-            raise ArgumentError("kv_pool", "new_tokens", f"{b} counts, one a sequence", len(new_tokens))  # type: ignore[arg-type]
+        given: Any = new_tokens  # anything with a length, or that is an integer
+        counts = [index(count) for count in given] if hasattr(given, "__len__") else index(given)
+        if isinstance(counts, int):
+            least, tokens = counts, b * counts
+        else:
+            least, tokens = min(counts, default=0), sum(counts)
+            if len(counts) != b:
+                raise ArgumentError("kv_pool", "new_tokens", f"{b} counts, one a sequence", len(counts))
+        if least < 0:
+            raise ArgumentError("kv_pool", "new_tokens", "at least 0", least)
         with self._locked():
-            tensors = self._tensors(b)
-            tables = tensors.host
-            books = self.pages
-            tables.sequences[:b] = [each.name if each.books is books else NOWHERE for each in sequences]
-            tables.counts[:b] = new_tokens
-            if (least := new_tokens if uniform else min(new_tokens, default=0)) < 0:  # type: ignore[arg-type,operator]
-                raise ArgumentError("kv_pool", "new_tokens", "at least 0", least)
+            tensors, books = self._tensors(b), self.pages
+            tensors.host.sequences[:b] = [each.name if each.books is books else NOWHERE for each in sequences]
+            tensors.host.counts[:b] = counts
             try:
-                copies, behind_step = books.step(tables, b, behind)
+                copies, last_reader = books.step(tensors.host, b, behind)
             except OutOfPages as error:
                 raise self._out_of_pages(error.needed) from None
             self._idle.remove(tensors)
-            tokens = b * new_tokens if uniform else sum(new_tokens)  # type: ignore[arg-type,operator]
-            ahead = self._epochs.ahead_of(behind_step) if behind_step else []
-            number = self._epochs.open()
-            step = Step(self, self._lost_steps, number, tuple(sequences), tensors, tokens)
-            self._running[number] = step.sequences
+            step = Step(self, self._lost_steps, self._epochs.open(), tuple(sequences), tensors)
+            self._running[step.number] = step.sequences
             try:
-                if ahead:
+                step.show(tokens)
+                if last_reader and (ahead := self._epochs.ahead_of(last_reader)):
                     step.ahead, step.late_copies = ahead, copies
-                    step.late_pages = self.pages.freed() if self.poison else []
+                    step.late_pages = books.freed() if self.poison else []
                 else:
                     if self.poison:
                         self._after()
@@ -264,15 +266,17 @@ class PagePool:
         with self._locked():
             step.is_open = False
             tables, b = step.tensors.host, len(step.sequences)
-            if written:
-                for i in self.pages.commit(tables, b):
-                    self._remember(step.sequences[i])
-            elif written is not None:
-                self.pages.roll_back(tables, b)
-            del self._running[step.number]
-            self._give_back(step.tensors)
-            self._epochs.close(step.number, self._fence())
-            self._after()
+            try:
+                if written:
+                    for i in self.pages.commit(tables, b):
+                        self._remember(step.sequences[i])
+                elif written is not None:
+                    self.pages.roll_back(tables, b)
+            finally:
+                del self._running[step.number]
+                self._give_back(step.tensors)
+                self._epochs.close(step.number, self._fence())
+                self._after()
 
     def _remember(self, sequence: Sequence) -> None:
         """The full pages of a sequence whose tokens are known, in the prefix cache."""

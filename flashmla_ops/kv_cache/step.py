@@ -79,8 +79,9 @@ class Step:
     """
 
     block_table: Tensor  # [b, max_pages] int32, of the pool's pages
+    block_tables: dict[int, Tensor]  # the same for layers of smaller pages, by how many of them make one of the pool
     cache_seqlens: Tensor  # [b] int32, new tokens included
-    slot_mapping: Tensor  # [new tokens of all sequences] int64; the same for layers of smaller pages
+    slot_mapping: Tensor  # [new tokens of all sequences] int64, whatever a layer's pages are
 
     def __init__(
         self,
@@ -89,17 +90,19 @@ class Step:
         number: int,
         sequences: tuple[Sequence, ...],
         tensors: StepTensors,
-        tokens: int,
     ) -> None:
         self.pool, self.number, self.sequences, self.tensors = pool, number, sequences, tensors
-        self.block_tables, self.cache_seqlens, self.slot_mapping = tensors.views(len(sequences), tokens)
-        self.block_table = self.block_tables[1]
         self.is_open = True
         #: Steps that go ahead, pages that they may still read and this one has, and what to copy once they do not.
         self.ahead: list[int] = []
         self.late_pages: list[int] = []
         self.late_copies: list[PageCopy] = []
         self._abandoned = abandoned
+
+    def show(self, tokens: int) -> None:
+        """Have the tensors, which the pool filled for so many new tokens."""
+        self.block_tables, self.cache_seqlens, self.slot_mapping = self.tensors.views(len(self.sequences), tokens)
+        self.block_table = self.block_tables[1]
 
     def close(self) -> None:
         """All is written and read: full pages go to the prefix cache, and released ones to whoever asks next."""

@@ -237,6 +237,25 @@ def test_a_failed_copy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pool.stats().free == 8
 
 
+@pytest.mark.parametrize("new_tokens", [1.5, [1.5], "1", None])
+def test_counts_that_are_none(new_tokens: Any) -> None:
+    pool = small()
+    a = filled(pool, 3)
+    before = pool.snapshot()
+    with pytest.raises(TypeError):
+        pool.step([a], new_tokens)
+    assert pool.snapshot() == before
+
+
+def test_a_prefix_cache_that_fails_leaves_no_step_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = small()
+    step = pool.step([pool.open(range(9))], 9)
+    monkeypatch.setattr(pool.prefixes, "add", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step.close()
+    assert pool.stats().open_steps == 0
+
+
 def test_lost_steps_and_sequences_are_taken_back() -> None:
     pool = small()
     step = pool.step([filled(pool, 9)])
