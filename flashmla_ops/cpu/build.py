@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from flashmla_build import Store, compiler, say
+from flashmla_ops.cpu import contracts
 from flashmla_ops.cpu.compiler import Compilation, Unit
 from flashmla_ops.errors import BuildError
 from flashmla_ops.formats import header
@@ -106,12 +107,17 @@ DEVICE_ALLOCATOR = Library("flashmla_device_allocator", (Unit("pool/device.cpp")
 TORCH_UNITS = (*BINDING_UNITS, *AUTOGRAD.units, *ALLOCATOR.units)
 
 
+def _generated() -> dict[str, str]:
+    """Every generated header by the name that it is included by."""
+    return header.generated() | {contracts.NAME: contracts.text()}
+
+
 def source_key() -> str:
     """A hash of what the libraries are made from."""
     digest = hashlib.sha256()
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
-    digest.update(repr(header.generated()).encode())
+    digest.update(repr(_generated()).encode())
     digest.update(repr((platform.machine(), COMMON_FLAGS, ISAS, PAGES, STABLE_ABI, KERNELS)).encode())
     return digest.hexdigest()[:16]
 
@@ -181,7 +187,9 @@ def _build(libraries: Sequence[Library], folder: Path, *, verbose: bool) -> dict
     say(f"flashmla: compiling {names} into {folder}, once; this may take a minute", lasting=long)
     built, failures = {}, []
     with STORE.scratch(folder) as scratch:
-        header.write(scratch)
+        for file, content in _generated().items():
+            (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / file).write_text(content)
         with Compilation([*units], scratch, partial(_arguments, scratch), verbose=verbose) as compilation:
             for library in libraries:
                 try:

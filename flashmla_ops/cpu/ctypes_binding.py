@@ -6,7 +6,6 @@ Slower to call than the stable-ABI binding by a few microseconds; used where tha
 from __future__ import annotations
 
 import ctypes
-import inspect
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int64, c_void_p
 from typing import Any
@@ -17,8 +16,13 @@ from torch import Tensor
 from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
 from flashmla_ops.formats import NATIVE, QUANTIZED
-from flashmla_ops.ops import append, decode, decode_up, merge, schedule, sparse
-from flashmla_ops.ops._library import LIBRARY
+from flashmla_ops.ops._library import DEFINED, LIBRARY
+from flashmla_ops.ops.append import APPEND, APPEND_TWO
+from flashmla_ops.ops.decode import DECODE, Decode
+from flashmla_ops.ops.decode_up import DECODE_UP
+from flashmla_ops.ops.merge import MERGE_STATES
+from flashmla_ops.ops.schedule import DECODE_SCHEDULE
+from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecode, SparsePrefill
 
 _BODY = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
 _PARALLEL = ctypes.CFUNCTYPE(None, c_int64, c_void_p, c_void_p)
@@ -50,55 +54,45 @@ class Binding:
             raise from_message(text) or FlashMLAError(text)
 
     def decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = decode.decode_fake(*args, **kwargs)
-        self._decode(*args, out=out, lse=lse, **kwargs)
+        out, lse = DECODE.fake(*args, **kwargs)
+        self._decode(DECODE.bind(*args, **kwargs), out, lse)
         return out, lse
 
     def decode_out(self, *args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
-        decode.decode_out_fake(*args, out=out, lse=lse, **kwargs)
-        self._decode(*args, out=out, lse=lse, **kwargs)
+        DEFINED["decode.out"].fake(*args, out=out, lse=lse, **kwargs)
+        self._decode(DECODE.bind(*args, **kwargs), out, lse)
 
-    def _decode(self, *args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
-        call, plan = _decode_call(*args, lse=lse, **kwargs)
+    def _decode(self, a: Decode, out: Tensor, lse: Tensor) -> None:
+        call, plan = _decode_call("decode", a, lse)
         call.out, call.out_stride = out.data_ptr(), out.stride()[:3]
         self._call(self._library.flashmla_decode, byref(call), *_schedule(plan), byref(self._runtime()))
 
-    def decode_up(
-        self,
-        q: Tensor,
-        kv_cache: Tensor,
-        k_cache: Tensor | None,
-        block_table: Tensor,
-        cache_seqlens: Tensor,
-        weight: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        cache = (q, kv_cache, k_cache, block_table, cache_seqlens)
-        out, lse = decode_up.fake(*cache, weight, *args, **kwargs)
-        call, plan = _decode_call(*cache, *args, lse=lse, **kwargs)
-        along_k = weight.stride(2) != 1 and weight.size(2) != 1
+    def decode_up(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = DECODE_UP.fake(*args, **kwargs)
+        a = DECODE_UP.bind(*args, **kwargs)
+        call, plan = _decode_call("decode_up", a, lse)
+        weight, along_k = a.weight, a.weight.stride(2) != 1 and a.weight.size(2) != 1
         up = structs.Up(weight.data_ptr(), weight.stride(), along_k, weight.size(2), out.data_ptr())
         function = self._library.flashmla_decode_up
         self._call(function, byref(call), byref(up), *_schedule(plan), byref(self._runtime()))
         return out, lse
 
     def decode_schedule(self, cache_seqlens: Tensor, s_q: int, h_q: int, h_kv: int, num_parts: int) -> Tensor:
-        plan = schedule.fake(cache_seqlens, s_q, h_q, h_kv, num_parts)
+        plan: Tensor = DECODE_SCHEDULE.fake(cache_seqlens, s_q, h_q, h_kv, num_parts)
         sizes = map(c_int64, (cache_seqlens.stride(0), cache_seqlens.size(0), s_q, h_q, h_kv, num_parts))
         lengths = c_void_p(cache_seqlens.data_ptr())
         self._call(self._library.flashmla_decode_schedule, lengths, *sizes, c_void_p(plan.data_ptr()))
         return plan
 
     def append(self, kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
-        append.append_fake(kv_cache, rows, slot_mapping, row_format)
         if row_format == NATIVE:
+            APPEND.fake(kv_cache, rows, slot_mapping, row_format)
             self._append([(kv_cache, rows)], slot_mapping)
         else:
-            append.append_reference(kv_cache, rows, slot_mapping, row_format)
+            APPEND.reference(kv_cache, rows, slot_mapping, row_format)
 
     def append_two(self, kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
-        append.append_two_fake(kv_cache, k_cache, rows, k_rows, slot_mapping)
+        APPEND_TWO.fake(kv_cache, k_cache, rows, k_rows, slot_mapping)
         self._append([(kv_cache, rows), (k_cache, k_rows)], slot_mapping)
 
     def _append(self, tensors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
@@ -114,14 +108,11 @@ class Binding:
         self._call(function, calls, c_int64(len(calls)), c_void_p(slots.data_ptr()), *sizes, byref(self._runtime()))
 
     def sparse_decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = sparse.decode_fake(*args, **kwargs)
-        a = _SPARSE_DECODE.bind(*args, **kwargs)
-        a.apply_defaults()
-        given = a.arguments
-        kv_cache, indices, length = given["kv_cache"], given["indices"], given["topk_length"]
-        call = _sparse_call(given, kv_cache.size(2), given["qk_start"], out)
+        out, lse = SPARSE_DECODE.fake(*args, **kwargs)
+        a = SPARSE_DECODE.bind(*args, **kwargs)
+        call = _sparse_call("sparse_decode", a, a.kv_cache.size(2), a.qk_start, out)
         call.attention.lse, call.attention.lse_stride = lse.data_ptr(), lse.stride()
-        call.batch_invariant = given["batch_invariant"]
+        call.batch_invariant = a.batch_invariant
 
         def source(cache: Tensor, k: Tensor | None, chosen: Tensor, lengths: Tensor | None, row: str) -> structs.Source:
             made = _source(cache, chosen, lengths, row)
@@ -130,33 +121,31 @@ class Binding:
             made.topk_length_stride = (0 if lengths is None else lengths.stride(0), 0)
             return made
 
-        call.sources[0] = source(kv_cache, given["k_cache"], indices, length, given["row_format"])
-        extra = given["extra_kv_cache"]
-        if extra is not None:
-            chosen, length, row = given["extra_indices"], given["extra_topk_length"], given["extra_row_format"]
-            call.sources[1] = source(extra, None, chosen, length, row)
-        call.n_sources = 1 if extra is None else 2
-        self._call(self._library.flashmla_sparse, b"sparse_decode", byref(call), byref(self._runtime()))
+        call.sources[0] = source(a.kv_cache, a.k_cache, a.indices, a.topk_length, a.row_format)
+        call.n_sources = 1
+        if a.extra_kv_cache is not None and a.extra_indices is not None:
+            extra = (a.extra_indices, a.extra_topk_length, a.extra_row_format)
+            call.sources[1] = source(a.extra_kv_cache, None, *extra)
+            call.n_sources = 2
+        self._call(self._library.flashmla_sparse, byref(call), byref(self._runtime()))
         return out, lse
 
     def sparse_prefill(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, max_logits, lse = sparse.prefill_fake(*args, **kwargs)
-        a = _SPARSE_PREFILL.bind(*args, **kwargs)
-        a.apply_defaults()
-        given = a.arguments
-        kv, indices, lengths = given["kv"][None], given["indices"], given["topk_length"]
-        call = _sparse_call(given, kv.size(2), 0, out)
+        out, max_logits, lse = SPARSE_PREFILL.fake(*args, **kwargs)
+        a = SPARSE_PREFILL.bind(*args, **kwargs)
+        kv, indices, lengths = a.kv[None], a.indices, a.topk_length
+        call = _sparse_call("sparse_prefill", a, kv.size(2), 0, out)
         call.attention.lse, call.attention.max_logits = lse.data_ptr(), max_logits.data_ptr()
         call.attention.lse_stride = (0, 1, lse.stride(0))
-        call.sources[0] = _source(kv, indices, lengths, given["row_format"])
+        call.sources[0] = _source(kv, indices, lengths, a.row_format)
         call.sources[0].indices_stride = (0, *indices.stride())
         call.sources[0].topk_length_stride = (0, 0 if lengths is None else lengths.stride(0))
         call.n_sources = 1
-        self._call(self._library.flashmla_sparse, b"sparse_prefill", byref(call), byref(self._runtime()))
+        self._call(self._library.flashmla_sparse, byref(call), byref(self._runtime()))
         return out, max_logits, lse
 
     def merge_states(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        out, lse = merge.fake(outs, lses)
+        out, lse = MERGE_STATES.fake(outs, lses)
         *batch, s_q, h_q, d_v = out.shape
         n, padding = len(outs), [] if batch else [0]
         out_strides = [stride for x in outs for stride in (*padding, *x.stride())]
@@ -179,73 +168,57 @@ class Binding:
         return out, lse
 
 
-def _decode_call(
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
-    *,
-    lse: Tensor,
-) -> tuple[structs.Decode, Tensor | None]:
+def _decode_call(op: str, a: Decode, lse: Tensor) -> tuple[structs.Decode, Tensor | None]:
     """The call, but for its out, and the schedule in one piece: it must live as long as the call."""
+    q, kv_cache = a.q, a.kv_cache
     b, s_q, h_q, d_qk = q.shape
     call = structs.Decode(
+        op=op.encode(),
         dtype=structs.DTYPES[q.dtype],
-        causal=causal,
+        causal=a.causal,
         b=b,
         s_q=s_q,
         h_q=h_q,
         h_kv=kv_cache.size(2),
         d_qk=d_qk,
-        d_v=d_v,
-        qk_start=qk_start,
-        softmax_scale=d_qk**-0.5 if softmax_scale is None else softmax_scale,
-        levels=levels,
-        row_format=[NATIVE, *QUANTIZED].index(row_format),
+        d_v=a.d_v,
+        qk_start=a.qk_start,
+        softmax_scale=d_qk**-0.5 if a.softmax_scale is None else a.softmax_scale,
+        levels=a.levels,
+        row_format=[NATIVE, *QUANTIZED].index(a.row_format),
         q=q.data_ptr(),
         q_stride=q.stride(),
-        kv=_cache(kv_cache, row_format),
-        k=structs.Cache() if k_cache is None else _cache(k_cache),
+        kv=_cache(kv_cache, a.row_format),
+        k=structs.Cache() if a.k_cache is None else _cache(a.k_cache),
         n_pages=kv_cache.size(0),
         page_size=kv_cache.size(1),
-        block_table=block_table.data_ptr(),
-        block_table_stride=block_table.stride(),
-        max_pages=block_table.size(1),
-        cache_seqlens=cache_seqlens.data_ptr(),
-        cache_seqlens_stride=cache_seqlens.stride(0),
-        attn_sink=None if attn_sink is None else attn_sink.data_ptr(),
-        attn_sink_stride=0 if attn_sink is None else attn_sink.stride(0),
+        block_table=a.block_table.data_ptr(),
+        block_table_stride=a.block_table.stride(),
+        max_pages=a.block_table.size(1),
+        cache_seqlens=a.cache_seqlens.data_ptr(),
+        cache_seqlens_stride=a.cache_seqlens.stride(0),
+        attn_sink=None if a.attn_sink is None else a.attn_sink.data_ptr(),
+        attn_sink_stride=0 if a.attn_sink is None else a.attn_sink.stride(0),
         lse=lse.data_ptr(),
         lse_stride=lse.stride(),
     )
-    return call, None if schedule is None else schedule.contiguous()
+    return call, None if a.schedule is None else a.schedule.contiguous()
 
 
-_SPARSE_DECODE, _SPARSE_PREFILL = (inspect.signature(f) for f in (sparse.decode_fake, sparse.prefill_fake))
-
-
-def _sparse_call(given: dict[str, Any], h_kv: int, qk_start: int, out: Tensor) -> structs.Sparse:
-    """What queries and results decide."""
-    q, scale, sink = given["q"], given["softmax_scale"], given["attn_sink"]
+def _sparse_call(op: str, a: SparseDecode | SparsePrefill, h_kv: int, qk_start: int, out: Tensor) -> structs.Sparse:
+    """The part of a call that queries and results decide."""
+    q, scale, sink = a.q, a.softmax_scale, a.attn_sink
     padding = [0] * (4 - q.dim())
     call = structs.Sparse()
     call.attention = structs.Decode(
+        op=op.encode(),
         dtype=structs.DTYPES[q.dtype],
         b=q.size(0) if q.dim() == 4 else 1,
         s_q=q.size(-3),
         h_q=q.size(-2),
         h_kv=h_kv,
         d_qk=q.size(-1),
-        d_v=given["d_v"],
+        d_v=a.d_v,
         qk_start=qk_start,
         softmax_scale=q.size(-1) ** -0.5 if scale is None else scale,
         q=q.data_ptr(),

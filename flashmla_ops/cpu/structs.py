@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
@@ -22,6 +22,7 @@ class Cache(ctypes.Structure):
 
 class Decode(ctypes.Structure):
     _fields_ = (
+        ("op", c_char_p),
         ("dtype", c_int32),
         ("causal", c_int32),
         *((name, c_int64) for name in ("b", "s_q", "h_q", "h_kv", "d_qk", "d_v", "qk_start")),

@@ -14,8 +14,8 @@ from cutlass_kernels.gemm.epilogue import Epilogue
 from cutlass_kernels.gemm.problem import Problem
 from flashmla_ops.cuda import aten
 from flashmla_ops.cuda.launch import NAMES, Launcher, gemm_call, grouped_gemm_call
-from flashmla_ops.ops.gemm import bmm_fake, check
-from flashmla_ops.ops.grouped_gemm import grouped_gemm_fake
+from flashmla_ops.ops.gemm import BMM, GEMM
+from flashmla_ops.ops.grouped_gemm import GROUPED_GEMM
 from flashmla_ops.panels import as_rows
 
 
@@ -39,14 +39,12 @@ def gemm(
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    shape = check(a, weight, bias, residual, weight_scale, activation, out_dtype)
-    dtype = a.dtype if out_dtype is None else out_dtype
-    out = a.new_empty(shape, dtype=dtype)
+    out: Tensor = GEMM.fake(a, weight, bias, residual, weight_scale, activation, out_dtype)
     if out.numel() == 0:
         return out
     weight = as_rows(weight)  # panels are for the CPU's kernels
-    left, flat = _rows(a, a.size(-1)), out.view(-1, shape[-1])
-    added = None if residual is None else _rows(residual, shape[-1])
+    left, flat = _rows(a, a.size(-1)), out.view(-1, out.size(-1))
+    added = None if residual is None else _rows(residual, out.size(-1))
     run = _gated if activation == "silu_mul" else _single
     if run(launcher, left, weight, flat, bias, added, weight_scale, activation):
         return out
@@ -104,7 +102,7 @@ def _gated(
 
 
 def bmm(launcher: Launcher, a: Tensor, weight: Tensor) -> Tensor:
-    out = bmm_fake(a, weight)
+    out: Tensor = BMM.fake(a, weight)
     if out.numel() == 0:
         return out
     left = a if a.stride(-1) == 1 or a.size(-1) == 1 else a.contiguous()
@@ -121,7 +119,7 @@ def bmm(launcher: Launcher, a: Tensor, weight: Tensor) -> Tensor:
 
 
 def grouped_gemm(launcher: Launcher, a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    out = grouped_gemm_fake(a, weight, offsets)
+    out: Tensor = GROUPED_GEMM.fake(a, weight, offsets)
     if out.numel() == 0:
         return out
     left = a if a.stride(-1) == 1 or a.size(-1) == 1 else a.contiguous()

@@ -25,8 +25,27 @@ QUANTIZED: dict[str, RowFormat] = {
     each.name: each for each in (FP8_V32, INT8_G128, FP8_MODEL1, FP8_V41, FP4_V41, INT4_G32)
 }
 NAMES = (NATIVE, *QUANTIZED)
+FORMAT_NAMES = ", ".join(NAMES)
+QUANTIZED_NAMES = ", ".join(QUANTIZED)
+
+
+def row_elements(row_format: str) -> int:
+    """Elements of a row of a quantised format."""
+    return QUANTIZED[row_format].elements
+
+
+def row_bytes(row_format: str) -> int:
+    """Bytes of a row of a quantised format."""
+    return QUANTIZED[row_format].bytes
+
+
+def row_tail(row_format: str) -> int:
+    """Bytes of a row of a quantised format that a page holds apart."""
+    return QUANTIZED[row_format].tail
+
 
 __all__ = [
+    "FORMAT_NAMES",
     "FP4_V41",
     "FP8_MODEL1",
     "FP8_V32",
@@ -36,5 +55,9 @@ __all__ = [
     "NAMES",
     "NATIVE",
     "QUANTIZED",
+    "QUANTIZED_NAMES",
     "RowFormat",
+    "row_bytes",
+    "row_elements",
+    "row_tail",
 ]

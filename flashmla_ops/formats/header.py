@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from flashmla_ops.formats import QUANTIZED
 from flashmla_ops.formats.row_format import RowFormat
@@ -40,14 +39,6 @@ def includes() -> str:
 def generated() -> dict[str, str]:
     """Every generated header by the name that it is included by."""
     return {NAME: text(), "flashmla/format_codecs.h": includes()}
-
-
-def write(folder: Path) -> None:
-    """Put the generated headers where ``-I folder`` finds them."""
-    for name, content in generated().items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
 
 
 def _layout(each: RowFormat) -> str:

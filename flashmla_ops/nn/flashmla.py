@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError
 from flashmla_ops.formats import NATIVE
 from flashmla_ops.kv_cache import KVPool, Sequence, Step, as_cache
-from flashmla_ops.ops._library import FLOAT_NAMES, FLOATS
+from flashmla_ops.ops.check import FLOAT_NAMES, FLOATS
 
 
 class FlashMLA(nn.Module):

@@ -7,12 +7,14 @@ they are, and so do ``out=`` overloads, as in torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+A = TypeVar("A", bound=Any)
 #: From the autocast dtype and the arguments to the arguments that the operator runs with.
 Rule = Callable[..., tuple[Any, ...]]
 KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
@@ -38,6 +40,6 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if castable else value
 
 
-def all_cast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
+def all_cast(dtype: torch.dtype, a: A) -> A:
     """The rule that casts every floating tensor."""
-    return tuple(cast(value, dtype) for value in args)
+    return dataclasses.replace(a, **{name: cast(value, dtype) for name, value in vars(a).items()})

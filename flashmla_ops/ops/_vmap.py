@@ -1,14 +1,18 @@
-"""What the operators' rules for ``torch.vmap`` share. A rule gets ``in_dims``: each argument's mapped dimension."""
+"""What the operators' rules for ``torch.vmap`` share. A rule gets ``dims``: each argument's mapped dimension by name.
+
+It is an int, or None where nothing is mapped; a list of them for a list of tensors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-Dims = tuple[Any, ...]  # an int, or None where nothing is mapped; a list of them for a list of tensors
+if TYPE_CHECKING:
+    from flashmla_ops.ops.operator import Arguments
 
 
 def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -21,10 +25,9 @@ def folded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return front(tensor, dim, size).flatten(0, 1)
 
 
-def each(op: torch._ops.OpOverload, info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+def each(op: torch._ops.OpOverload, size: int, dims: dict[str, Any], a: Arguments) -> tuple[Any, Any]:
     """One call for each entry: where every entry reads weights of its own, one call for all would gain nothing."""
-    dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
-    results = [op(*_entry(args, dims, i)) for i in range(info.batch_size)]
+    results = [op(*(_entry(value, dims[name], i) for name, value in vars(a).items())) for i in range(size)]
     if not op._schema.returns:
         return None, None
     if len(op._schema.returns) == 1:
@@ -32,11 +35,11 @@ def each(op: torch._ops.OpOverload, info: Any, in_dims: Dims, *args: Any) -> tup
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(op._schema.returns)
 
 
-def loop(operator: Callable[[], torch._ops.OpOverload]) -> Callable[..., tuple[Any, Any]]:
+def loop(operator: Callable[[], torch._ops.OpOverload]) -> Callable[[int, dict[str, Any], Any], tuple[Any, Any]]:
     """The rule that is `each`, whatever is mapped."""
 
-    def rule(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        return each(operator(), info, in_dims, *args)
+    def rule(size: int, dims: dict[str, Any], a: Arguments) -> tuple[Any, Any]:
+        return each(operator(), size, dims, a)
 
     return rule
 

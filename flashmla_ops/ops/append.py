@@ -14,6 +14,8 @@ anything is written.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,141 +23,147 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
+from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
-from flashmla_ops.ops._library import (
-    define,
-    require,
-    require_contiguous_rows,
-    require_device,
-    require_dims,
-    require_dtype,
-    require_float,
-)
-from flashmla_ops.ops._overlap import require_apart
-from flashmla_ops.ops._vmap import Dims, each
-from flashmla_ops.ops.quantize import require_pages
-
-OP = "append_"
+from flashmla_ops.ops._vmap import each
+from flashmla_ops.ops.check import Check
+from flashmla_ops.ops.operator import Arguments, Operator
+from flashmla_ops.ops.quantize import check_pages
 
 
-def check(cache: Tensor, rows: Tensor, slot_mapping: Tensor, *, cache_name: str, rows_name: str) -> None:
-    require_dims(OP, cache_name, cache, "[n_pages, page_size, h_kv, d]")
-    require_float(OP, cache_name, cache)
-    require_contiguous_rows(OP, cache_name, cache)
-    _, page_size, h_kv, d = cache.shape
-    require(OP, cache_name, page_size >= 1, "page_size of at least 1", page_size)
-    require_dims(OP, rows_name, rows, "[n, h_kv, d]")
-    require_dtype(OP, rows_name, rows, cache.dtype)
-    require_device(OP, rows_name, rows, cache.device)
-    require(OP, rows_name, rows.size(1) == h_kv, f"{h_kv} KV heads, as {cache_name}", rows.size(1))
-    require(OP, rows_name, rows.size(2) == d, f"rows of {d} elements, as {cache_name}", rows.size(2))
-    _check_slot_mapping(rows, slot_mapping, rows_name)
-    require_apart(OP, cache_name, cache, **{rows_name: rows}, slot_mapping=slot_mapping)
+@dataclass
+class Append(Arguments):
+    """A cache, and rows for its slots: slot ``page * page_size + t``; rows of negative slots are not written."""
+
+    kv_cache: Tensor  # [n_pages, page_size, h_kv, d], d contiguous
+    rows: Tensor  # [n, h_kv, d]
+    slot_mapping: Tensor  # [n] int64
+    row_format: str = NATIVE
 
 
-def check_quantized(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> None:
-    """As `check`, of a cache of bytes and rows of floating-point numbers."""
-    require(OP, "row_format", row_format in QUANTIZED, f"one of {', '.join(NAMES)}", row_format)
-    row = QUANTIZED[row_format]
-    require_dims(OP, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
-    require_pages(OP, "kv_cache", kv_cache, row)
-    require_contiguous_rows(OP, "kv_cache", kv_cache)
-    _, page_size, h_kv, _ = kv_cache.shape
-    require(OP, "kv_cache", page_size >= 1, "page_size of at least 1", page_size)
-    require_dims(OP, "rows", rows, "[n, h_kv, d]")
-    require_float(OP, "rows", rows)
-    require_device(OP, "rows", rows, kv_cache.device)
-    require(OP, "rows", rows.size(1) == h_kv, f"{h_kv} KV heads, as kv_cache", rows.size(1))
-    require(OP, "rows", rows.size(2) == row.elements, f"rows of {row.elements} elements", rows.size(2))
-    _check_slot_mapping(rows, slot_mapping, "rows")
-    require_apart(OP, "kv_cache", kv_cache, rows=rows, slot_mapping=slot_mapping)
+@dataclass
+class AppendTwo(Arguments):
+    """Two caches with the same pages, and rows for both."""
+
+    kv_cache: Tensor  # [n_pages, page_size, h_kv, d], d contiguous
+    k_cache: Tensor  # [n_pages, page_size, h_kv, d_k], d_k contiguous
+    rows: Tensor  # [n, h_kv, d]
+    k_rows: Tensor  # [n, h_kv, d_k]
+    slot_mapping: Tensor  # [n] int64
 
 
-def _check_slot_mapping(rows: Tensor, slot_mapping: Tensor, rows_name: str) -> None:
-    require_dims(OP, "slot_mapping", slot_mapping, "[n]")
-    require_dtype(OP, "slot_mapping", slot_mapping, torch.int64)
-    require_device(OP, "slot_mapping", slot_mapping, rows.device)
-    require(OP, rows_name, rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
-
-
-def check_slots(cache: Tensor, slot_mapping: Tensor) -> None:
-    """Raise if a slot lies past the end of the cache. Runs before anything is written."""
-    slots = cache.size(0) * cache.size(1)
-    for i, slot in enumerate(slot_mapping.tolist()):
-        if slot >= slots:
-            raise ArgumentError(OP, "slot_mapping", f"slots below {slots}", f"{slot} at [{i}]")
-
-
-def append_fake(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
-    if row_format != NATIVE:
-        check_quantized(kv_cache, rows, slot_mapping, row_format)
+def contract(check: Check, a: Append) -> None:
+    check.require("row_format", a.row_format in NAMES, f"one of {FORMAT_NAMES}", a.row_format)
+    if a.row_format == NATIVE:
+        check_native(check, "kv_cache", a.kv_cache, "rows", a.rows, a.slot_mapping)
     else:
-        check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
+        check_quantized(check, a.kv_cache, a.rows, a.slot_mapping, a.row_format)
 
 
-def append_reference(kv_cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str = "native") -> None:
-    append_fake(kv_cache, rows, slot_mapping, row_format)
-    check_slots(kv_cache, slot_mapping)
-    reference.append(kv_cache, rows, slot_mapping, row_format)
+def check_native(
+    check: Check, cache_name: str, cache: Tensor, rows_name: str, rows: Tensor, slot_mapping: Tensor
+) -> None:
+    check.dims(cache_name, cache, "[n_pages, page_size, h_kv, d]")
+    check.floating(cache_name, cache)
+    check.contiguous_rows(cache_name, cache)
+    check.require(cache_name, cache.size(1) >= 1, "page_size of at least 1", cache.size(1))
+    check.dims(rows_name, rows, "[n, h_kv, d]")
+    check.dtype(rows_name, rows, cache.dtype)
+    check.device(rows_name, rows, cache)
+    d, h_kv = cache.size(3), cache.size(2)
+    check.require(rows_name, rows.size(1) == h_kv, f"{h_kv} KV heads, as {cache_name}", rows.size(1))
+    check.require(rows_name, rows.size(2) == d, f"rows of {d} elements, as {cache_name}", rows.size(2))
+    check_slot_mapping(check, rows_name, rows, slot_mapping)
+    check.apart(cache_name, cache, {rows_name: rows, "slot_mapping": slot_mapping})
 
 
-def append_two_fake(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
-    check(kv_cache, rows, slot_mapping, cache_name="kv_cache", rows_name="rows")
-    check(k_cache, k_rows, slot_mapping, cache_name="k_cache", rows_name="k_rows")
-    for dim in range(2):
-        same = k_cache.size(dim) == kv_cache.size(dim)
-        require(OP, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim))
-    require_apart(OP, "kv_cache", kv_cache, k_rows=k_rows)
-    require_apart(OP, "k_cache", k_cache, rows=rows, kv_cache=kv_cache)
+def check_quantized(check: Check, cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> None:
+    check.dims("kv_cache", cache, "[n_pages, page_size, h_kv, d]")
+    check_pages(check, "kv_cache", cache, row_format)
+    check.contiguous_rows("kv_cache", cache)
+    check.require("kv_cache", cache.size(1) >= 1, "page_size of at least 1", cache.size(1))
+    check.dims("rows", rows, "[n, h_kv, d]")
+    check.floating("rows", rows)
+    check.device("rows", rows, cache)
+    elements = row_elements(row_format)
+    check.size("rows", rows, 1, cache.size(2), " KV heads, as kv_cache")
+    check.require("rows", rows.size(2) == elements, f"rows of {elements} elements", rows.size(2))
+    check_slot_mapping(check, "rows", rows, slot_mapping)
+    check.apart("kv_cache", cache, {"rows": rows, "slot_mapping": slot_mapping})
 
 
-def append_two_reference(kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor) -> None:
-    append_two_fake(kv_cache, k_cache, rows, k_rows, slot_mapping)
-    check_slots(kv_cache, slot_mapping)
-    reference.append(kv_cache, rows, slot_mapping)
-    reference.append(k_cache, k_rows, slot_mapping)
+def check_slot_mapping(check: Check, rows_name: str, rows: Tensor, slot_mapping: Tensor) -> None:
+    check.dims("slot_mapping", slot_mapping, "[n]")
+    check.dtype("slot_mapping", slot_mapping, torch.int64)
+    check.device("slot_mapping", slot_mapping, rows)
+    check.require(rows_name, rows.size(0) == slot_mapping.size(0), "one row for each slot", rows.size(0))
 
 
-def append_autocast(dtype: torch.dtype, kv_cache: Tensor, rows: Tensor, *rest: Any) -> tuple[Any, ...]:
+def contract_two(check: Check, a: AppendTwo) -> None:
+    check_native(check, "kv_cache", a.kv_cache, "rows", a.rows, a.slot_mapping)
+    check_native(check, "k_cache", a.k_cache, "k_rows", a.k_rows, a.slot_mapping)
+    check.same_sizes("k_cache", a.k_cache, "kv_cache", a.kv_cache, 2)
+    check.apart("kv_cache", a.kv_cache, {"k_rows": a.k_rows})
+    check.apart("k_cache", a.k_cache, {"rows": a.rows, "kv_cache": a.kv_cache})
+
+
+def check_slots(check: Check, a: Append | AppendTwo) -> None:
+    """Raise if a slot lies past the end of the cache. Runs before anything is written."""
+    slots = a.kv_cache.size(0) * a.kv_cache.size(1)
+    for i, slot in enumerate(a.slot_mapping.tolist()):
+        if slot >= slots:
+            raise ArgumentError(check.op, "slot_mapping", f"slots below {slots}", f"{slot} at [{i}]")
+
+
+def two_by_reference(a: AppendTwo) -> None:
+    reference.append(a.kv_cache, a.rows, a.slot_mapping)
+    reference.append(a.k_cache, a.k_rows, a.slot_mapping)
+
+
+def autocast(dtype: torch.dtype, a: Append) -> Append:
     """Rows in the cache's dtype; rows for a cache of bytes are quantised from what they are."""
-    return kv_cache, cast(rows, kv_cache.dtype), *rest
+    return dataclasses.replace(a, rows=cast(a.rows, a.kv_cache.dtype))
 
 
-def append_two_autocast(
-    dtype: torch.dtype, kv_cache: Tensor, k_cache: Tensor, rows: Tensor, k_rows: Tensor, slot_mapping: Tensor
-) -> tuple[Any, ...]:
-    return kv_cache, k_cache, cast(rows, kv_cache.dtype), cast(k_rows, k_cache.dtype), slot_mapping
+def autocast_two(dtype: torch.dtype, a: AppendTwo) -> AppendTwo:
+    rows, k_rows = cast(a.rows, a.kv_cache.dtype), cast(a.k_rows, a.k_cache.dtype)
+    return dataclasses.replace(a, rows=rows, k_rows=k_rows)
 
 
-def append_vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+def vmap(size: int, dims: dict[str, Any], a: Append) -> tuple[Any, Any]:
     """One append for each entry, into a view of its cache."""
-    _require_mapped(in_dims, kv_cache=0)
-    return each(torch.ops.flashmla.append_.default, info, in_dims, *args)
+    _require_mapped(APPEND.check, dims, "kv_cache")
+    return each(torch.ops.flashmla.append_.default, size, dims, a)
 
 
-def append_two_vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-    _require_mapped(in_dims, kv_cache=0, k_cache=1)
-    return each(torch.ops.flashmla.append_.two, info, in_dims, *args)
+def vmap_two(size: int, dims: dict[str, Any], a: AppendTwo) -> tuple[Any, Any]:
+    _require_mapped(APPEND.check, dims, "kv_cache", "k_cache")
+    return each(torch.ops.flashmla.append_.two, size, dims, a)
 
 
-def _require_mapped(in_dims: Dims, **caches: int) -> None:
+def _require_mapped(check: Check, dims: dict[str, Any], *caches: str) -> None:
     """Raise if a cache is the same for all entries, which cannot all write it. Torch's in-place operators do too."""
-    for name, position in caches.items():
-        require(OP, name, in_dims[position] is not None, "a cache for each entry under vmap", "one for all")
+    for name in caches:
+        check.require(name, dims[name] is not None, "a cache for each entry under vmap", "one for all")
 
 
-define(
-    f'{OP}(Tensor(a!) kv_cache, Tensor rows, Tensor slot_mapping, str row_format="native") -> ()',
-    fake=append_fake,
-    reference=append_reference,
-    vmap=append_vmap,
-    autocast=append_autocast,
+APPEND = Operator(
+    "append_",
+    Append,
+    contract,
+    lambda a: reference.append(*a.values()),
+    mutates=("kv_cache",),
+    values=check_slots,
+    vmap=vmap,
+    autocast=autocast,
 )
-define(
-    f"{OP}.two(Tensor(a!) kv_cache, Tensor(b!) k_cache, Tensor rows, Tensor k_rows, Tensor slot_mapping) -> ()",
-    fake=append_two_fake,
-    reference=append_two_reference,
-    vmap=append_two_vmap,
-    autocast=append_two_autocast,
+APPEND_TWO = Operator(
+    "append_.two",
+    AppendTwo,
+    contract_two,
+    two_by_reference,
+    mutates=("kv_cache", "k_cache"),
+    values=check_slots,
+    vmap=vmap_two,
+    autocast=autocast_two,
 )

@@ -30,272 +30,182 @@ row that counts), and a schedule for other lengths.
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, NamedTuple
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
+from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
-from flashmla_ops.ops._library import (
-    define,
-    require,
-    require_contiguous_rows,
-    require_device,
-    require_dims,
-    require_dtype,
-    require_float,
-)
-from flashmla_ops.ops._overlap import require_apart
-from flashmla_ops.ops._vmap import Dims, each, folded
-from flashmla_ops.ops.quantize import require_pages
+from flashmla_ops.ops._vmap import each, folded
+from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.operator import Arguments, Operator, Static
+from flashmla_ops.ops.quantize import check_pages
 from flashmla_ops.ops.schedule import check_schedule
 from flashmla_ops.reference.schedule import schedule_numel
 
-TENSORS = "Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor block_table, Tensor cache_seqlens"
-OPTIONS = (
-    "SymInt d_v, SymInt qk_start=0, float? softmax_scale=None, bool causal=False, Tensor? schedule=None,"
-    ' str row_format="native", Tensor? attn_sink=None, int levels=3'
-)
-ARGUMENTS = f"{TENSORS}, {OPTIONS}"
+
+@dataclass
+class Cached(Arguments):
+    """Queries, and the sequences of a paged cache that they attend to."""
+
+    q: Tensor  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor  # [n_pages, page_size, h_kv, d], d contiguous
+    k_cache: Tensor | None  # [n_pages, page_size, h_kv, d_k], d_k contiguous
+    block_table: Tensor  # [b, max_pages] int32
+    cache_seqlens: Tensor  # [b] int32
 
 
-def check(
-    op: str,
+@dataclass
+class Options(Arguments):
+    """How they attend."""
+
+    d_v: int
+    qk_start: int = 0
+    softmax_scale: float | None = None
+    causal: bool = False
+    schedule: Tensor | None = None  # as decode_schedule returns it
+    row_format: str = NATIVE
+    attn_sink: Tensor | None = None  # [h_q] float32
+    levels: Static = 3
+
+
+@dataclass
+class Decode(Options, Cached):
+    """The fields of `Cached`, then those of `Options`."""
+
+
+def contract(check: Check, a: Decode) -> tuple[Result, Result]:
+    """Of `decode`, and of operators that have its arguments and more."""
+    check.require("levels", a.levels in (1, 2, 3), "1, 2 or 3", a.levels)
+    uncut = a.levels == 3 or a.schedule is None
+    check.require("schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
+    check.require("row_format", a.row_format in NAMES, f"one of {FORMAT_NAMES}", a.row_format)
+    check.dims("q", a.q, "[b, s_q, h_q, d_qk]")
+    check.floating("q", a.q)
+    b, s_q, h_q, _ = a.q.shape
+    check.require("q", s_q >= 1, "at least 1 query token (s_q)", s_q)
+    check_cache(check, "kv_cache", a.kv_cache, a.q, a.row_format)
+    native = a.row_format == NATIVE
+    check.require("k_cache", native or a.k_cache is None, f"None with rows of {a.row_format}", "a tensor")
+    d = a.kv_cache.size(3) if native else row_elements(a.row_format)
+    check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, "[n_pages, page_size, h_kv, d_k]")
+    check.dims("block_table", a.block_table, "[b, max_pages]")
+    check.dtype("block_table", a.block_table, torch.int32)
+    check.device("block_table", a.block_table, a.q)
+    check.size("block_table", a.block_table, 0, b, " sequences, as q")
+    check.dims("cache_seqlens", a.cache_seqlens, "[b]")
+    check.dtype("cache_seqlens", a.cache_seqlens, torch.int32)
+    check.device("cache_seqlens", a.cache_seqlens, a.q)
+    check.size("cache_seqlens", a.cache_seqlens, 0, b, " sequences, as q")
+    check_sink(check, a.q, a.attn_sink)
+    if a.schedule is not None:
+        check.dims("schedule", a.schedule, "[n]")
+        check.dtype("schedule", a.schedule, torch.int32)
+        check.device("schedule", a.schedule, a.q)
+        smallest = schedule_numel(b, 1)
+        enough = a.schedule.size(0) >= smallest
+        check.require("schedule", enough, f"at least {smallest} elements", a.schedule.size(0))
+    return Result([b, s_q, h_q, a.d_v], a.q.dtype), Result([b, h_q, s_q], torch.float32)
+
+
+def check_cache(check: Check, name: str, cache: Tensor, q: Tensor, row_format: str) -> None:
+    """A paged cache of rows for these queries."""
+    check.dims(name, cache, "[n_pages, page_size, h_kv, d]")
+    if row_format == NATIVE:
+        check.dtype(name, cache, q.dtype)
+    else:
+        check_pages(check, name, cache, row_format)
+    check.device(name, cache, q)
+    check.contiguous_rows(name, cache)
+    check.require(name, cache.size(1) >= 1, "page_size of at least 1", cache.size(1))
+
+
+def check_rows(
+    check: Check,
+    name: str,
     q: Tensor,
-    kv_cache: Tensor,
+    cache: Tensor,
     k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
+    d: int,
     d_v: int,
     qk_start: int,
-    schedule: Tensor | None,
-    row_format: str,
-    attn_sink: Tensor | None,
-    levels: int,
+    k_shape: str,
 ) -> None:
-    """The preconditions that shapes, strides and dtypes decide. The C++ kernel checks the same, with the same words.
+    """The rows [.., h_kv, d] of a cache, and those of ``k_cache``, hold the values and the keys of the heads of q.
 
-    ``op``: the operator that names itself in an error: `decode`, or one that has its arguments and more.
+    ``d``: the elements of a row. ``k_shape``: the shape of ``k_cache``, whose first three sizes are those of ``cache``.
     """
-    require(op, "levels", levels in (1, 2, 3), "1, 2 or 3", levels)
-    uncut = levels == 3 or schedule is None
-    require(op, "schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
-    require(op, "row_format", row_format in NAMES, f"one of {', '.join(NAMES)}", row_format)
-    require_dims(op, "q", q, "[b, s_q, h_q, d_qk]")
-    require_float(op, "q", q)
-    b, s_q, h_q, d_qk = q.shape
-    require(op, "q", s_q >= 1, "at least 1 query token (s_q)", s_q)
-    require_dims(op, "kv_cache", kv_cache, "[n_pages, page_size, h_kv, d]")
-    if row_format == NATIVE:
-        require_dtype(op, "kv_cache", kv_cache, q.dtype)
-    else:
-        require_pages(op, "kv_cache", kv_cache, QUANTIZED[row_format])
-        require(op, "k_cache", k_cache is None, f"None with rows of {row_format}", "a tensor")
-    require_device(op, "kv_cache", kv_cache, q.device)
-    require_contiguous_rows(op, "kv_cache", kv_cache)
-    _, page_size, h_kv, d = kv_cache.shape
-    d = d if row_format == NATIVE else QUANTIZED[row_format].elements
-    require(op, "kv_cache", page_size >= 1, "page_size of at least 1", page_size)
-    require(op, "kv_cache", h_kv >= 1, "at least 1 KV head (h_kv)", h_kv)
-    require(op, "q", h_q % h_kv == 0, f"query heads in multiples of the {h_kv} KV heads", h_q)
-    require(op, "d_v", d_v >= 1 and d_v <= d, f"a value in [1, {d}]", d_v)
-    require(op, "qk_start", qk_start >= 0 and qk_start <= d, f"a value in [0, {d}]", qk_start)
-    d_k = 0
+    h_q, d_qk, h_kv = q.size(-2), q.size(-1), cache.size(-2)
+    check.require(name, h_kv >= 1, "at least 1 KV head (h_kv)", h_kv)
+    check.require("q", h_q % h_kv == 0, f"query heads in multiples of the {h_kv} KV heads", h_q)
+    check.require("d_v", d_v >= 1 and d_v <= d, f"a value in [1, {d}]", d_v)
+    check.require("qk_start", qk_start >= 0 and qk_start <= d, f"a value in [0, {d}]", qk_start)
     if k_cache is not None:
-        require_dims(op, "k_cache", k_cache, "[n_pages, page_size, h_kv, d_k]")
-        require_dtype(op, "k_cache", k_cache, q.dtype)
-        require_device(op, "k_cache", k_cache, q.device)
-        require_contiguous_rows(op, "k_cache", k_cache)
-        for dim in range(3):
-            same = k_cache.size(dim) == kv_cache.size(dim)
-            require(
-                op, "k_cache", same, f"size {kv_cache.size(dim)} in dimension {dim}, as kv_cache", k_cache.size(dim)
-            )
-        d_k = k_cache.size(3)
-    d_key = d - qk_start + d_k
-    require(op, "q", d_qk == d_key and d_qk >= 1, f"d_qk {d_key}, the length of a key", d_qk)
-    require_dims(op, "block_table", block_table, "[b, max_pages]")
-    require_dtype(op, "block_table", block_table, torch.int32)
-    require_device(op, "block_table", block_table, q.device)
-    require(op, "block_table", block_table.size(0) == b, f"{b} sequences, as q", block_table.size(0))
-    require_dims(op, "cache_seqlens", cache_seqlens, "[b]")
-    require_dtype(op, "cache_seqlens", cache_seqlens, torch.int32)
-    require_device(op, "cache_seqlens", cache_seqlens, q.device)
-    require(op, "cache_seqlens", cache_seqlens.size(0) == b, f"{b} sequences, as q", cache_seqlens.size(0))
+        check.dims("k_cache", k_cache, k_shape)
+        check.dtype("k_cache", k_cache, q.dtype)
+        check.device("k_cache", k_cache, q)
+        check.contiguous_rows("k_cache", k_cache)
+        check.same_sizes("k_cache", k_cache, name, cache, 3)
+    d_key = d - qk_start + (0 if k_cache is None else k_cache.size(3))
+    check.require("q", d_qk == d_key and d_qk >= 1, f"d_qk {d_key}, the length of a key", d_qk)
+
+
+def check_sink(check: Check, q: Tensor, attn_sink: Tensor | None) -> None:
     if attn_sink is not None:
-        require_dims(op, "attn_sink", attn_sink, "[h_q]")
-        require_dtype(op, "attn_sink", attn_sink, torch.float32)
-        require_device(op, "attn_sink", attn_sink, q.device)
-        require(op, "attn_sink", attn_sink.size(0) == h_q, f"{h_q} heads, as q", attn_sink.size(0))
-    if schedule is not None:
-        require_dims(op, "schedule", schedule, "[n]")
-        require_dtype(op, "schedule", schedule, torch.int32)
-        require_device(op, "schedule", schedule, q.device)
-        smallest = schedule_numel(b, 1)
-        require(op, "schedule", schedule.size(0) >= smallest, f"at least {smallest} elements", schedule.size(0))
+        check.dims("attn_sink", attn_sink, "[h_q]")
+        check.dtype("attn_sink", attn_sink, torch.float32)
+        check.device("attn_sink", attn_sink, q)
+        check.size("attn_sink", attn_sink, 0, q.size(-2), " heads, as q")
 
 
-def decode_fake(
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
-) -> tuple[Tensor, Tensor]:
-    check(
-        "decode",
-        q,
-        kv_cache,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        d_v,
-        qk_start,
-        schedule,
-        row_format,
-        attn_sink,
-        levels,
-    )
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty((b, s_q, h_q, d_v)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
-
-
-def check_values(
-    op: str, q: Tensor, kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, schedule: Tensor | None
-) -> None:
+def check_values(check: Check, a: Decode) -> None:
     """The preconditions that lengths and the schedule decide; those of pages are the reference's."""
-    capacity = block_table.size(1) * kv_cache.size(1)
-    for i, length in enumerate(cache_seqlens.tolist()):
+    capacity = a.block_table.size(1) * a.kv_cache.size(1)
+    for i, length in enumerate(a.cache_seqlens.tolist()):
         if not 0 <= length <= capacity:
-            raise ArgumentError(op, "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
-    if schedule is not None:
-        check_schedule(op, schedule, cache_seqlens, q.size(1), q.size(2), kv_cache.size(2))
+            raise ArgumentError(check.op, "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
+    if a.schedule is not None:
+        check_schedule(check, a.schedule, a.cache_seqlens, a.q.size(1), a.q.size(2), a.kv_cache.size(2))
 
 
-def decode_reference(
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
-) -> tuple[Tensor, Tensor]:
-    check(
-        "decode",
-        q,
-        kv_cache,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        d_v,
-        qk_start,
-        schedule,
-        row_format,
-        attn_sink,
-        levels,
-    )
-    check_values("decode", q, kv_cache, block_table, cache_seqlens, schedule)
-    out, lse = reference.decode(
-        q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink, row_format
-    )
-    return out.to(q.dtype), lse.to(torch.float32)
+def inputs(a: Decode) -> dict[str, Any]:
+    """What the reference takes: all but what only says how to compute it."""
+    return {name: value for name, value in vars(a).items() if name not in ("schedule", "levels")}
 
 
-def check_out(out: Tensor, lse: Tensor, inputs: dict[str, Any]) -> None:
-    """The preconditions of the output tensors of ``decode.out``; ``inputs`` are its other arguments."""
-    op, q = "decode", inputs["q"]
-    b, s_q, h_q, _ = q.shape
-    for name, tensor, shape, dtype in (
-        ("out", out, (b, s_q, h_q, inputs["d_v"]), q.dtype),
-        ("lse", lse, (b, h_q, s_q), torch.float32),
-    ):
-        require_dtype(op, name, tensor, dtype)
-        require_device(op, name, tensor, q.device)
-        same = tensor.dim() == len(shape) and all(x == y for x, y in zip(tensor.shape, shape, strict=True))
-        require(op, name, same, f"shape {list(shape)}", list(tensor.shape))
-    require_contiguous_rows(op, "out", out)
-    read = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-    require_apart(op, "out", out, **read)
-    require_apart(op, "lse", lse, **read, out=out)
+def fold(size: int, dims: dict[str, Any], a: Decode) -> Decode:
+    """The arguments of one call for all entries, whose mapped dimension joins the sequences.
 
-
-_SIGNATURE = inspect.signature(decode_fake)
-
-
-def decode_out_fake(*args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
-    decode_fake(*args, **kwargs)
-    check_out(out, lse, _SIGNATURE.bind(*args, **kwargs).arguments)
-
-
-def decode_out_reference(*args: Any, out: Tensor, lse: Tensor, **kwargs: Any) -> None:
-    check_out(out, lse, _SIGNATURE.bind(*args, **kwargs).arguments)
-    new_out, new_lse = decode_reference(*args, **kwargs)
-    out.copy_(new_out)
-    lse.copy_(new_lse)
-
-
-class Folded(NamedTuple):
-    """The tensors of a mapped call, its mapped dimension having joined the sequences."""
-
-    q: Tensor
-    kv_cache: Tensor
-    k_cache: Tensor | None
-    block_table: Tensor
-    cache_seqlens: Tensor
-
-
-def fold(
-    size: int,
-    in_dims: Dims,
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-) -> Folded:
-    """Caches that are mapped too join their pages, as `folds` has found. ``in_dims``: of these five tensors."""
-    q_dim, kv_dim, k_dim, table_dim, lengths_dim = in_dims
-    tables = folded(block_table, table_dim, size)
-    if kv_dim is not None:
-        n_pages = kv_cache.movedim(kv_dim, 0).size(1)
+    Caches that are mapped too join their pages, as `folds` has found.
+    """
+    tables, kv_cache, k_cache = folded(a.block_table, dims["block_table"], size), a.kv_cache, a.k_cache
+    if dims["kv_cache"] is not None:
+        n_pages = kv_cache.movedim(dims["kv_cache"], 0).size(1)
         first = torch.arange(size, dtype=torch.int32, device=tables.device).repeat_interleave(tables.size(0) // size)
         # A page that is not in its own cache must not become a page of the next one.
         tables = torch.where((tables >= 0) & (tables < n_pages), tables + n_pages * first[:, None], -1)
-        kv_cache = folded(kv_cache, kv_dim, size)
-        k_cache = None if k_cache is None else folded(k_cache, k_dim, size)
-    return Folded(folded(q, q_dim, size), kv_cache, k_cache, tables, folded(cache_seqlens, lengths_dim, size))
+        kv_cache = folded(kv_cache, dims["kv_cache"], size)
+        k_cache = None if k_cache is None else folded(k_cache, dims["k_cache"], size)
+    lengths = folded(a.cache_seqlens, dims["cache_seqlens"], size)
+    q = folded(a.q, dims["q"], size)
+    return dataclasses.replace(a, q=q, kv_cache=kv_cache, k_cache=k_cache, block_table=tables, cache_seqlens=lengths)
 
 
-def folds(in_dims: Dims, kv_cache: Tensor, k_cache: Tensor | None, **shared: int) -> bool:
+def folds(dims: dict[str, Any], a: Decode, *of_heads: str) -> bool:
     """Whether one call can serve all entries: without a copy of a cache, and with heads that are the same for all.
 
-    ``shared``: the positions of the arguments that belong to heads.
+    ``of_heads``: the arguments that belong to heads.
     """
-    kv_dim, k_dim = in_dims[1:3]
-    if any(in_dims[position] is not None for position in shared.values() if position < len(in_dims)):
+    if any(dims[name] is not None for name in of_heads):
         return False
-    if k_cache is not None and (kv_dim is None) != (k_dim is None):
+    if a.k_cache is not None and (dims["kv_cache"] is None) != (dims["k_cache"] is None):
         return False
-    return _joins(kv_cache, kv_dim) and (k_cache is None or _joins(k_cache, k_dim))
+    return _joins(a.kv_cache, dims["kv_cache"]) and (a.k_cache is None or _joins(a.k_cache, dims["k_cache"]))
 
 
 def _joins(cache: Tensor, dim: int | None) -> bool:
@@ -306,50 +216,33 @@ def _joins(cache: Tensor, dim: int | None) -> bool:
     return entries.stride(0) == entries.size(1) * entries.stride(1)
 
 
-def autocast(dtype: torch.dtype, q: Tensor, kv_cache: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """Queries in the cache's dtype, whatever autocast's is: to cast the cache would copy it. Results have it too."""
-    return cast(q, kv_cache.dtype), kv_cache, *rest
-
-
-def vmap(
-    info: Any,
-    in_dims: Dims,
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
+def mapped(
+    op: torch._ops.OpOverload, check: Check, size: int, dims: dict[str, Any], a: Decode, *of_heads: str
 ) -> tuple[Any, Any]:
-    """The mapped dimension joins the sequences."""
-    size, cache = info.batch_size, (q, kv_cache, k_cache, block_table, cache_seqlens)
-    require("decode", "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
-    options = (d_v, qk_start, softmax_scale, causal, None, row_format, attn_sink, levels)
-    if not folds(in_dims, kv_cache, k_cache, attn_sink=11):
-        return each(torch.ops.flashmla.decode.default, info, in_dims, *cache, *options)
-    out, lse = torch.ops.flashmla.decode(*fold(size, in_dims[:5], *cache), *options)
+    """The rule for vmap of an operator that attends: the mapped dimension joins the sequences where `folds` says so."""
+    check.require("schedule", a.schedule is None, "None under vmap (it is made for one batch)", "a tensor")
+    if not folds(dims, a, *of_heads):
+        return each(op, size, dims, a)
+    out, lse = op(*fold(size, dims, a).values())
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
-define(
-    f"decode({ARGUMENTS}) -> (Tensor out, Tensor lse)",
-    fake=decode_fake,
-    reference=decode_reference,
+def vmap(size: int, dims: dict[str, Any], a: Decode) -> tuple[Any, Any]:
+    return mapped(torch.ops.flashmla.decode.default, DECODE.check, size, dims, a, "attn_sink")
+
+
+def autocast(dtype: torch.dtype, a: Decode) -> Decode:
+    """Queries in the cache's dtype, whatever autocast's is: to cast the cache would copy it. Results have it too."""
+    return dataclasses.replace(a, q=cast(a.q, a.kv_cache.dtype))
+
+
+DECODE = Operator(
+    "decode",
+    Decode,
+    contract,
+    lambda a: reference.decode(**inputs(a)),
+    returns=("out", "lse"),
+    values=check_values,
     vmap=vmap,
     autocast=autocast,
-)
-# It returns nothing and is not tagged torch.Tag.out. With the tag, Inductor lowers `decode` to ExternKernelMultiOut,
-# which in torch 2.13 takes the fake outputs' SymInt sizes for sympy expressions and asserts as soon as a size is
-# dynamic; and without it, an operator that returns its arguments cannot be traced.
-define(
-    f"decode.out({ARGUMENTS}, *, Tensor(a!) out, Tensor(b!) lse) -> ()",
-    fake=decode_out_fake,
-    reference=decode_out_reference,
-)
+).with_out(contiguous_rows=("out",))

@@ -14,6 +14,8 @@ raises `ArgumentError`, as `decode` does.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,124 +24,56 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.ops import decode
 from flashmla_ops.ops._autocast import cast
-from flashmla_ops.ops._library import (
-    define,
-    require,
-    require_device,
-    require_dims,
-    require_dtype,
-)
-from flashmla_ops.ops._vmap import Dims, each
-
-OP = "decode_up"
+from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.operator import Operator
 
 
-def check_weight(q: Tensor, weight: Tensor, d_v: int) -> None:
-    require_dims(OP, "weight", weight, "[h_q, d_v, d_up]")
-    require_dtype(OP, "weight", weight, q.dtype)
-    require_device(OP, "weight", weight, q.device)
-    require(OP, "weight", weight.size(0) == q.size(2), f"{q.size(2)} heads, as q", weight.size(0))
-    require(OP, "weight", weight.size(1) == d_v, f"d_v {d_v}", weight.size(1))
-    require(OP, "weight", weight.size(2) >= 1, "d_up of at least 1", weight.size(2))
+@dataclass
+class Weighted(decode.Cached):
+    """`decode.Cached`, and a weight for each head."""
+
+    weight: Tensor  # [h_q, d_v, d_up], contiguous along d_v or d_up
+
+
+@dataclass
+class DecodeUp(decode.Decode, Weighted):
+    """The fields of `Weighted`, then those of `decode.Options`."""
+
+
+def contract(check: Check, a: DecodeUp) -> tuple[Result, Result]:
+    _, lse = decode.contract(check, a)
+    weight = a.weight
+    check.dims("weight", weight, "[h_q, d_v, d_up]")
+    check.dtype("weight", weight, a.q.dtype)
+    check.device("weight", weight, a.q)
+    check.size("weight", weight, 0, a.q.size(2), " heads, as q")
+    check.require("weight", weight.size(1) == a.d_v, f"d_v {a.d_v}", weight.size(1))
+    check.require("weight", weight.size(2) >= 1, "d_up of at least 1", weight.size(2))
     rows = weight.stride(2) == 1 or weight.size(2) == 1
-    require(
-        OP,
-        "weight",
-        rows or weight.stride(1) == 1 or d_v == 1,
-        "one of the last two dimensions contiguous",
-        f"strides {weight.stride(1)} and {weight.stride(2)}",
-    )
+    columns = weight.stride(1) == 1 or a.d_v == 1
+    strides = f"strides {weight.stride(1)} and {weight.stride(2)}"
+    check.require("weight", rows or columns, "one of the last two dimensions contiguous", strides)
+    return Result([a.q.size(0), a.q.size(1), a.q.size(2), weight.size(2)], a.q.dtype), lse
 
 
-def fake(
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    weight: Tensor,  # [h_q, d_v, d_up], contiguous along d_v or d_up
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
-) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_up], lse [b, h_q, s_q] float32
-    decode.check(
-        OP, q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink, levels
-    )
-    check_weight(q, weight, d_v)
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty((b, s_q, h_q, weight.size(2))), q.new_empty((b, h_q, s_q), dtype=torch.float32)
+def vmap(size: int, dims: dict[str, Any], a: DecodeUp) -> tuple[Any, Any]:
+    """The sequences of all entries share the weight, or each entry is a call of its own."""
+    op = torch.ops.flashmla.decode_up.default
+    return decode.mapped(op, DECODE_UP.check, size, dims, a, "weight", "attn_sink")
 
 
-def by_reference(
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    weight: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
-) -> tuple[Tensor, Tensor]:
-    decode.check(
-        OP, q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, schedule, row_format, attn_sink, levels
-    )
-    check_weight(q, weight, d_v)
-    decode.check_values(OP, q, kv_cache, block_table, cache_seqlens, schedule)
-    attended = (d_v, qk_start, softmax_scale, causal, attn_sink, row_format)
-    out, lse = reference.decode_up(q, kv_cache, k_cache, block_table, cache_seqlens, weight, *attended)
-    return out.to(q.dtype).contiguous(), lse.to(torch.float32)
-
-
-def autocast(dtype: torch.dtype, q: Tensor, kv_cache: Tensor, *rest: Any) -> tuple[Any, ...]:
+def autocast(dtype: torch.dtype, a: DecodeUp) -> DecodeUp:
     """As of `decode`, and the weight in the cache's dtype too."""
-    k_cache, block_table, cache_seqlens, weight, *options = rest
-    weight = cast(weight, kv_cache.dtype)
-    return cast(q, kv_cache.dtype), kv_cache, k_cache, block_table, cache_seqlens, weight, *options
+    return dataclasses.replace(a, q=cast(a.q, a.kv_cache.dtype), weight=cast(a.weight, a.kv_cache.dtype))
 
 
-def vmap(
-    info: Any,
-    in_dims: Dims,
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    weight: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    schedule: Tensor | None = None,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,
-    levels: int = 3,
-) -> tuple[Any, Any]:
-    """The mapped dimension joins the sequences, which share the weight."""
-    size, cache = info.batch_size, (q, kv_cache, k_cache, block_table, cache_seqlens)
-    require(OP, "schedule", schedule is None, "None under vmap (it is made for one batch)", "a tensor")
-    options = (weight, d_v, qk_start, softmax_scale, causal, None, row_format, attn_sink, levels)
-    if not decode.folds(in_dims, kv_cache, k_cache, weight=5, attn_sink=12):
-        return each(torch.ops.flashmla.decode_up.default, info, in_dims, *cache, *options)
-    out, lse = torch.ops.flashmla.decode_up(*decode.fold(size, in_dims[:5], *cache), *options)
-    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
-
-
-define(
-    f"{OP}({decode.TENSORS}, Tensor weight, {decode.OPTIONS}) -> (Tensor out, Tensor lse)",
-    fake=fake,
-    reference=by_reference,
+DECODE_UP = Operator(
+    "decode_up",
+    DecodeUp,
+    contract,
+    lambda a: reference.decode_up(**decode.inputs(a)),
+    returns=("out", "lse"),
+    values=decode.check_values,
     vmap=vmap,
     autocast=autocast,
 )

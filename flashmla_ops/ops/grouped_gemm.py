@@ -13,6 +13,7 @@ and devices that do not fit, and on the CPU for offsets that do not rise from 0 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -21,41 +22,37 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.ops._autocast import all_cast
-from flashmla_ops.ops._library import (
-    LIBRARY,
-    define,
-    require,
-    require_contiguous_rows,
-    require_device,
-    require_dims,
-    require_dtype,
-    require_float,
-)
+from flashmla_ops.ops._library import LIBRARY
 from flashmla_ops.ops._vmap import loop
-from flashmla_ops.ops.gemm import into, into_fake
+from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.operator import Arguments, Operator
 
 OP = "grouped_gemm"
-ARGUMENTS = "Tensor a, Tensor weight, Tensor offsets"
 
 
-def grouped_gemm_fake(
-    a: Tensor,  # [rows, k]
-    weight: Tensor,  # [groups, n, k]
-    offsets: Tensor,  # [groups + 1] int32: the rows of group g are offsets[g] to offsets[g + 1]
-) -> Tensor:  # [rows, n]
-    require_dims(OP, "a", a, "[rows, k]")
-    require_float(OP, "a", a)
-    require_dims(OP, "weight", weight, "[groups, n, k]")
-    require_dtype(OP, "weight", weight, a.dtype)
-    require_device(OP, "weight", weight, a.device)
-    require_contiguous_rows(OP, "weight", weight)
-    groups, n, k = weight.shape
-    require(OP, "a", a.size(1) == k, f"rows of {k} elements, as weight", a.size(1))
-    require_dims(OP, "offsets", offsets, "[groups + 1]")
-    require_dtype(OP, "offsets", offsets, torch.int32)
-    require_device(OP, "offsets", offsets, a.device)
-    require(OP, "offsets", offsets.size(0) == groups + 1, f"{groups + 1} elements", offsets.size(0))
-    return a.new_empty((a.size(0), n))
+@dataclass
+class GroupedGemm(Arguments):
+    """Rows in groups, and a weight for each group."""
+
+    a: Tensor  # [rows, k]
+    weight: Tensor  # [groups, n, k], k contiguous
+    offsets: Tensor  # [groups + 1] int32: the rows of group g are offsets[g] to offsets[g + 1]
+
+
+def contract(check: Check, a: GroupedGemm) -> Result:
+    check.dims("a", a.a, "[rows, k]")
+    check.floating("a", a.a)
+    check.dims("weight", a.weight, "[groups, n, k]")
+    check.dtype("weight", a.weight, a.a.dtype)
+    check.device("weight", a.weight, a.a)
+    check.contiguous_rows("weight", a.weight)
+    groups, n, k = a.weight.shape
+    check.require("a", a.a.size(1) == k, f"rows of {k} elements, as weight", a.a.size(1))
+    check.dims("offsets", a.offsets, "[groups + 1]")
+    check.dtype("offsets", a.offsets, torch.int32)
+    check.device("offsets", a.offsets, a.a)
+    check.size("offsets", a.offsets, 0, groups + 1, " elements")
+    return Result([a.a.size(0), n], a.a.dtype)
 
 
 def runs(offsets: Tensor, rows: int) -> Iterator[tuple[int, int]]:
@@ -71,30 +68,26 @@ def runs(offsets: Tensor, rows: int) -> Iterator[tuple[int, int]]:
         raise ArgumentError(OP, "offsets", f"{rows} (the rows of a) at the end", f"{starts[-1]} at [{len(starts) - 1}]")
 
 
-def grouped_gemm_reference(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    grouped_gemm_fake(a, weight, offsets)
-    return reference.grouped_gemm(a, weight, list(runs(offsets, a.size(0)))).to(a.dtype)
+def by_reference(a: GroupedGemm) -> Tensor:
+    return reference.grouped_gemm(a.a, a.weight, list(runs(a.offsets, a.a.size(0))))
 
 
-def grouped_gemm_cpu(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def on_cpu(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """The kernels of ``gemm``, group after group: each reads its weight once, with all threads."""
-    out = grouped_gemm_fake(a, weight, offsets)
+    out: Tensor = GROUPED_GEMM.fake(a, weight, offsets)
     for group, (start, end) in enumerate(runs(offsets, a.size(0))):
         if start < end:
             torch.ops.flashmla.gemm.out(a[start:end], weight[group], out=out[start:end])
     return out
 
 
-define(
-    f"{OP}({ARGUMENTS}) -> Tensor",
-    fake=grouped_gemm_fake,
-    reference=grouped_gemm_reference,
+GROUPED_GEMM = Operator(
+    OP,
+    GroupedGemm,
+    contract,
+    by_reference,
+    returns=("out",),
     vmap=loop(lambda: torch.ops.flashmla.grouped_gemm.default),
     autocast=all_cast,
-)
-define(
-    f"{OP}.out({ARGUMENTS}, *, Tensor(a!) out) -> ()",
-    fake=into_fake(grouped_gemm_fake, OP),
-    reference=into(torch.ops.flashmla.grouped_gemm.default, grouped_gemm_fake, OP),
-)
-LIBRARY.impl(OP, grouped_gemm_cpu, "CPU")
+).with_out()
+LIBRARY.impl(OP, on_cpu, "CPU")

@@ -8,8 +8,10 @@ Returns out and lse in the shapes of a part. Raises `ArgumentError` for shapes, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,77 +19,65 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._autocast import cast
-from flashmla_ops.ops._library import (
-    define,
-    require,
-    require_device,
-    require_dtype,
-    require_float,
-)
+from flashmla_ops.ops.check import Check, Result, lse_shape, sizes_of
+from flashmla_ops.ops.operator import Arguments, Operator
 from flashmla_ops.reference.schedule import MAX_PARTS
 
-OP = "merge_states"
+
+@dataclass
+class MergeStates(Arguments):
+    """The results of each part."""
+
+    outs: Sequence[Tensor]  # [b, s_q, h_q, d_v] or [s_q, h_q, d_v]
+    lses: Sequence[Tensor]  # [b, h_q, s_q] or [h_q, s_q] float32
 
 
-def check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    require(OP, "outs", len(outs) >= 1, "at least one part", len(outs))
-    require(OP, "outs", len(outs) <= MAX_PARTS, f"at most {MAX_PARTS} parts", len(outs))
-    require(OP, "lses", len(lses) == len(outs), f"{len(outs)} parts, as outs", len(lses))
-    first = outs[0]
-    require_float(OP, "outs[0]", first)
-    require(
-        OP, "outs[0]", first.dim() in (3, 4), "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]", f"{first.dim()} dimensions"
-    )
-    *batch, s_q, h_q, _ = first.shape
-    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        require_dtype(OP, f"outs[{i}]", out, first.dtype)
-        require_dtype(OP, f"lses[{i}]", lse, torch.float32)
-        for name, tensor, shape in (
-            (f"outs[{i}]", out, list(first.shape)),
-            (f"lses[{i}]", lse, [*batch, h_q, s_q]),
-        ):
-            require_device(OP, name, tensor, first.device)
-            same = tensor.dim() == len(shape) and all(x == y for x, y in zip(tensor.shape, shape, strict=True))
-            require(OP, name, same, f"shape {shape}", list(tensor.shape))
+def contract(check: Check, a: MergeStates) -> tuple[Result, Result]:
+    parts = len(a.outs)
+    check.require("outs", parts >= 1, "at least one part", parts)
+    check.require("outs", parts <= MAX_PARTS, f"at most {MAX_PARTS} parts", parts)
+    check.require("lses", len(a.lses) == parts, f"{parts} parts, as outs", len(a.lses))
+    first = a.outs[0]
+    check.at(0).floating("outs", first)
+    known = first.dim() in (3, 4)
+    shapes = "shape [b, s_q, h_q, d_v] or [s_q, h_q, d_v]"
+    check.at(0).require("outs", known, shapes, f"{first.dim()} dimensions")
+    for i in range(parts):
+        part = check.at(i)
+        part.dtype("outs", a.outs[i], first.dtype)
+        part.dtype("lses", a.lses[i], torch.float32)
+        part.device("outs", a.outs[i], first)
+        part.shape("outs", a.outs[i], sizes_of(first))
+        part.device("lses", a.lses[i], first)
+        part.shape("lses", a.lses[i], lse_shape(first))
+    return Result(sizes_of(first), first.dtype), Result(lse_shape(first), torch.float32)
 
 
-def fake(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    check(outs, lses)
-    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
-
-
-def by_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    check(outs, lses)
-    out, lse = reference.merge_states(outs, lses)
-    return out.to(outs[0].dtype).contiguous(), lse.to(torch.float32).contiguous()
-
-
-def autocast(dtype: torch.dtype, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Any, ...]:
+def autocast(dtype: torch.dtype, a: MergeStates) -> MergeStates:
     """Parts of several dtypes in the widest of them, as torch.cat has it."""
-    widest = functools.reduce(torch.promote_types, (out.dtype for out in outs)) if outs else dtype
-    return [cast(out, widest) for out in outs], lses
+    widest = functools.reduce(torch.promote_types, (out.dtype for out in a.outs)) if a.outs else dtype
+    return dataclasses.replace(a, outs=[cast(out, widest) for out in a.outs])
 
 
-def vmap(
-    info: Any, in_dims: tuple[list[int | None], list[int | None]], outs: Sequence[Tensor], lses: Sequence[Tensor]
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+def vmap(size: int, dims: dict[str, Any], a: MergeStates) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """The mapped dimension joins the batch, or becomes it where there was none."""
-    size = info.batch_size
 
     def mapped(tensors: Sequence[Tensor], dims: list[int | None], batched: bool) -> list[Tensor]:
         first = [x.expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in zip(tensors, dims, strict=True)]
         return [x.flatten(0, 1) for x in first] if batched else first
 
-    batched = outs[0].dim() - (in_dims[0][0] is not None) == 4
-    result = torch.ops.flashmla.merge_states(mapped(outs, in_dims[0], batched), mapped(lses, in_dims[1], batched))
-    out, lse = (x.unflatten(0, (size, -1)) if batched else x for x in result)
+    batched = a.outs[0].dim() - (dims["outs"][0] is not None) == 4
+    outs, lses = mapped(a.outs, dims["outs"], batched), mapped(a.lses, dims["lses"], batched)
+    out, lse = (x.unflatten(0, (size, -1)) if batched else x for x in torch.ops.flashmla.merge_states(outs, lses))
     return (out, lse), (0, 0)
 
 
-define(
-    f"{OP}(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)",
-    fake=fake,
-    reference=by_reference,
+MERGE_STATES = Operator(
+    "merge_states",
+    MergeStates,
+    contract,
+    lambda a: reference.merge_states(a.outs, a.lses),
+    returns=("out", "lse"),
     vmap=vmap,
     autocast=autocast,
 )

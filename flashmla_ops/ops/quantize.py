@@ -13,102 +13,94 @@ and rows of another size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashmla_ops.formats import QUANTIZED, RowFormat
-from flashmla_ops.ops._library import (
-    FLOAT_NAMES,
-    FLOATS,
-    define,
-    dtype_name,
-    require,
-    require_float,
-)
+from flashmla_ops.formats import QUANTIZED, QUANTIZED_NAMES, row_bytes, row_elements, row_tail
+from flashmla_ops.ops.check import FLOAT_NAMES, FLOATS, Check, Result, dtype_name, with_last
+from flashmla_ops.ops.operator import Arguments, Operator
 
-#: Of the bytes of quantised rows: the official package's caches have the second.
+#: The dtypes of caches of bytes. Those of the official package have the second.
 BYTES = (torch.uint8, torch.float8_e4m3fn)
 BYTE_NAMES = "uint8 or float8_e4m3fn"
 
 
-def format_of(op: str, row_format: str) -> RowFormat:
-    require(op, "row_format", row_format in QUANTIZED, f"one of {', '.join(QUANTIZED)}", row_format)
-    return QUANTIZED[row_format]
+@dataclass
+class QuantizeRows(Arguments):
+    """Rows of elements."""
+
+    rows: Tensor  # [..., d]
+    row_format: str = "fp8_v32"
 
 
-def require_bytes(op: str, argument: str, tensor: Tensor, row: RowFormat) -> None:
+@dataclass
+class DequantizeRows(Arguments):
+    """Rows of bytes."""
+
+    rows: Tensor  # [..., bytes of a row], of a one-byte type
+    row_format: str = "fp8_v32"
+    dtype: torch.dtype = torch.bfloat16
+
+
+def check_bytes(check: Check, name: str, tensor: Tensor, row_format: str) -> None:
     """The last dimension of ``tensor`` holds rows of a format."""
-    require(op, argument, tensor.dtype in BYTES, BYTE_NAMES, dtype_name(tensor.dtype))
-    require(op, argument, tensor.size(-1) == row.bytes, f"rows of {row.bytes} bytes", tensor.size(-1))
+    check.require(name, tensor.dtype in BYTES, BYTE_NAMES, dtype_name(tensor.dtype))
+    wanted = row_bytes(row_format)
+    check.require(name, tensor.size(-1) == wanted, f"rows of {wanted} bytes", tensor.size(-1))
 
 
-def require_pages(op: str, argument: str, cache: Tensor, row: RowFormat) -> None:
+def check_pages(check: Check, name: str, cache: Tensor, row_format: str) -> None:
     """``cache`` [.., page_size, h_kv, bytes] has rows of a format, and pages as it wants them."""
-    require_bytes(op, argument, cache, row)
-    if row.tail:
-        page_size, h_kv, _ = cache.shape[-3:]
-        require(op, argument, h_kv == 1, f"1 KV head with rows of {row.name}", h_kv)
-        whole = page_size <= 1 or cache.stride(-3) == row.bytes
-        expected = f"stride {row.bytes} between tokens: a page of {row.name} is one piece"
-        require(op, argument, whole, expected, f"stride {cache.stride(-3)}")
+    check_bytes(check, name, cache, row_format)
+    if row_tail(row_format) > 0:
+        check.require(name, cache.size(-2) == 1, f"1 KV head with rows of {row_format}", cache.size(-2))
+        whole = cache.size(-3) <= 1 or cache.stride(-3) == row_bytes(row_format)
+        expected = f"stride {row_bytes(row_format)} between tokens: a page of {row_format} is one piece"
+        check.require(name, whole, expected, f"stride {cache.stride(-3)}")
 
 
-def quantize_fake(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
-    op = "quantize_rows"
-    row = format_of(op, row_format)
-    require(op, "rows", rows.dim() >= 1, "shape [..., d]", f"{rows.dim()} dimensions")
-    require_float(op, "rows", rows)
-    require(op, "rows", rows.size(-1) == row.elements, f"rows of {row.elements} elements", rows.size(-1))
-    return rows.new_empty((*rows.shape[:-1], row.bytes), dtype=torch.uint8)
+def contract(check: Check, a: QuantizeRows) -> Result:
+    check.require("row_format", a.row_format in QUANTIZED, f"one of {QUANTIZED_NAMES}", a.row_format)
+    check.require("rows", a.rows.dim() >= 1, "shape [..., d]", f"{a.rows.dim()} dimensions")
+    check.floating("rows", a.rows)
+    elements = row_elements(a.row_format)
+    check.require("rows", a.rows.size(-1) == elements, f"rows of {elements} elements", a.rows.size(-1))
+    return Result(with_last(a.rows, row_bytes(a.row_format)), torch.uint8)
 
 
-def quantize_reference(rows: Tensor, row_format: str = "fp8_v32") -> Tensor:
-    quantize_fake(rows, row_format)
-    return QUANTIZED[row_format].quantize(rows)
+def contract_back(check: Check, a: DequantizeRows) -> Result:
+    check.require("row_format", a.row_format in QUANTIZED, f"one of {QUANTIZED_NAMES}", a.row_format)
+    check.require("rows", a.rows.dim() >= 1, "shape [..., d]", f"{a.rows.dim()} dimensions")
+    check_bytes(check, "rows", a.rows, a.row_format)
+    check.require("dtype", a.dtype in FLOATS, FLOAT_NAMES, dtype_name(a.dtype))
+    return Result(with_last(a.rows, row_elements(a.row_format)), a.dtype)
 
 
-def dequantize_fake(rows: Tensor, row_format: str = "fp8_v32", dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    op = "dequantize_rows"
-    row = format_of(op, row_format)
-    require(op, "rows", rows.dim() >= 1, "shape [..., d]", f"{rows.dim()} dimensions")
-    require_bytes(op, "rows", rows, row)
-    require(op, "dtype", dtype in FLOATS, FLOAT_NAMES, dtype_name(dtype))
-    return rows.new_empty((*rows.shape[:-1], row.elements), dtype=dtype)
-
-
-def dequantize_reference(rows: Tensor, row_format: str = "fp8_v32", dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    dequantize_fake(rows, row_format, dtype)
-    return QUANTIZED[row_format].dequantize(rows).to(dtype)
-
-
-def quantize_vmap(
-    info: Any, in_dims: tuple[int | None, ...], rows: Tensor, row_format: str = "fp8_v32"
-) -> tuple[Tensor, int]:
+def vmap(size: int, dims: dict[str, Any], a: QuantizeRows) -> tuple[Tensor, int]:
     """The mapped dimension is one more of those that rows lie in."""
-    return torch.ops.flashmla.quantize_rows(rows.movedim(in_dims[0] or 0, 0), row_format), 0
+    return torch.ops.flashmla.quantize_rows(a.rows.movedim(dims["rows"], 0), a.row_format), 0
 
 
-def dequantize_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    rows: Tensor,
-    row_format: str = "fp8_v32",
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, int]:
-    return torch.ops.flashmla.dequantize_rows(rows.movedim(in_dims[0] or 0, 0), row_format, dtype), 0
+def vmap_back(size: int, dims: dict[str, Any], a: DequantizeRows) -> tuple[Tensor, int]:
+    return torch.ops.flashmla.dequantize_rows(a.rows.movedim(dims["rows"], 0), a.row_format, a.dtype), 0
 
 
-define(
-    'quantize_rows(Tensor rows, str row_format="fp8_v32") -> Tensor',
-    fake=quantize_fake,
-    reference=quantize_reference,
-    vmap=quantize_vmap,
+QUANTIZE = Operator(
+    "quantize_rows",
+    QuantizeRows,
+    contract,
+    lambda a: QUANTIZED[a.row_format].quantize(a.rows),
+    returns=("bytes",),
+    vmap=vmap,
 )
-define(
-    'dequantize_rows(Tensor rows, str row_format="fp8_v32", ScalarType dtype=bfloat16) -> Tensor',
-    fake=dequantize_fake,
-    reference=dequantize_reference,
-    vmap=dequantize_vmap,
+DEQUANTIZE = Operator(
+    "dequantize_rows",
+    DequantizeRows,
+    contract_back,
+    lambda a: QUANTIZED[a.row_format].dequantize(a.rows),
+    returns=("rows",),
+    vmap=vmap_back,
 )

@@ -30,183 +30,153 @@ Returns out [b, s_q, h_q, d_v] and lse [b, h_q, s_q] float32; sparse_prefill out
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
+from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
-from flashmla_ops.ops._library import (
-    define,
-    require,
-    require_contiguous_rows,
-    require_device,
-    require_dims,
-    require_dtype,
-    require_float,
-)
 from flashmla_ops.ops._vmap import loop
-from flashmla_ops.ops.quantize import require_pages
-
-Pair = tuple[Tensor, Tensor]
-Triple = tuple[Tensor, Tensor, Tensor]
-
-
-class _Cache(NamedTuple):
-    """What rows of a cache have: the names of its arguments begin with ``prefix``."""
-
-    h_kv: int
-    d: int
-    d_k: int
+from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.decode import check_cache, check_rows, check_sink
+from flashmla_ops.ops.operator import Arguments, Operator
+from flashmla_ops.ops.quantize import check_pages
 
 
-def _check_query(op: str, q: Tensor, shape: str) -> None:
-    require_dims(op, "q", q, shape)
-    require_float(op, "q", q)
+@dataclass
+class SparseDecode(Arguments):
+    """Queries, a paged cache or two, and the slots of each that they attend to."""
+
+    q: Tensor  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor  # [n_pages, page_size, h_kv, d], d contiguous
+    k_cache: Tensor | None  # [n_pages, page_size, h_kv, d_k], d_k contiguous
+    indices: Tensor  # [b, s_q, topk] int32
+    d_v: int
+    qk_start: int = 0
+    softmax_scale: float | None = None
+    row_format: str = NATIVE
+    attn_sink: Tensor | None = None  # [h_q] float32
+    topk_length: Tensor | None = None  # [b] int32
+    extra_kv_cache: Tensor | None = None  # [n_pages, page_size, h_kv, d], sizes of its own but for h_kv
+    extra_indices: Tensor | None = None  # [b, s_q, topk] int32
+    extra_topk_length: Tensor | None = None  # [b] int32
+    extra_row_format: str = NATIVE
+    batch_invariant: bool = False
 
 
-def _check_cache(op: str, name: str, cache: Tensor, q: Tensor, row_format: str) -> _Cache:
-    """A cache of rows, [n_pages, page_size, h_kv, d]."""
-    require_dims(op, name, cache, "[n_pages, page_size, h_kv, d]")
-    if row_format == NATIVE:
-        require_dtype(op, name, cache, q.dtype)
+@dataclass
+class SparsePrefill(Arguments):
+    """Queries of one sequence, rows beside them, and the rows that each query token attends to."""
+
+    q: Tensor  # [s_q, h_q, d_qk]
+    kv: Tensor  # [s_kv, h_kv, d], d contiguous
+    indices: Tensor  # [s_q, h_kv, topk] int32
+    d_v: int
+    softmax_scale: float | None = None
+    row_format: str = NATIVE
+    attn_sink: Tensor | None = None  # [h_q] float32
+    topk_length: Tensor | None = None  # [s_q] int32
+
+
+def contract(check: Check, a: SparseDecode) -> tuple[Result, Result]:
+    check_format(check, "row_format", a.row_format)
+    check_format(check, "extra_row_format", a.extra_row_format)
+    check.dims("q", a.q, "[b, s_q, h_q, d_qk]")
+    check.floating("q", a.q)
+    check_cache(check, "kv_cache", a.kv_cache, a.q, a.row_format)
+    native = a.row_format == NATIVE
+    check.require("k_cache", native or a.k_cache is None, f"None with rows of {a.row_format}", "a tensor")
+    d, k_shape = a.kv_cache.size(3) if native else row_elements(a.row_format), "[n_pages, page_size, h_kv, d]"
+    check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, k_shape)
+    check_indices(check, "indices", a.indices, a.q)
+    check_lengths(check, "topk_length", a.topk_length, a.q, "[b]", " sequences, as q")
+    check_sink(check, a.q, a.attn_sink)
+    if a.extra_kv_cache is not None:
+        check_cache(check, "extra_kv_cache", a.extra_kv_cache, a.q, a.extra_row_format)
+        extra_native, h_kv = a.extra_row_format == NATIVE, a.kv_cache.size(2)
+        check.size("extra_kv_cache", a.extra_kv_cache, 2, h_kv, " KV heads, as kv_cache")
+        extra_d = a.extra_kv_cache.size(3) if extra_native else row_elements(a.extra_row_format)
+        check_rows(check, "extra_kv_cache", a.q, a.extra_kv_cache, None, extra_d, a.d_v, a.qk_start, "")
+        check.require("extra_indices", a.extra_indices is not None, "a tensor with extra_kv_cache", "None")
+        if a.extra_indices is not None:
+            check_indices(check, "extra_indices", a.extra_indices, a.q)
+        check_lengths(check, "extra_topk_length", a.extra_topk_length, a.q, "[b]", " sequences, as q")
     else:
-        require_pages(op, name, cache, QUANTIZED[row_format])
-    require_device(op, name, cache, q.device)
-    require_contiguous_rows(op, name, cache)
-    _, page_size, h_kv, d = cache.shape
-    require(op, name, page_size >= 1, "page_size of at least 1", page_size)
-    return _Cache(h_kv, d if row_format == NATIVE else QUANTIZED[row_format].elements, 0)
+        check.require("extra_indices", a.extra_indices is None, "None without extra_kv_cache", "a tensor")
+        check.require("extra_topk_length", a.extra_topk_length is None, "None without extra_kv_cache", "a tensor")
+    b, s_q, h_q, _ = a.q.shape
+    return Result([b, s_q, h_q, a.d_v], a.q.dtype), Result([b, h_q, s_q], torch.float32)
 
 
-def _check_rows(op: str, name: str, q: Tensor, cache: _Cache, d_v: int, qk_start: int) -> None:
-    """Heads and widths of queries and rows. ``name``: of the cache, for what both are asked for."""
-    h_q, d_qk = q.shape[-2:]
-    h_kv, d, d_k = cache
-    require(op, name, h_kv >= 1, "at least 1 KV head (h_kv)", h_kv)
-    require(op, "q", h_q % h_kv == 0, f"query heads in multiples of the {h_kv} KV heads", h_q)
-    require(op, "d_v", d_v >= 1 and d_v <= d, f"a value in [1, {d}]", d_v)
-    require(op, "qk_start", qk_start >= 0 and qk_start <= d, f"a value in [0, {d}]", qk_start)
-    d_key = d - qk_start + d_k
-    require(op, "q", d_qk == d_key and d_qk >= 1, f"d_qk {d_key}, the length of a key", d_qk)
+def contract_prefill(check: Check, a: SparsePrefill) -> tuple[Result, Result, Result]:
+    check_format(check, "row_format", a.row_format)
+    check.dims("q", a.q, "[s_q, h_q, d_qk]")
+    check.floating("q", a.q)
+    check.dims("kv", a.kv, "[s_kv, h_kv, d]")
+    if a.row_format == NATIVE:
+        check.dtype("kv", a.kv, a.q.dtype)
+    else:
+        check_pages(check, "kv", a.kv, a.row_format)
+    check.device("kv", a.kv, a.q)
+    check.contiguous_rows("kv", a.kv)
+    d = a.kv.size(2) if a.row_format == NATIVE else row_elements(a.row_format)
+    check_rows(check, "kv", a.q, a.kv, None, d, a.d_v, 0, "")
+    check.dims("indices", a.indices, "[s_q, h_kv, topk]")
+    check.dtype("indices", a.indices, torch.int32)
+    check.device("indices", a.indices, a.q)
+    check.size("indices", a.indices, 0, a.q.size(0), " query tokens, as q")
+    check.size("indices", a.indices, 1, a.kv.size(1), " KV heads, as kv")
+    check_lengths(check, "topk_length", a.topk_length, a.q, "[s_q]", " query tokens, as q")
+    check_sink(check, a.q, a.attn_sink)
+    s_q, h_q, _ = a.q.shape
+    out = Result([s_q, h_q, a.d_v], a.q.dtype)
+    return out, Result([s_q, h_q], torch.float32), Result([s_q, h_q], torch.float32)
 
 
-def _check_indices(op: str, prefix: str, q: Tensor, indices: Tensor, topk_length: Tensor | None) -> None:
-    """Of `sparse_decode`."""
-    b, s_q = q.shape[:2]
-    name = f"{prefix}indices"
-    require_dims(op, name, indices, "[b, s_q, topk]")
-    require_dtype(op, name, indices, torch.int32)
-    require_device(op, name, indices, q.device)
-    require(op, name, indices.size(0) == b, f"{b} sequences, as q", indices.size(0))
-    require(op, name, indices.size(1) == s_q, f"{s_q} query tokens, as q", indices.size(1))
-    _check_lengths(op, f"{prefix}topk_length", q, topk_length, "[b]", "sequences")
+def check_format(check: Check, name: str, row_format: str) -> None:
+    check.require(name, row_format in NAMES, f"one of {FORMAT_NAMES}", row_format)
 
 
-def _check_lengths(op: str, name: str, q: Tensor, lengths: Tensor | None, shape: str, what: str) -> None:
+def check_indices(check: Check, name: str, indices: Tensor, q: Tensor) -> None:
+    check.dims(name, indices, "[b, s_q, topk]")
+    check.dtype(name, indices, torch.int32)
+    check.device(name, indices, q)
+    check.size(name, indices, 0, q.size(0), " sequences, as q")
+    check.size(name, indices, 1, q.size(1), " query tokens, as q")
+
+
+def check_lengths(check: Check, name: str, lengths: Tensor | None, q: Tensor, shape: str, unit: str) -> None:
     if lengths is not None:
-        require_dims(op, name, lengths, shape)
-        require_dtype(op, name, lengths, torch.int32)
-        require_device(op, name, lengths, q.device)
-        require(op, name, lengths.size(0) == q.size(0), f"{q.size(0)} {what}, as q", lengths.size(0))
+        check.dims(name, lengths, shape)
+        check.dtype(name, lengths, torch.int32)
+        check.device(name, lengths, q)
+        check.size(name, lengths, 0, q.size(0), unit)
 
 
-def _check_sink(op: str, q: Tensor, attn_sink: Tensor | None) -> None:
-    if attn_sink is not None:
-        h_q = q.size(-2)
-        require_dims(op, "attn_sink", attn_sink, "[h_q]")
-        require_dtype(op, "attn_sink", attn_sink, torch.float32)
-        require_device(op, "attn_sink", attn_sink, q.device)
-        require(op, "attn_sink", attn_sink.size(0) == h_q, f"{h_q} heads, as q", attn_sink.size(0))
+def check_values(check: Check, a: SparseDecode) -> None:
+    _check_lengths_of(check, "topk_length", a.topk_length, a.indices)
+    _check_lengths_of(check, "extra_topk_length", a.extra_topk_length, a.extra_indices)
 
 
-def _check_format(op: str, name: str, row_format: str) -> None:
-    require(op, name, row_format in NAMES, f"one of {', '.join(NAMES)}", row_format)
+def _check_lengths_of(check: Check, name: str, topk_length: Tensor | None, indices: Tensor | None) -> None:
+    if topk_length is not None and indices is not None:
+        topk = indices.size(2)
+        for i, length in enumerate(topk_length.tolist()):
+            if not 0 <= length <= topk:
+                raise ArgumentError(check.op, name, f"lengths in [0, {topk}]", f"{length} at [{i}]")
 
 
-def _check_values(op: str, name: str, topk_length: Tensor | None, topk: int) -> None:
-    """What the C++ kernels check before they run."""
-    for i, length in enumerate([] if topk_length is None else topk_length.tolist()):
-        if not 0 <= length <= topk:
-            raise ArgumentError(op, name, f"lengths in [0, {topk}]", f"{length} at [{i}]")
-
-
-def decode_fake(
-    q: Tensor,  # [b, s_q, h_q, d_qk]
-    kv_cache: Tensor,  # [n_pages, page_size, h_kv, d], d contiguous
-    k_cache: Tensor | None,  # [n_pages, page_size, h_kv, d_k], d_k contiguous
-    indices: Tensor,  # [b, s_q, topk] int32
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    row_format: str = NATIVE,
-    attn_sink: Tensor | None = None,  # [h_q] float32
-    topk_length: Tensor | None = None,  # [b] int32
-    extra_kv_cache: Tensor | None = None,  # [n_pages, page_size, h_kv, d], sizes of its own but for h_kv
-    extra_indices: Tensor | None = None,  # [b, s_q, topk] int32
-    extra_topk_length: Tensor | None = None,  # [b] int32
-    extra_row_format: str = NATIVE,
-    batch_invariant: bool = False,
-) -> Pair:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q] float32
-    op = "sparse_decode"
-    _check_format(op, "row_format", row_format)
-    _check_format(op, "extra_row_format", extra_row_format)
-    _check_query(op, q, "[b, s_q, h_q, d_qk]")
-    cache = _check_cache(op, "kv_cache", kv_cache, q, row_format)
-    if k_cache is not None:
-        require(op, "k_cache", row_format == NATIVE, f"None with rows of {row_format}", "a tensor")
-        cache = cache._replace(d_k=_check_cache(op, "k_cache", k_cache, q, NATIVE).d)
-        for dim in range(3):
-            size, same = kv_cache.size(dim), k_cache.size(dim) == kv_cache.size(dim)
-            require(op, "k_cache", same, f"size {size} in dimension {dim}, as kv_cache", k_cache.size(dim))
-    _check_rows(op, "kv_cache", q, cache, d_v, qk_start)
-    _check_indices(op, "", q, indices, topk_length)
-    _check_sink(op, q, attn_sink)
-    if extra_kv_cache is None:
-        require(op, "extra_indices", extra_indices is None, "None without extra_kv_cache", "a tensor")
-        require(op, "extra_topk_length", extra_topk_length is None, "None without extra_kv_cache", "a tensor")
-    else:
-        extra = _check_cache(op, "extra_kv_cache", extra_kv_cache, q, extra_row_format)
-        same = extra.h_kv == cache.h_kv
-        require(op, "extra_kv_cache", same, f"{cache.h_kv} KV heads, as kv_cache", extra.h_kv)
-        _check_rows(op, "extra_kv_cache", q, extra, d_v, qk_start)
-        if extra_indices is None:
-            raise ArgumentError(op, "extra_indices", "a tensor with extra_kv_cache", None)
-        _check_indices(op, "extra_", q, extra_indices, extra_topk_length)
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty((b, s_q, h_q, d_v)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
-
-
-def decode_reference(
-    q: Tensor,
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    indices: Tensor,
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    row_format: str = NATIVE,
-    attn_sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-    extra_kv_cache: Tensor | None = None,
-    extra_indices: Tensor | None = None,
-    extra_topk_length: Tensor | None = None,
-    extra_row_format: str = NATIVE,
-    batch_invariant: bool = False,
-) -> Pair:
-    op = "sparse_decode"
-    extra = (extra_kv_cache, extra_indices, extra_topk_length, extra_row_format)
-    decode_fake(q, kv_cache, k_cache, indices, d_v, qk_start, softmax_scale, row_format, attn_sink, topk_length, *extra)
-    _check_values(op, "topk_length", topk_length, indices.size(2))
-    sources = [_paged(kv_cache, k_cache, indices, topk_length, row_format)]
-    if extra_kv_cache is not None and extra_indices is not None:
-        _check_values(op, "extra_topk_length", extra_topk_length, extra_indices.size(2))
-        sources.append(_paged(extra_kv_cache, None, extra_indices, extra_topk_length, extra_row_format))
-    out, _, lse = reference.sparse_attention(q, sources, d_v, qk_start, softmax_scale, attn_sink)
-    return out.to(q.dtype), lse.transpose(1, 2).to(torch.float32).contiguous()
+def decode_reference(a: SparseDecode) -> tuple[Tensor, Tensor]:
+    sources = [_paged(a.kv_cache, a.k_cache, a.indices, a.topk_length, a.row_format)]
+    if a.extra_kv_cache is not None and a.extra_indices is not None:
+        sources.append(_paged(a.extra_kv_cache, None, a.extra_indices, a.extra_topk_length, a.extra_row_format))
+    out, _, lse = reference.sparse_attention(a.q, sources, a.d_v, a.qk_start, a.softmax_scale, a.attn_sink)
+    return out, lse.transpose(1, 2)
 
 
 def _paged(
@@ -218,80 +188,39 @@ def _paged(
     return reference.Source(kv_cache, k_cache, heads, lengths, row_format)
 
 
-def prefill_fake(
-    q: Tensor,  # [s_q, h_q, d_qk]
-    kv: Tensor,  # [s_kv, h_kv, d], d contiguous
-    indices: Tensor,  # [s_q, h_kv, topk] int32
-    d_v: int,
-    softmax_scale: float | None = None,
-    row_format: str = NATIVE,
-    attn_sink: Tensor | None = None,  # [h_q] float32
-    topk_length: Tensor | None = None,  # [s_q] int32
-) -> Triple:  # out [s_q, h_q, d_v], max_logits [s_q, h_q] float32, lse [s_q, h_q] float32
-    op = "sparse_prefill"
-    _check_format(op, "row_format", row_format)
-    _check_query(op, q, "[s_q, h_q, d_qk]")
-    require_dims(op, "kv", kv, "[s_kv, h_kv, d]")
-    if row_format == NATIVE:
-        require_dtype(op, "kv", kv, q.dtype)
-    else:
-        require_pages(op, "kv", kv, QUANTIZED[row_format])
-    require_device(op, "kv", kv, q.device)
-    require_contiguous_rows(op, "kv", kv)
-    d = kv.size(2) if row_format == NATIVE else QUANTIZED[row_format].elements
-    _check_rows(op, "kv", q, _Cache(kv.size(1), d, 0), d_v, 0)
-    require_dims(op, "indices", indices, "[s_q, h_kv, topk]")
-    require_dtype(op, "indices", indices, torch.int32)
-    require_device(op, "indices", indices, q.device)
-    require(op, "indices", indices.size(0) == q.size(0), f"{q.size(0)} query tokens, as q", indices.size(0))
-    require(op, "indices", indices.size(1) == kv.size(1), f"{kv.size(1)} KV heads, as kv", indices.size(1))
-    _check_lengths(op, "topk_length", q, topk_length, "[s_q]", "query tokens")
-    _check_sink(op, q, attn_sink)
-    s_q, h_q, _ = q.shape
-    lse = q.new_empty((s_q, h_q), dtype=torch.float32)
-    return q.new_empty((s_q, h_q, d_v)), torch.empty_like(lse), lse
+def prefill_reference(a: SparsePrefill) -> tuple[Tensor, ...]:
+    lengths = None if a.topk_length is None else a.topk_length[None]
+    source = reference.Source(a.kv[None], None, a.indices[None], lengths, a.row_format)
+    results = reference.sparse_attention(a.q[None], [source], a.d_v, 0, a.softmax_scale, a.attn_sink)
+    return tuple(result[0] for result in results)
 
 
-def prefill_reference(
-    q: Tensor,
-    kv: Tensor,
-    indices: Tensor,
-    d_v: int,
-    softmax_scale: float | None = None,
-    row_format: str = NATIVE,
-    attn_sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-) -> Triple:
-    prefill_fake(q, kv, indices, d_v, softmax_scale, row_format, attn_sink, topk_length)
-    _check_values("sparse_prefill", "topk_length", topk_length, indices.size(2))
-    lengths = None if topk_length is None else topk_length[None]
-    source = reference.Source(kv[None], None, indices[None], lengths, row_format)
-    results = reference.sparse_attention(q[None], [source], d_v, 0, softmax_scale, attn_sink)
-    out, max_logits, lse = (x[0] for x in results)
-    return out.to(q.dtype), max_logits.to(torch.float32), lse.to(torch.float32)
+A = TypeVar("A", SparseDecode, SparsePrefill)
 
 
-def autocast(dtype: torch.dtype, q: Tensor, rows: Tensor, *rest: Any) -> tuple[Any, ...]:
+def autocast(dtype: torch.dtype, a: A) -> A:
     """Queries in the dtype of the rows, whatever autocast's is: to cast a cache would copy it. Results have it too."""
-    return cast(q, rows.dtype), rows, *rest
+    rows = a.kv_cache if isinstance(a, SparseDecode) else a.kv
+    return dataclasses.replace(a, q=cast(a.q, rows.dtype))
 
 
-define(
-    "sparse_decode(Tensor q, Tensor kv_cache, Tensor? k_cache, Tensor indices, SymInt d_v, SymInt qk_start=0,"
-    ' float? softmax_scale=None, str row_format="native", Tensor? attn_sink=None, Tensor? topk_length=None,'
-    " Tensor? extra_kv_cache=None, Tensor? extra_indices=None, Tensor? extra_topk_length=None,"
-    ' str extra_row_format="native", bool batch_invariant=False) -> (Tensor out, Tensor lse)',
-    fake=decode_fake,
-    reference=decode_reference,
+SPARSE_DECODE = Operator(
+    "sparse_decode",
+    SparseDecode,
+    contract,
+    decode_reference,
+    returns=("out", "lse"),
+    values=check_values,
     vmap=loop(lambda: torch.ops.flashmla.sparse_decode.default),
     autocast=autocast,
 )
-define(
-    "sparse_prefill(Tensor q, Tensor kv, Tensor indices, SymInt d_v, float? softmax_scale=None,"
-    ' str row_format="native", Tensor? attn_sink=None, Tensor? topk_length=None)'
-    " -> (Tensor out, Tensor max_logits, Tensor lse)",
-    fake=prefill_fake,
-    reference=prefill_reference,
+SPARSE_PREFILL = Operator(
+    "sparse_prefill",
+    SparsePrefill,
+    contract_prefill,
+    prefill_reference,
+    returns=("out", "max_logits", "lse"),
+    values=lambda check, a: _check_lengths_of(check, "topk_length", a.topk_length, a.indices),
     vmap=loop(lambda: torch.ops.flashmla.sparse_prefill.default),
     autocast=autocast,
 )

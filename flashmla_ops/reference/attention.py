@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,23 +65,12 @@ def decode(
     return out, lse
 
 
-def decode_up(
-    q: Tensor,  # [b, s_q, h_q, d_qk]
-    kv_cache: Tensor,
-    k_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    weight: Tensor,  # [h_q, d_v, d_up]
-    d_v: int,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    attn_sink: Tensor | None = None,
-    row_format: str = NATIVE,
-) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_up], lse [b, h_q, s_q], float64
-    """`decode`, then the product of each head's result with the head's weight (MLA: W_UV)."""
-    cache = (kv_cache, k_cache, block_table, cache_seqlens)
-    out, lse = decode(q, *cache, d_v, qk_start, softmax_scale, causal, attn_sink, row_format, op="decode_up")
+def decode_up(*cache: Any, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`decode`, then the product of each head's result with the head's weight (MLA: W_UV).
+
+    ``weight`` [h_q, d_v, d_up]; out [b, s_q, h_q, d_up]. All else is as `decode` takes and returns it.
+    """
+    out, lse = decode(*cache, **options, op="decode_up")
     return torch.einsum("bshv,hvu->bshu", out, weight.double()), lse
 
 

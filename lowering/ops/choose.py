@@ -31,28 +31,11 @@ def enter(name: str, function: Callable[..., Tensor]) -> None:
 def decode_into(*tensors: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """`decode` into memory that Inductor planned. ``arguments``: the fields of `Arguments`, as code can name them."""
     a = Arguments(*arguments)
-    q, kv_cache, block_table, cache_seqlens, *rest = tensors
-    optional = iter(rest)
-    k_cache = next(optional) if a.has_k else None
-    schedule = next(optional) if a.has_schedule else None
-    sink = next(optional) if a.has_sink else None
+    inputs = dict(zip(a.tensors, tensors, strict=True))
+    q = inputs["q"]
     lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
-    torch.ops.flashmla.decode.out(
-        q,
-        kv_cache,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        a.d_v,
-        a.qk_start,
-        a.softmax_scale,
-        a.causal,
-        schedule,
-        "native",
-        sink,
-        out=out,
-        lse=lse,
-    )
+    options = {name: getattr(a, name) for name in ("d_v", "qk_start", "softmax_scale", "causal")}
+    torch.ops.flashmla.decode.out(**{"k_cache": None} | inputs | options, out=out, lse=lse)
     return out
 
 
@@ -60,7 +43,7 @@ def why_not(arguments: Arguments) -> str:
     """Why nothing can be timed; empty if it can."""
     if V.graph.cpp_wrapper:
         return NO_PYTHON
-    return "a schedule belongs to lengths that are not known when compiling" if arguments.has_schedule else ""
+    return "a schedule belongs to lengths that are not known when compiling" if "schedule" in arguments.tensors else ""
 
 
 def fastest(inputs: list[ir.IRNode], layout: ir.FixedLayout, arguments: Arguments) -> tuple[ir.TensorBox, bool]:
@@ -70,8 +53,12 @@ def fastest(inputs: list[ir.IRNode], layout: ir.FixedLayout, arguments: Argument
     template = DecodeTemplate(inputs, layout, arguments).generate()  # type: ignore[no-untyped-call]
     fields = tuple(getattr(arguments, name) for name in Arguments.__dataclass_fields__)
     choices = [library.bind(inputs, layout, arguments=fields), template]
-    full = _hint(inputs[2].get_size()[1]) * _hint(inputs[1].get_size()[1])
-    values = {2: lambda node: _filled(node, 0), 3: lambda node: _filled(node, full)}
+    at = arguments.tensors.index
+    full = _hint(inputs[at("block_table")].get_size()[1]) * _hint(inputs[at("kv_cache")].get_size()[1])
+    values = {
+        at("block_table"): lambda node: _filled(node, 0),
+        at("cache_seqlens"): lambda node: _filled(node, full),
+    }
     return versions.select(NAME, choices, inputs, layout, values)
 
 

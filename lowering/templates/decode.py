@@ -37,26 +37,27 @@ extern "C"
   {{kernel.maybe_codegen_profile()}}
   using T = {{element}};
   FlashmlaDecode call{};
+  call.op = "decode";
   call.dtype = {{dtype}};
   call.causal = {{causal}}, call.levels = 3;
   call.b = {{size(q, 0)}}, call.s_q = {{size(q, 1)}}, call.h_q = {{size(q, 2)}}, call.d_qk = {{size(q, 3)}};
-  call.h_kv = {{size(kv, 2)}}, call.d_v = {{d_v}}, call.qk_start = {{qk_start}};
+  call.h_kv = {{size(kv_cache, 2)}}, call.d_v = {{d_v}}, call.qk_start = {{qk_start}};
   call.softmax_scale = {{scale}};
   call.q = {{pointer(q)}};
 {%- for i in range(4) %}
   call.q_stride[{{i}}] = {{stride(q, i)}};
 {%- endfor %}
-  call.kv = { {{pointer(kv)}}, {{stride(kv, 0)}}, {{stride(kv, 1)}}, {{stride(kv, 2)}}, {{size(kv, 3)}} };
-{%- if k is not none %}
-  call.k = { {{pointer(k)}}, {{stride(k, 0)}}, {{stride(k, 1)}}, {{stride(k, 2)}}, {{size(k, 3)}} };
+  call.kv = {{rows(kv_cache)}};
+{%- if k_cache is not none %}
+  call.k = {{rows(k_cache)}};
 {%- endif %}
-  call.n_pages = {{size(kv, 0)}}, call.page_size = {{size(kv, 1)}};
-  call.block_table = {{pointer(table)}};
-  call.block_table_stride[0] = {{stride(table, 0)}}, call.block_table_stride[1] = {{stride(table, 1)}};
-  call.max_pages = {{size(table, 1)}};
-  call.cache_seqlens = {{pointer(lengths)}}, call.cache_seqlens_stride = {{stride(lengths, 0)}};
-{%- if sink is not none %}
-  call.attn_sink = {{pointer(sink)}}, call.attn_sink_stride = {{stride(sink, 0)}};
+  call.n_pages = {{size(kv_cache, 0)}}, call.page_size = {{size(kv_cache, 1)}};
+  call.block_table = {{pointer(block_table)}};
+  call.block_table_stride[0] = {{stride(block_table, 0)}}, call.block_table_stride[1] = {{stride(block_table, 1)}};
+  call.max_pages = {{size(block_table, 1)}};
+  call.cache_seqlens = {{pointer(cache_seqlens)}}, call.cache_seqlens_stride = {{stride(cache_seqlens, 0)}};
+{%- if attn_sink is not none %}
+  call.attn_sink = {{pointer(attn_sink)}}, call.attn_sink_stride = {{stride(attn_sink, 0)}};
 {%- endif %}
   const auto row_done = [&](int64_t at_b, int64_t at_s, int64_t at_h, const T* finished) {
     const auto row = reinterpret_cast<const {{kernel.dtype(q)}}*>(finished);
@@ -84,19 +85,17 @@ Reindexer = Callable[[list[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class Arguments:
-    """The constants of a call, and which of its optional tensors are there."""
+    """The constants of a call, and the names of its tensors, in order."""
 
     d_v: int
     qk_start: int
     softmax_scale: float | None
     causal: bool
-    has_k: bool
-    has_schedule: bool
-    has_sink: bool
+    tensors: tuple[str, ...]
 
 
 class DecodeTemplate(CppTemplate):
-    """``input_nodes``: q, kv_cache, block_table, cache_seqlens, then k_cache, schedule and attn_sink where given."""
+    """``input_nodes``: the tensors that ``arguments`` names."""
 
     def __init__(self, input_nodes: Sequence[ir.IRNode], layout: ir.Layout, arguments: Arguments) -> None:
         super().__init__("flashmla_decode", list(input_nodes), layout, num_threads=torch.get_num_threads())
@@ -111,13 +110,8 @@ class DecodeTemplate(CppTemplate):
         **_: Any,
     ) -> str:
         a = self.arguments
-        q, kv, table, lengths, *rest = self.input_nodes
-        optional = iter(rest)
-        k = next(optional) if a.has_k else None
-        schedule = next(optional) if a.has_schedule else None
-        sink = next(optional) if a.has_sink else None
-        names = ("q", "kv_cache", "block_table", "cache_seqlens", "k_cache", "schedule", "attn_sink")
-        inputs = dict(zip(names, (q, kv, table, lengths, k, schedule, sink), strict=True))
+        inputs = dict(zip(a.tensors, self.input_nodes, strict=True))
+        q = inputs["q"]
         target = template_buffer_node if template_buffer_node is not None else self.output_node
         plan = EpiloguePlan.of(target, epilogue_nodes or [], bool(flag_template_buffer_has_other_users))
 
@@ -125,6 +119,11 @@ class DecodeTemplate(CppTemplate):
             """Where a tensor's first element is. Two tensors in one buffer share the argument."""
             offset = cexpr_index(kernel.rename_indexing(node.get_layout().offset))
             return f"{kernel.args.input_buffers[node.get_name()]} + {offset}"
+
+        def rows(node: Any) -> str:
+            """A cache as the C interface takes it."""
+            strides = (str(kernel.stride(node, dim)) for dim in range(3))
+            return f"{{{', '.join((pointer(node), *strides, str(kernel.size(node, 3))))}}}"
 
         element, dtype = ELEMENTS[q.get_dtype()]
         scale = "1 / std::sqrt(double(call.d_qk))" if a.softmax_scale is None else repr(float(a.softmax_scale))
@@ -137,7 +136,7 @@ class DecodeTemplate(CppTemplate):
                     kernel=kernel,
                     target=instruction_set(),
                     headers=header("decode.h"),
-                    inputs={name: node for name, node in inputs.items() if node is not None},
+                    inputs=inputs,
                     aliases=plan.aliases,
                     Y=plan.stored,
                     symbols=plan.symbols(),
@@ -148,16 +147,11 @@ class DecodeTemplate(CppTemplate):
                     qk_start=a.qk_start,
                     scale=f"float({scale})",
                     pointer=pointer,
+                    rows=rows,
                     size=kernel.size,
                     stride=kernel.stride,
                     epilogue=lambda: plan.code(kernel, a.d_v),
-                    q=q,
-                    kv=kv,
-                    table=table,
-                    lengths=lengths,
-                    k=k,
-                    schedule=schedule,
-                    sink=sink,
+                    **dict.fromkeys(("k_cache", "schedule", "attn_sink")) | inputs,
                 )
             )
 

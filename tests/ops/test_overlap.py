@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmla_ops.errors import ArgumentError, from_message
-from flashmla_ops.ops import append, decode, gemm
-from flashmla_ops.ops._library import operator
+from flashmla_ops.ops._library import DEFINED, operator
 from flashmla_ops.ops._overlap import overlap, overlaps_itself
+from flashmla_ops.ops.append import APPEND_TWO
 from tests.support.calls import CALLS, MUTATED
 
 OVERLAPPING: list[Callable[[Tensor], Tensor]] = [
@@ -24,18 +24,11 @@ OVERLAPPING: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.as_strided(x.shape, (x.stride(0) - 1, *x.stride()[1:])),
     lambda x: x.as_strided(x.shape, (*x.stride()[:-2], x.size(-1) - 1, 1)),
 ]
-REFERENCES = {
-    "append_": append.append_reference,
-    "append_.two": append.append_two_reference,
-    "decode.out": decode.decode_out_reference,
-    "gemm.out": gemm.into(gemm.gemm_reference, gemm.gemm_fake, "gemm"),
-    "bmm.out": gemm.into(gemm.bmm_reference, gemm.bmm_fake, "bmm"),
-}
 
 
 def check_refused(name: str, arguments: dict[str, object], argument: str, expected: str) -> None:
     """By the kernel, by the fake and by the reference, with the same words."""
-    for call in (operator(name), REFERENCES.get(name, operator(name))):
+    for call in (operator(name), DEFINED[name].reference):
         with pytest.raises(RuntimeError) as caught:
             call(**arguments)
         error = from_message(str(caught.value))
@@ -88,7 +81,7 @@ def test_a_written_tensor_that_overlaps_another(name: str, argument: str, other:
 def test_a_residual_may_be_written_in_place() -> None:
     arguments = CALLS["gemm"].arguments()
     expected = operator("gemm")(**arguments)
-    for call in (operator("gemm.out"), REFERENCES["gemm.out"]):
+    for call in (operator("gemm.out"), DEFINED["gemm.out"].reference):
         x = arguments["residual"].clone()
         call(**arguments | {"residual": x}, out=x)
         torch.testing.assert_close(x, expected)
@@ -99,8 +92,8 @@ def test_halves_of_one_slab_are_apart() -> None:
     rows = torch.randn(2, 2, 48)
     arguments = (slab[..., :40], slab[..., 40:], rows[..., :40], rows[..., 40:], torch.tensor([0, 5]))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        append.append_two_fake(*arguments)
-    for call in (operator("append_.two"), append.append_two_reference):
+        APPEND_TWO.fake(*arguments)
+    for call in (operator("append_.two"), APPEND_TWO.reference):
         slab.zero_()
         call(*arguments)
         assert torch.equal(slab.view(-1, 2, 48)[[0, 5]], rows)

@@ -10,7 +10,7 @@ extern "C" {
 int64_t flashmla_schedule_numel(int64_t b, int64_t num_parts) { return Schedule(b, 1, 1, 1, num_parts).numel(); }
 
 int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64_t b, int64_t s_q, int64_t h_q,
-                             int64_t h_kv, int64_t num_parts, int32_t* schedule, char* message) {
+                             int64_t h_kv, int64_t num_parts, int32_t* schedule, char* message) try {
   for (int64_t i = 0; i < b; i++) {
     if (cache_seqlens[i * stride] < 0) {
       char actual[128];
@@ -18,8 +18,13 @@ int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64
                   text(actual, "%d at [%lld]", cache_seqlens[i * stride], (long long)i));
     }
   }
-  Schedule(b, s_q, h_q, h_kv, num_parts).write(cache_seqlens, stride, schedule);
+  const Schedule shape(b, s_q, h_q, h_kv, num_parts);
+  const int32_t* written = write_schedule(shape, cache_seqlens, stride);
+  std::copy(written, written + shape.numel(), schedule);
   return 0;
+} catch (const std::bad_alloc&) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_schedule: out of memory");
+  return 1;
 }
 
 int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,

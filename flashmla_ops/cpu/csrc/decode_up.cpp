@@ -24,16 +24,6 @@ int out_of_memory(char* message) {
   return 1;
 }
 
-// The attention's messages name `decode`, which the caller did not call.
-void name_this_operator(char* message) {
-  constexpr const char* kTheirs = "flashmla::decode:";
-  const size_t length = std::strlen(kTheirs);
-  if (std::strncmp(message, kTheirs, length) != 0) return;
-  char rest[FLASHMLA_MESSAGE];
-  std::memcpy(rest, message, sizeof rest);
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_up:%.*s", FLASHMLA_MESSAGE - 32, rest + length);
-}
-
 // The second stage. Its unit of work is a head's block of columns; all heads of a block come before the next block.
 class Product {
 public:
@@ -98,10 +88,7 @@ extern "C" int flashmla_decode_up(const FlashmlaDecode* attention, const Flashml
   call.out = latents.reserve(size_t(std::max<int64_t>(call.h_q * rows * call.d_v * size, 1)));
   if (call.out == nullptr) return out_of_memory(message);
   call.out_stride[0] = call.s_q * call.d_v, call.out_stride[1] = call.d_v, call.out_stride[2] = rows * call.d_v;
-  if (flashmla_decode(&call, schedule, schedule_numel, runtime, message)) {
-    name_this_operator(message);
-    return 1;
-  }
+  if (flashmla_decode(&call, schedule, schedule_numel, runtime, message)) return 1;
   if (rows == 0 || call.h_q == 0) return 0;
 
   const FlashmlaBmm product_call = product_of(call, *up);

@@ -195,7 +195,7 @@ private:
   std::atomic<bool> out_of_memory_{false};
 };
 
-int check_topk_length(const char* op, const FlashmlaSparse& call, int32_t index, char* message) {
+int check_topk_length(const FlashmlaSparse& call, int32_t index, char* message) {
   const FlashmlaSource& source = call.sources[index];
   if (source.topk_length == nullptr) return 0;
   const int64_t tokens = source.topk_length_stride[1] ? call.attention.s_q : 1;
@@ -205,7 +205,7 @@ int check_topk_length(const char* op, const FlashmlaSparse& call, int32_t index,
         source.topk_length[i / tokens * source.topk_length_stride[0] + i % tokens * source.topk_length_stride[1]];
     if (length >= 0 && length <= source.topk) continue;
     std::snprintf(message, FLASHMLA_MESSAGE,
-                  "flashmla::%s: argument '%s': expected lengths in [0, %lld], got %d at [%lld]", op,
+                  "flashmla::%s: argument '%s': expected lengths in [0, %lld], got %d at [%lld]", call.attention.op,
                   index ? "extra_topk_length" : "topk_length", (long long)source.topk, length, (long long)i);
     return 1;
   }
@@ -215,15 +215,14 @@ int check_topk_length(const char* op, const FlashmlaSparse& call, int32_t index,
 }  // namespace
 }  // namespace flashmla
 
-extern "C" int flashmla_sparse(const char* op, const FlashmlaSparse* call, const FlashmlaRuntime* runtime,
-                               char* message) {
+extern "C" int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRuntime* runtime, char* message) {
   using namespace flashmla;
   for (int32_t i = 0; i < call->n_sources; i++) {
-    if (check_topk_length(op, *call, i, message)) return 1;
+    if (check_topk_length(*call, i, message)) return 1;
   }
   const FlashmlaDecode& attention = call->attention;
   if (attention.b == 0 || attention.s_q == 0 || attention.h_q == 0) return 0;
   if (Sparse(*call, runtime->num_threads).run(*runtime)) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", op);
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call->attention.op);
   return 1;
 }

@@ -1,4 +1,4 @@
-// flashmla::attend_masked on the CPU, through torch's stable ABI; checks as in flashmla_ops/ops/attend_masked.py.
+// flashmla::attend_masked on the CPU, through torch's stable ABI.
 //
 // The mask is read first. A sequence whose queries see consecutive keys goes to the kernels of `decode` or `prefill`,
 // which read those rows and no others; one whose queries do not goes to torch's scaled_dot_product_attention.
@@ -12,7 +12,6 @@ namespace {
 
 using namespace flashmla;
 
-constexpr const char* kOp = "attend_masked";
 constexpr int64_t kMaxDecodeQueries = 64;  // as MAX_DECODE_QUERIES of lowering/passes/attend.py: a matter of speed
 
 struct Arguments {
@@ -31,47 +30,6 @@ struct Arguments {
   // Between neighbours along a dimension of the mask; 0 where they are one element.
   int64_t mask_stride(int64_t dim) const { return mask.size(dim) == 1 ? 0 : mask.stride(dim); }
 };
-
-void check_arguments(const Arguments& a) {
-  const Check check{kOp};
-  check.dims("q", a.q, 4, "[b, s_q, h_q, d_qk]");
-  check.floating("q", a.q);
-  if (a.s_q() < 1) check.fail("q", "at least 1 query token (s_q)", text(a.s_q()));
-  check.dims("kv_cache", a.kv_cache, 4, "[b, s_kv, h_kv, d]");
-  check.dtype("kv_cache", a.kv_cache, a.q.scalar_type());
-  check.on_cpu("kv_cache", a.kv_cache);
-  check.contiguous_rows("kv_cache", a.kv_cache);
-  check.size("kv_cache", a.kv_cache, 0, a.b(), " sequences, as q");
-  const int64_t h_kv = a.kv_cache.size(2), d = a.kv_cache.size(3);
-  if (a.s_kv() < 1) check.fail("kv_cache", "at least 1 token (s_kv)", text(a.s_kv()));
-  if (h_kv < 1) check.fail("kv_cache", "at least 1 KV head (h_kv)", text(h_kv));
-  if (a.h_q() % h_kv != 0) check.fail("q", text("query heads in multiples of the ", h_kv, " KV heads"), text(a.h_q()));
-  if (a.d_v < 1 || a.d_v > d) check.fail("d_v", text("a value in [1, ", d, "]"), text(a.d_v));
-  if (a.qk_start < 0 || a.qk_start > d) check.fail("qk_start", text("a value in [0, ", d, "]"), text(a.qk_start));
-  int64_t d_k = 0;
-  if (a.k_cache) {
-    check.dims("k_cache", *a.k_cache, 4, "[b, s_kv, h_kv, d_k]");
-    check.dtype("k_cache", *a.k_cache, a.q.scalar_type());
-    check.on_cpu("k_cache", *a.k_cache);
-    check.contiguous_rows("k_cache", *a.k_cache);
-    check.same_pages(a.kv_cache, *a.k_cache, 3);
-    d_k = a.k_cache->size(3);
-  }
-  const int64_t d_qk = a.q.size(3), d_key = d - a.qk_start + d_k;
-  if (d_qk != d_key || d_qk < 1) check.fail("q", text("d_qk ", d_key, ", the length of a key"), text(d_qk));
-  check.dims("mask", a.mask, 4, "[b, h_q, s_q, s_kv]");
-  const ScalarType type = a.mask.scalar_type();
-  if (type != ScalarType::Bool && type != ScalarType::Float && type != a.q.scalar_type()) {
-    check.fail("mask", "bool, float32 or the type of q", name_of(type));
-  }
-  check.on_cpu("mask", a.mask);
-  const int64_t sizes[] = {a.b(), a.h_q(), a.s_q(), a.s_kv()};
-  for (int64_t i = 0; i < 4; i++) {
-    if (a.mask.size(i) != sizes[i] && a.mask.size(i) != 1) {
-      check.fail("mask", text("size ", sizes[i], " or 1 in dimension ", i), text(a.mask.size(i)));
-    }
-  }
-}
 
 // Calls body with the type that reads the mask's elements.
 template <class Body>
@@ -125,6 +83,7 @@ public:
     }
     const int64_t size = a_.element_size();
     FlashmlaDecode call{};
+    call.op = AttendMaskedArguments::kOp;
     call.dtype = dtype_of(a_.q), call.causal = shared.causal, call.levels = 3;
     call.b = n, call.s_q = a_.s_q(), call.h_q = a_.h_q(), call.d_qk = a_.q.size(3);
     call.h_kv = a_.kv_cache.size(2), call.d_v = a_.d_v, call.qk_start = a_.qk_start;
@@ -253,12 +212,11 @@ void fill_empty(const Arguments& a, const Tensor& out, int64_t sequence) {
   });
 }
 
-Tensor attend_masked(const Tensor& q, const Tensor& kv_cache, std::optional<Tensor> k_cache, const Tensor& mask,
-                     int64_t d_v, int64_t qk_start, std::optional<double> softmax_scale, bool nan_where_empty) {
+Tensor attend_masked(const AttendMaskedArguments& given) {
+  const Tensor out = new_tensor(check(given)[0]);
+  const auto& [q, kv_cache, k_cache, mask, d_v, qk_start, softmax_scale, nan_where_empty] = given;
   const double scale = softmax_scale ? *softmax_scale : 1 / std::sqrt(double(q.size(-1)));
   const Arguments a{q, kv_cache, k_cache, mask, d_v, qk_start, scale, nan_where_empty};
-  check_arguments(a);
-  const Tensor out = new_tensor({a.b(), a.s_q(), a.h_q(), d_v}, q.scalar_type());
   const std::vector<Span> spans = spans_of(a);
   const auto exact = [](const Span& span) { return span.exact; };
   const auto first = std::find_if(spans.begin(), spans.end(), exact);
@@ -289,4 +247,6 @@ Tensor attend_masked(const Tensor& q, const Tensor& kv_cache, std::optional<Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) { m.impl("attend_masked", TORCH_BOX(&attend_masked)); }
+STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
+  m.impl("attend_masked", TORCH_BOX(&AttendMaskedArguments::call<&attend_masked>));
+}

@@ -27,7 +27,7 @@ from flashmla_ops.integrations.transformers.masks import (
 from flashmla_ops.integrations.transformers.projection import obstacle
 from flashmla_ops.integrations.transformers.specialise import Specialised
 from flashmla_ops.nn.prefix import Span, gather, prefill_with_prefix
-from flashmla_ops.ops._library import FLOATS
+from flashmla_ops.ops.check import FLOATS
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
 #: own flash-attention kernels.

@@ -16,7 +16,7 @@ from flashmla_ops.integrations.transformers.attention import (
 from flashmla_ops.integrations.transformers.masks import absorbed_mask
 from flashmla_ops.integrations.transformers.projection import PLAIN, obstacle
 from flashmla_ops.integrations.transformers.specialise import restore, specialise
-from flashmla_ops.ops._library import FLOATS
+from flashmla_ops.ops.check import FLOATS
 
 #: Model types whose ``expand_kv`` is exactly ``[W_UK c, k_pe], W_UV c`` and whose cache holds c and k_pe.
 SUPPORTED_MODEL_TYPES = (

@@ -184,7 +184,7 @@ inline int check_lengths(const FlashmlaDecode& call, char* message) {
     const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
     if (length < 0 || length > capacity) {
       char expected[128], actual[128];
-      return fail(message, "decode", "cache_seqlens", text(expected, "lengths in [0, %lld]", (long long)capacity),
+      return fail(message, call.op, "cache_seqlens", text(expected, "lengths in [0, %lld]", (long long)capacity),
                   text(actual, "%lld at [%lld]", (long long)length, (long long)i));
     }
   }
@@ -199,18 +199,30 @@ inline int name_bad_page(const FlashmlaDecode& call, char* message) {
     for (int64_t j = 0; j * call.page_size < length; j++) {
       const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
       if (page >= 0 && page < call.n_pages) continue;
-      return fail(message, "decode", "block_table", text(expected, "pages in [0, %lld)", (long long)call.n_pages),
+      return fail(message, call.op, "block_table", text(expected, "pages in [0, %lld)", (long long)call.n_pages),
                   text(actual, "%lld at [%lld, %lld]", (long long)page, (long long)i, (long long)j));
     }
   }
-  return fail(message, "decode", "block_table", "a tensor that nobody writes to during the call", "another one");
+  return fail(message, call.op, "block_table", "a tensor that nobody writes to during the call", "another one");
 }
 
-// In this thread's arena.
-inline const int32_t* write_schedule(const FlashmlaDecode& call, const Schedule& shape) {
+// Schedules that this thread wrote last, in its arena. A decode loop brings the same one for each layer: it is made
+// once.
+struct WrittenSchedule {
+  const int32_t* data = nullptr;
+  int64_t numel = 0;
+
+  bool operator==(const int32_t* schedule) const { return numel && std::equal(data, data + numel, schedule); }
+};
+inline thread_local WrittenSchedule written_schedule;
+
+inline const int32_t* write_schedule(const Schedule& shape, const int32_t* cache_seqlens, int64_t stride,
+                                     bool whole = false) {
+  written_schedule = {};
   int32_t* schedule = reinterpret_cast<int32_t*>(schedule_arena.reserve(size_t(shape.numel()) * sizeof(int32_t)));
   if (schedule == nullptr) throw std::bad_alloc();
-  shape.write(call.cache_seqlens, call.cache_seqlens_stride, schedule, call.levels < 3);
+  shape.write(cache_seqlens, stride, schedule, whole);
+  if (!whole) written_schedule = {schedule, shape.numel()};
   return schedule;
 }
 
@@ -219,7 +231,7 @@ inline int check_schedule(const FlashmlaDecode& call, const int32_t* schedule, i
   char expected[128], actual[128];
   const int64_t wanted[4] = {call.b, call.s_q, call.h_q, call.h_kv};
   if (!std::equal(wanted, wanted + 4, schedule)) {
-    return fail(message, "decode", "schedule",
+    return fail(message, call.op, "schedule",
                 text(expected, "a schedule made for [b, s_q, h_q, h_kv] [%lld, %lld, %lld, %lld]", (long long)call.b,
                      (long long)call.s_q, (long long)call.h_q, (long long)call.h_kv),
                 text(actual, "one made for [%d, %d, %d, %d]", schedule[0], schedule[1], schedule[2], schedule[3]));
@@ -227,20 +239,21 @@ inline int check_schedule(const FlashmlaDecode& call, const int32_t* schedule, i
   const int64_t parts = schedule[4];
   const Schedule shape(call.b, call.s_q, call.h_q, call.h_kv, std::max<int64_t>(parts, 1));
   if (parts < 1 || parts > FLASHMLA_MAX_PARTS || numel != shape.numel() || schedule[5] != shape.row_block) {
-    return fail(message, "decode", "schedule", "the tensor that decode_schedule returned",
+    return fail(message, call.op, "schedule", "the tensor that decode_schedule returned",
                 text(actual, "%lld elements", (long long)numel));
   }
   for (int64_t i = 0; i < call.b; i++) {
     const int32_t length = call.cache_seqlens[i * call.cache_seqlens_stride], made_for = shape.lengths(schedule)[i];
     if (length != made_for) {
-      return fail(message, "decode", "schedule",
+      return fail(message, call.op, "schedule",
                   text(expected, "a schedule made for length %d at [%lld]", length, (long long)i),
                   text(actual, "one made for length %d", made_for));
     }
   }
-  const int32_t* fresh = write_schedule(call, shape);
+  if (written_schedule.numel == numel && written_schedule == schedule) return 0;
+  const int32_t* fresh = write_schedule(shape, call.cache_seqlens, call.cache_seqlens_stride);
   if (!std::equal(fresh + Schedule::kHeader, fresh + numel, schedule + Schedule::kHeader)) {
-    return fail(message, "decode", "schedule", "the tensor that decode_schedule returned", "other cuts");
+    return fail(message, call.op, "schedule", "the tensor that decode_schedule returned", "other cuts");
   }
   return 0;
 }
@@ -255,16 +268,17 @@ inline int decode(const Kernels& kernels, const FlashmlaDecode& call, const int3
     if (check_schedule(call, schedule, schedule_numel, message)) return 1;
   } else {
     const int64_t parts = std::min<int64_t>(runtime.num_threads, FLASHMLA_MAX_PARTS);
-    schedule = write_schedule(call, Schedule(call.b, call.s_q, call.h_q, call.h_kv, parts));
+    schedule = write_schedule(Schedule(call.b, call.s_q, call.h_q, call.h_kv, parts), call.cache_seqlens,
+                              call.cache_seqlens_stride, call.levels < 3);
   }
   const Schedule shape(call.b, call.s_q, call.h_q, call.h_kv, schedule[4]);
   Decode run(kernels, call, shape, schedule);
   if (run.run(runtime)) return 0;
   if (run.bad_page) return name_bad_page(call, message);
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
   return 1;
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode: out of memory");
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
   return 1;
 }
 

@@ -26,6 +26,7 @@ struct FlashmlaCache {
 };
 
 struct FlashmlaDecode {
+  const char* op;  // the operator that was called: it names itself in messages
   FlashmlaDType dtype;
   int32_t causal;
   int64_t b, s_q, h_q, h_kv, d_qk, d_v, qk_start;
@@ -178,8 +179,7 @@ FLASHMLA_EXPORT int flashmla_decode_up(const FlashmlaDecode* attention, const Fl
                                        int64_t schedule_numel, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
 // `op` names itself in a message.
-FLASHMLA_EXPORT int flashmla_sparse(const char* op, const FlashmlaSparse* call, const FlashmlaRuntime* runtime,
-                                    char* message);
+FLASHMLA_EXPORT int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
