@@ -91,7 +91,7 @@ def text() -> str:
     """The header. The same contracts give the same bytes."""
     functions: dict[str, str] = {}
     for operator in OPERATORS:
-        _translate(operator.contract, functions)
+        functions = translated(operator.contract, functions)
     parts = [
         "// Generated from the contracts of flashmla_ops/ops: do not edit.",
         "#pragma once",
@@ -138,12 +138,16 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
 
 
-def _translate(function: Callable[..., Any], functions: dict[str, str]) -> str:
-    """Add a function to ``functions``, after those that it calls; its name in C++."""
+def translated(function: Callable[..., Any], functions: dict[str, str] | None = None) -> dict[str, str]:
+    """The C++ of a function and, before it, of those that it calls, by name, added to ``functions``.
+
+    Raises `TypeError`, naming the statement, for what has no translation.
+    """
+    functions = {} if functions is None else functions
     name = _name(function)
     if name not in functions:
         functions[name] = _Function(function, functions).text()
-    return name
+    return functions
 
 
 class _Function:
@@ -322,14 +326,16 @@ class _Function:
         function = eval(ast.unparse(call.func), self.function.__globals__)
         if function.__name__ in KNOWN:
             return f"{KNOWN[function.__name__]}({', '.join(arguments)})"
-        name = _translate(function, self.functions)
+        if inspect.getmodule(function) is None or not function.__module__.startswith("flashmla_ops.ops."):
+            raise self._error(call)
+        translated(function, self.functions)
         kinds = typing.get_type_hints(function)
         parameters = [kinds[each] for each in inspect.signature(function).parameters]
         passed = [
             self._plain(each) if kind == Tensor | None else value
             for each, kind, value in zip(call.args, parameters, arguments, strict=True)
         ]
-        return f"{name}({', '.join(passed)})"
+        return f"{_name(function)}({', '.join(passed)})"
 
     def _is_local(self, node: ast.expr) -> bool:
         while isinstance(node, (ast.Attribute, ast.Subscript)):
