@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 from flashmla_ops import reference
 from flashmla_ops.errors import from_message
-from flashmla_ops.ops import attend_masked
+from flashmla_ops.ops.attend_masked import ATTEND_MASKED
 from tests.strategies import DTYPES, SEEDS
 from tests.support.compare import Tolerance, difference
 
@@ -225,7 +225,7 @@ def test_what_is_refused(name: str) -> None:
     """By the kernel and by the fake, in the same words."""
     arguments = Case(("full", "full")).arguments() | WRONG[name]
     messages = []
-    for function in (torch.ops.flashmla.attend_masked, attend_masked.fake, attend_masked.by_reference):
+    for function in (torch.ops.flashmla.attend_masked, ATTEND_MASKED.fake, ATTEND_MASKED.reference):
         with pytest.raises(Exception, match="flashmla::attend_masked") as raised:
             function(**arguments)
         messages.append(str(raised.value))

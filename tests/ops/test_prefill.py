@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from flashmla_ops import cpu, reference
 from flashmla_ops.errors import from_message
-from flashmla_ops.ops import prefill
+from flashmla_ops.ops.prefill import PREFILL
 from tests.support.compare import Tolerance, difference
 
 #: The bounds of the official package's dense prefill tests, and a tighter one for float32.
@@ -124,7 +124,7 @@ def test_bounds_in_int64(implementation: str, names: tuple[str, ...]) -> None:
     inputs = build(PrefillCase(((5, 7), (0, 3)), dtype="float32"))
     long = inputs | {name: torch.stack([inputs[name].long()] * 2, -1)[:, 0] for name in names}
     eager = torch.ops.flashmla.prefill.default
-    calls = {"reference": prefill.by_reference, "compiled": torch.compile(lambda **named: eager(**named))}
+    calls = {"reference": PREFILL.reference, "compiled": torch.compile(lambda **named: eager(**named))}
     call = calls.get(implementation, eager)
     assert all(map(torch.equal, call(**long), call(**inputs)))
 
@@ -176,7 +176,7 @@ def test_a_bad_argument_is_named(changed: dict[str, Tensor], argument: str, expe
 def test_bad_bounds_are_named(
     implementation: str, argument: str, bounds: list[int], expected: str, actual: str
 ) -> None:
-    call = torch.ops.flashmla.prefill if implementation == "kernel" else prefill.by_reference
+    call = torch.ops.flashmla.prefill if implementation == "kernel" else PREFILL.reference
     with pytest.raises(RuntimeError) as raised:
         call(**GOOD | {argument: torch.tensor(bounds)})
     error = from_message(str(raised.value))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashmla_ops import cpu
 from flashmla_ops.formats import QUANTIZED
-from flashmla_ops.ops.sparse import decode_reference, prefill_reference
+from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL
 from tests import strategies
 from tests.support.compare import difference
 from tests.support.poison import same_bits
@@ -219,7 +219,7 @@ def test_prefill_of_any_case(case: SparseCase, tokens: int) -> None:
     out_tolerance, lse_tolerance = tolerances_of(case)
     tolerances = (PREFILL_OUT if out_tolerance == SPARSE_OUT else out_tolerance, lse_tolerance, lse_tolerance)
     names = ("out", "max_logits", "lse")
-    for name, x, y, allowed in zip(names, results, prefill_reference(**named), tolerances, strict=True):
+    for name, x, y, allowed in zip(names, results, SPARSE_PREFILL.reference(**named), tolerances, strict=True):
         problem = difference(name, x, y, allowed)
         assert problem is None, f"{problem} | {case!r}"
 
@@ -258,7 +258,7 @@ def test_scores_far_below_any_sentinel(h_q: int) -> None:
     q[..., 31] = 1
     indices = torch.arange(-4, 14, dtype=INT).view(1, 9, 2)
     named = {"q": q, "kv_cache": kv, "k_cache": None, "indices": indices, "d_v": 32, "softmax_scale": 1.0}
-    (out, lse), (expected, expected_lse) = decode(**named), decode_reference(**named)
+    (out, lse), (expected, expected_lse) = decode(**named), SPARSE_DECODE.reference(**named)
     assert difference("lse", lse, expected_lse, FLOAT32_LSE) is None
     assert (lse[0, :, 2:] < -1e5).all()
     assert (lse[0, :, :2] == math.inf).all()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.formats import NATIVE, QUANTIZED
-from flashmla_ops.ops.sparse import decode_reference
+from flashmla_ops.ops.sparse import SPARSE_DECODE
 from tests.support.compare import OFFICIAL_LSE, Tolerance, difference
 from tests.support.poison import strided
 from tests.support.rows import empty_cache, write
@@ -165,7 +165,7 @@ def check(case: SparseCase) -> None:
     """Assert that the operator agrees with float64, which runs second: it cannot hide a bad write."""
     named = build(case)
     out, lse = torch.ops.flashmla.sparse_decode(**named)
-    expected, expected_lse = decode_reference(**named)
+    expected, expected_lse = SPARSE_DECODE.reference(**named)
     out_tolerance, lse_tolerance = tolerances(case)
     problem = difference("out", out, expected, out_tolerance) or difference("lse", lse, expected_lse, lse_tolerance)
     assert problem is None, f"{problem} | {case!r}"

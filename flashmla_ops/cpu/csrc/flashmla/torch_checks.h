@@ -161,10 +161,10 @@ struct Check {
       fail(argument, "a contiguous last dimension", text("stride ", tensor.stride(-1)));
     }
   }
-  void size(std::string_view argument, const Tensor& tensor, int64_t dim, int64_t wanted, const char* unit) const {
+  void size(std::string_view argument, const Tensor& tensor, int64_t dim, int64_t wanted, std::string_view unit) const {
     if (tensor.size(dim) != wanted) fail(argument, text(wanted, unit), text(tensor.size(dim)));
   }
-  void same_sizes(std::string_view argument, const Tensor& tensor, const char* other_name, const Tensor& other,
+  void same_sizes(std::string_view argument, const Tensor& tensor, std::string_view other_name, const Tensor& other,
                   int64_t dims) const {
     for (int64_t i = 0; i < dims; i++) {
       if (tensor.size(i) != other.size(i)) {
