@@ -13,7 +13,7 @@ from bench.peers import no_compiler
 from bench.runner import Problem, Work
 from bench.suite import DTYPES, TOLERANCE, Bound, Peer, Suite, copies_of, describe, make_problem
 from flashmla_ops.formats import NATIVE, QUANTIZED
-from flashmla_ops.ops.sparse import decode_reference
+from flashmla_ops.ops.sparse import SPARSE_DECODE
 
 NAME = "sparse"
 PAGE_SIZE = 64
@@ -127,7 +127,7 @@ def problem(case: SparseCase, peers: Sequence[Peer[SparseInputs]], cold_bytes: i
     inputs = SparseInputs(case, q, chosen(case.topk), chosen(case.extra_topk) if case.extra_topk else None)
     few = slice(0, EXACT)
     extra = (None, None) if inputs.extra_indices is None else (cache, inputs.extra_indices[few])
-    expected, _ = decode_reference(
+    expected, _ = SPARSE_DECODE.reference(
         *(q[few], cache, None, inputs.indices[few], 512, 0, None, case.row_format, None, None),
         *(*extra, None, case.row_format),
     )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
-from flashmla_ops.ops.quantize import require_pages
+from flashmla_ops.ops.check import Check
+from flashmla_ops.ops.quantize import check_pages
 
 OP = "prefill_with_prefix"
 #: Prefix tokens that are expanded at a time: 40 MiB in bf16 with 16 heads of 192 + 128.
@@ -194,7 +195,7 @@ def _check(bounds: Sequence[int], prefixes: Sequence[int], cache: Prefix, chunk_
     if cache.row_format not in NAMES:
         raise ArgumentError(OP, "row_format", f"one of {', '.join(NAMES)}", cache.row_format)
     if cache.row_format != NATIVE:
-        require_pages(OP, "kv_cache", kv_cache, QUANTIZED[cache.row_format])
+        check_pages(Check(OP), "kv_cache", kv_cache, cache.row_format)
         if k_cache is not None:
             raise ArgumentError(OP, "k_cache", f"None with rows of {cache.row_format}", "a tensor")
     if chunk_tokens < 1:

@@ -12,7 +12,7 @@ namespace {
 
 using namespace flashmla;
 
-constexpr int64_t kMaxDecodeQueries = 64;  // as MAX_DECODE_QUERIES of lowering/passes/attend.py: a matter of speed
+constexpr int64_t kMaxDecodeQueries = 64;  // as MAX_DECODE_QUERIES of lowering/passes/calls.py: a matter of speed
 
 struct Arguments {
   const Tensor &q, &kv_cache;
