@@ -49,6 +49,7 @@ def prefill_with_prefix(
     row_format: str = NATIVE,
     expand: Expand | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    levels: int = 3,
 ) -> tuple[Tensor, Tensor]:  # out [t, h_q, d_v], lse [h_q, t] float32
     """Causal attention of new tokens over their sequence's cached prefix and each other.
 
@@ -59,6 +60,7 @@ def prefill_with_prefix(
     Without ``expand`` the rows are read in place, as `flashmla::decode` reads them with ``qk_start``. With it (see
     `latents_to_heads`) they become keys and values ``chunk_tokens`` at a time. Partial results are merged in float32.
     ``row_format`` is that of a cache of bytes, whose rows are elements of ``q``'s type by the time they are expanded.
+    ``levels`` is the operators'.
 
     Lengths are read on the host: it is a function for eager code. Raises `ArgumentError` for arguments that do not fit
     each other, for pages that are not in the cache, and what `flashmla::prefill` and `flashmla::decode` raise.
@@ -68,7 +70,7 @@ def prefill_with_prefix(
     cache = Prefix(kv_cache, k_cache, block_table, prefix_lens, row_format)
     _check(bounds, prefixes, cache, chunk_tokens)
     _check_pages(prefixes, cache)
-    new = torch.ops.flashmla.prefill(q, k, v, cu_seqlens, cu_seqlens, True, softmax_scale)
+    new = torch.ops.flashmla.prefill(q, k, v, cu_seqlens, cu_seqlens, True, softmax_scale, levels)
     spans = [Span(i, 0, prefix) for i, prefix in enumerate(prefixes) if prefix and bounds[i] < bounds[i + 1]]
     if not spans:
         return new[0], new[1]
@@ -77,10 +79,10 @@ def prefill_with_prefix(
         first, last = chunk[0].sequence, chunk[-1].sequence
         queries = slice(bounds[first], bounds[last + 1])
         if expand is None:
-            part = _over_pages(q[queries], cache, first, v.shape[2], qk_start, softmax_scale)
+            part = _over_pages(q[queries], cache, first, v.shape[2], qk_start, softmax_scale, levels)
         else:
             cu_q = cu_seqlens[first : last + 2] - bounds[first]
-            part = _over_heads(q[queries], cu_q, cache, chunk, expand, softmax_scale)
+            part = _over_heads(q[queries], cu_q, cache, chunk, expand, softmax_scale, levels)
         merged = torch.ops.flashmla.merge_states([out[queries], part[0].float()], [lse[:, queries], part[1]])
         out[queries], lse[:, queries] = merged
     return out.to(q.dtype), lse
@@ -97,17 +99,24 @@ class Prefix(NamedTuple):
 
 
 def _over_pages(
-    q: Tensor, cache: Prefix, sequence: int, d_v: int, qk_start: int, scale: float | None
+    q: Tensor, cache: Prefix, sequence: int, d_v: int, qk_start: int, scale: float | None, levels: int
 ) -> tuple[Tensor, Tensor]:
     """One sequence's queries ``[s_q, h_q, d_qk]`` over the rows of its prefix, where they lie."""
     row = slice(sequence, sequence + 1)
     tensors = (cache.kv_cache, cache.k_cache, cache.block_table[row], cache.lengths[row])
-    out, lse = torch.ops.flashmla.decode(q[None], *tensors, d_v, qk_start, scale, row_format=cache.row_format)
+    options = {"row_format": cache.row_format, "levels": levels}
+    out, lse = torch.ops.flashmla.decode(q[None], *tensors, d_v, qk_start, scale, **options)
     return out[0], lse[0]
 
 
 def _over_heads(
-    q: Tensor, cu_seqlens_q: Tensor, cache: Prefix, chunk: Sequence[Span], expand: Expand, scale: float | None
+    q: Tensor,
+    cu_seqlens_q: Tensor,
+    cache: Prefix,
+    chunk: Sequence[Span],
+    expand: Expand,
+    scale: float | None,
+    levels: int,
 ) -> tuple[Tensor, Tensor]:
     """The queries of the chunk's sequences over its tokens, expanded. Sequences between that have none see nothing."""
     rows, k_rows = gather(cache.kv_cache, cache.k_cache, cache.block_table, chunk, cache.row_format)
@@ -118,7 +127,7 @@ def _over_heads(
     for span in chunk:
         counts[span.sequence - chunk[0].sequence] = span.stop - span.start
     cu_seqlens_k = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=q.device)
-    part = torch.ops.flashmla.prefill(q, keys, values, cu_seqlens_q, cu_seqlens_k, False, scale)
+    part = torch.ops.flashmla.prefill(q, keys, values, cu_seqlens_q, cu_seqlens_k, False, scale, levels)
     return part[0], part[1]
 
 

@@ -158,7 +158,7 @@ def test_panels_read_by_others_are_refused() -> None:
 def test_other_reasons() -> None:
     model = tiny_model()
     assert [line.split(": ", 1)[1] for line in why_not(model)] == ["is not enabled: call enable(model)"] * 2
-    assert "no MLA model" in why_not(nn.Linear(2, 2))[0]
+    assert "Linear has no attention that caches latents" in why_not(nn.Linear(2, 2))[0]
     enable(model.double())
     assert all("torch.float64" in line for line in why_not(model))
     with pytest.warns(FallbackWarning, match=r"torch\.float64") as caught:

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache
 
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers import ABSORBED_ATTENTION, disable, enable, is_enabled
@@ -155,12 +155,10 @@ def test_attention_without_enable() -> None:
         model(tokens(1, 4))
 
 
-def test_no_mla_model() -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no attention with expand_kv"):
-        enable(LlamaForCausalLM(config))
+def test_no_attention_that_is_known() -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel \(model type 'gpt2'\) has no attention that"):
+        enable(GPT2LMHeadModel(config))
 
 
 def test_indexed_model() -> None:

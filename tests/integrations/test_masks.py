@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.integrations.transformers import enable
-from flashmla_ops.integrations.transformers.attention import Pages, absorbed_attention
+from flashmla_ops.integrations.transformers.attention import absorbed_attention
 from flashmla_ops.integrations.transformers.masks import (
     MAX_ABSORBED_QUERIES,
     absorbed_mask,
@@ -21,6 +21,7 @@ from flashmla_ops.integrations.transformers.masks import (
     is_prefix,
     tokens_mask,
 )
+from flashmla_ops.integrations.transformers.rows import Pages
 from tests.integrations.models import tiny_model, tokens
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}

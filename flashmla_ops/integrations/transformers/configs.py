@@ -8,6 +8,7 @@ modules of a model hold one copy, so that its masks are made for the attention t
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,28 @@ def separate(model: nn.Module, attention: str) -> None:
             part = vars(config).get(name)
             if isinstance(part, PreTrainedConfig):
                 vars(config)[name] = renewed.get(id(part)) or copy.copy(part)
+
+
+def choose(model: nn.Module, model_types: Collection[str], attention: str) -> None:
+    """Choose ``attention`` in the copies that modules of these types of models hold."""
+    for module in _holders(model):
+        if _own(module) is not None and module.config.model_type in model_types:
+            module.config._attn_implementation = attention
+
+
+def is_separate(model: nn.Module) -> bool:
+    """Whether any module of ``model`` holds a copy."""
+    return any(_own(module) is not None for module in _holders(model))
+
+
+def copy_for(config: Any, attention: str) -> Any:
+    """A copy of a configuration, for one module alone, in which ``attention`` is chosen."""
+    own = copy.copy(config)
+    for name in own.sub_configs:
+        if isinstance(part := vars(own).get(name), PreTrainedConfig):
+            vars(own)[name] = copy.copy(part)
+    own._attn_implementation = attention
+    return own
 
 
 def reunite(model: nn.Module, attention: str) -> None:

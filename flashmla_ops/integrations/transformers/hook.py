@@ -1,4 +1,4 @@
-"""Switch a transformers model to absorbed attention and back, without touching a weight."""
+"""Switch a transformers model to our attention and back, without touching a weight."""
 
 from __future__ import annotations
 
@@ -7,62 +7,60 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers import configs
-from flashmla_ops.integrations.transformers.attention import (
-    ABSORBED_ATTENTION,
-    AbsorbedMLA,
-    MLAModule,
-    absorbed_attention,
+from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION, absorbed_attention
+from flashmla_ops.integrations.transformers.families import (
+    GROUPED_MODEL_TYPES,
+    MLA,
+    MLA_MODEL_TYPES,
+    AttentionModule,
+    attention_modules,
+    family_of,
+    unserved,
 )
-from flashmla_ops.integrations.transformers.masks import absorbed_mask
-from flashmla_ops.integrations.transformers.projection import PLAIN, obstacle
-from flashmla_ops.integrations.transformers.specialise import restore, specialise
+from flashmla_ops.integrations.transformers.grouped import GROUPED_ATTENTION, grouped_attention
+from flashmla_ops.integrations.transformers.masks import absorbed_mask, grouped_mask
+from flashmla_ops.integrations.transformers.served import Served
+from flashmla_ops.integrations.transformers.specialise import mixin_of, restore, specialise
 from flashmla_ops.ops.check import FLOATS
 
-#: Model types whose ``expand_kv`` is exactly ``[W_UK c, k_pe], W_UV c`` and whose cache holds c and k_pe.
-SUPPORTED_MODEL_TYPES = (
-    "deepseek_v2",
-    "deepseek_v3",
-    "axk1",
-    "glm4_moe_lite",
-    "kimi_linear",
-    "longcat_flash",
-    "minicpm3",
-    "mistral4",
-    "youtu",
-)
-
-#: Model types that have ``expand_kv`` but attend to tokens chosen by an indexer, which absorbed attention would ignore.
-INDEXED_MODEL_TYPES = ("axk2", "deepseek_v32", "glm5_next", "glm_moe_dsa", "hy_v4")
+#: The types of models that `enable` takes.
+SUPPORTED_MODEL_TYPES = MLA_MODEL_TYPES + GROUPED_MODEL_TYPES
 
 AttentionInterface.register(ABSORBED_ATTENTION, absorbed_attention)
 AttentionMaskInterface.register(ABSORBED_ATTENTION, absorbed_mask)
+AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+AttentionMaskInterface.register(GROUPED_ATTENTION, grouped_mask)
 
 
 def enable(model: nn.Module) -> int:
-    """Let ``model`` attend through `torch.ops.flashmla.decode` where queries are short, in place, on its own cache.
+    """Let ``model`` attend through `torch.ops.flashmla.*`, in place, on its own cache.
 
-    Weights and ``state_dict`` stay as they are; ``kv_b_proj`` is read at each step, so training or loading weights
-    later needs no second call. Prefill expands the cache chunk by chunk for `flashmla::prefill`; padded and compiled
-    prefill, and any forward that needs a gradient, runs transformers' SDPA on the expanded cache: call the model under
-    ``torch.no_grad()``, as ``generate`` does. An enabled model has a copy of its configuration, so that another model
-    built on the same object stays as it is; it can be copied, pickled and saved. Calling it again changes nothing,
-    except that it takes back the choice of another attention.
+    MLA attends through `flashmla::decode_up` where queries are short, absorbed; prefill expands the cache chunk by
+    chunk for `flashmla::prefill`. GQA, MHA and MQA run `decode`, `prefill` and `attend_masked` on cached keys and
+    values. Weights and ``state_dict`` stay as they are; ``kv_b_proj`` is read at each step, so training or loading
+    weights later needs no second call. Padded and compiled prefill of MLA, and any forward that needs a gradient, runs
+    transformers' SDPA: call the model under ``torch.no_grad()``, as ``generate`` does. An enabled model has a copy of
+    its configuration, so that another model built on the same object stays as it is; it can be copied, pickled and
+    saved. Calling it again changes nothing, except that it takes back the choice of another attention.
 
     Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if
-    it has no MLA attention or one that is not known to be exact.
+    it has no attention that is known to be exact, or one that is not.
     """
-    modules = mla_modules(model)
+    modules = served_modules(model)
     if not modules:
-        raise UnsupportedModelError(_no_mla(model))
+        raise UnsupportedModelError(nothing_served(model))
     for name, module in modules:
-        if reason := _unsupported(module):
+        if reason := unserved(module):
             raise UnsupportedModelError(f"{name}{reason}")
-    configs.separate(model, ABSORBED_ATTENTION)
-    told = next((module.told_fallbacks for _, module in modules if isinstance(module, AbsorbedMLA)), set())
+    family = family_of(modules[0][1])
+    configs.separate(model, family.attention)
+    told = next((module.told_fallbacks for _, module in modules if isinstance(module, Served)), set())
     for _, module in modules:
-        specialise(module, AbsorbedMLA)
-        module.told_fallbacks = told
-        module.config._attn_implementation = ABSORBED_ATTENTION
+        if not isinstance(module, Served):
+            specialise(module, family.mixin)
+            module.told_fallbacks = told
+        module.config._attn_implementation = family.attention
+    configs.choose(model, {module.config.model_type for _, module in modules}, family.attention)
     return len(modules)
 
 
@@ -72,18 +70,25 @@ def disable(model: nn.Module) -> None:
     An attention implementation that was chosen after `enable` stays. A configuration that was changed after `enable`
     stays the model's own; otherwise the model has the object again that it had before.
     """
-    modules = [module for _, module in mla_modules(model) if isinstance(module, AbsorbedMLA)]
-    if not modules:
+    modules = [module for _, module in served_modules(model) if isinstance(module, Served)]
+    if not modules or not configs.is_separate(model):
         raise UnsupportedModelError(f"{type(model).__name__} is not enabled")
+    family = family_of(modules[0])
     for module in modules:
-        restore(module, AbsorbedMLA)
-        del module.told_fallbacks
-    configs.reunite(model, ABSORBED_ATTENTION)
+        if mixin_of(module) in (family.mixin, None):  # and not those of a `FlashMLALayer`, which stays one
+            restore(module, family.mixin)
+            del module.told_fallbacks
+    configs.reunite(model, family.attention)
 
 
 def is_enabled(model: nn.Module) -> bool:
-    """Whether every MLA attention of ``model`` (a model or a part of one) is enabled, and no other attention chosen."""
-    modules = mla_modules(model)
+    """Whether every attention of ``model`` (a model or a part of one) is served, and no other attention chosen."""
+    return configs.is_separate(model) and all_served(model)
+
+
+def all_served(model: nn.Module) -> bool:
+    """Whether every attention of ``model`` is enabled or a `FlashMLALayer`, and no other attention chosen."""
+    modules = served_modules(model)
     return bool(modules) and not any(_not_enabled(module) for _, module in modules)
 
 
@@ -94,57 +99,38 @@ def why_not(model: nn.Module) -> list[str]:
     quantised or offloaded, weights of another dtype, dropout. What depends on the call (a gradient, an additive mask)
     is in the documentation of `enable`.
     """
-    modules = mla_modules(model)
+    modules = served_modules(model)
     if not modules:
-        return [_no_mla(model)]
-    reasons = [(name, _unsupported(each) or _not_enabled(each) or _never_absorbed(each)) for name, each in modules]
+        return [nothing_served(model)]
+    reasons = [(name, unserved(each) or _not_enabled(each) or _never_served(each)) for name, each in modules]
     return [f"{name}{reason}" for name, reason in reasons if reason]
 
 
-def mla_modules(model: nn.Module) -> list[tuple[str, MLAModule]]:
-    """The names and modules of every MLA attention in ``model``."""
-    return [(name, module) for name, module in model.named_modules() if hasattr(type(module), "expand_kv")]
+def served_modules(model: nn.Module) -> list[tuple[str, AttentionModule]]:
+    """The attention modules that `enable` is about: those of MLA alone where a model has any."""
+    modules = attention_modules(model)
+    latent = [(name, module) for name, module in modules if family_of(module) is MLA]
+    return latent or modules
 
 
-def _no_mla(model: nn.Module) -> str:
-    return f"{type(model).__name__} has no attention with expand_kv: it is no MLA model"
+def nothing_served(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = "has no attention that caches latents (MLA), or keys and values as the known types do"
+    return f"{type(model).__name__}{f' (model type {model_type!r})' if model_type else ''} {known}"
 
 
-def _unsupported(module: MLAModule) -> str:
-    """Why `enable` refuses a module, as its name is to be continued; empty if it does not."""
-    model_type = module.config.model_type
-    if model_type in INDEXED_MODEL_TYPES:
-        return f": '{model_type}' attends to indexed tokens, which needs sparse attention"
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        known = ", ".join(SUPPORTED_MODEL_TYPES)
-        return f": model type '{model_type}' is not known to be exact; known: {known}"
-    if not _has_known_expansion(module):
-        return ".expand_kv: expected transformers' own method, got another"
-    if reason := obstacle(module.kv_b_proj):
-        return f".kv_b_proj: expected {PLAIN}: {reason}"
-    if getattr(module, "num_key_value_groups", 1) != 1:
-        return ": expected as many key as query heads in the expanded attention"
-    return ""
-
-
-def _has_known_expansion(module: MLAModule) -> bool:
-    """Whether ``expand_kv`` is the one of a model of transformers, and not of a class derived from it."""
-    expansions = [vars(kind)["expand_kv"] for kind in type(module).__mro__ if "expand_kv" in vars(kind)]
-    own = next(each for each in expansions if each is not AbsorbedMLA.expand_kv)
-    return "expand_kv" not in vars(module) and own.__module__.startswith("transformers.models.")
-
-
-def _not_enabled(module: MLAModule) -> str:
-    if not isinstance(module, AbsorbedMLA):
+def _not_enabled(module: AttentionModule) -> str:
+    if not isinstance(module, Served):
         return ": is not enabled: call enable(model)"
     chosen = module.config._attn_implementation
-    return "" if chosen == ABSORBED_ATTENTION else f": attention '{chosen}' was chosen after enable(model)"
+    return "" if chosen == family_of(module).attention else f": attention '{chosen}' was chosen after enable(model)"
 
 
-def _never_absorbed(module: MLAModule) -> str:
-    dtype = module.kv_b_proj.weight.dtype
+def _never_served(module: AttentionModule) -> str:
+    name, weights = ("kv_b_proj", module.kv_b_proj) if family_of(module) is MLA else ("o_proj", module.o_proj)
+    dtype = weights.weight.dtype
     if dtype not in FLOATS:
-        return f".kv_b_proj: no operator takes {dtype}"
+        return f".{name}: no operator takes {dtype}"
     if module.training and module.attention_dropout > 0.0:
         return f": is in training mode with attention_dropout {module.attention_dropout}"
     return ""

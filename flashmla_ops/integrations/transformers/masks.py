@@ -16,6 +16,7 @@ values.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +41,14 @@ def absorbed_mask(
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    tokens: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function of `absorbed_attention`, called by transformers' ``create_causal_mask`` and its relatives.
 
     Arguments are those of ``transformers.masking_utils.sdpa_mask``; ``attention_mask`` is the 2-D padding mask
     ``[b, tokens so far]``, bool. Returns a prefix mask where it can, a tokens mask for other short queries, else what
-    ``sdpa_mask`` returns.
+    ``sdpa_mask`` returns; without ``tokens``, a boolean mask for those short queries.
     """
     common: dict[str, Any] = {
         "q_offset": q_offset,
@@ -65,7 +67,11 @@ def absorbed_mask(
         return _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask = _sdpa_mask(batch_size, q_length, kv_length, **common, **kwargs)
-    return None if mask is None else tokens_mask(mask)
+    return tokens_mask(mask) if tokens and mask is not None else mask
+
+
+#: The mask function of `grouped_attention`: `flashmla::attend_masked` reads boolean masks.
+grouped_mask = partial(absorbed_mask, tokens=False)
 
 
 def prefix_mask(b: int, s_q: int, q_offset: int | Tensor, device: torch.device | str) -> Tensor:

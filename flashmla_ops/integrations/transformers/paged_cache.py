@@ -1,4 +1,6 @@
-"""transformers caches over our pages: one tensor of rows ``[c_kv, k_pe]`` a layer, appended to and read in place.
+"""transformers caches over our pages: one tensor of rows a layer, appended to and read in place.
+
+Rows are ``[c_kv, k_pe]`` of MLA, and ``[V, K]`` of each KV head of GQA, MHA and MQA.
 
 `PagedLatentCache` grows page by page and shares pages between beams. `StaticPagedLatentCache` reserves its pages at the
 first token; its lengths and block table are tensors, so that a compiled decode step serves every length.
@@ -6,6 +8,7 @@ first token; its lengths and block table are tensors, so that a compiled decode 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
-from flashmla_ops.integrations.transformers.attention import Pages
-from flashmla_ops.integrations.transformers.hook import is_enabled, mla_modules
+from flashmla_ops.integrations.transformers.families import MLA, family_of
+from flashmla_ops.integrations.transformers.hook import all_served, served_modules
+from flashmla_ops.integrations.transformers.rows import Pages
 from flashmla_ops.kv_cache import KVPool, Sequence, as_cache
 
 DEFAULT_PAGES = 256
@@ -35,7 +39,8 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         When pages run out, the forward raises `OutOfPagesError`.
         """
         self.sequences = PagedSequences(n_pages, page_size)
-        super().__init__(layers=[PagedLatentLayer(self.sequences) for _ in range(count_layers(model))])
+        layout = row_layout(model)
+        super().__init__(layers=[PagedLatentLayer(self.sequences, layout) for _ in range(count_layers(model))])
 
     @property
     def batch_size(self) -> int:
@@ -120,9 +125,10 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, sequences: PagedSequences) -> None:
+    def __init__(self, sequences: PagedSequences, layout: RowLayout) -> None:
         super().__init__()
         self.sequences = sequences
+        self.layout = layout
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -131,17 +137,17 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(
         self,
-        key_states: Tensor,  # [b, 1, n, d_c]
-        value_states: Tensor,  # [b, 1, n, d_r]
+        key_states: Tensor,  # [b, h_kv, n, d_qk], or latents [b, 1, n, d_c]
+        value_states: Tensor,  # [b, h_kv, n, d_v], or rotary keys [b, 1, n, d_r]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Pages]:
-        """Append n tokens; the slab and how to read it, which `absorbed_attention` takes as key and value."""
+        """Append n tokens; the slab and how to read it, which our attention functions take as key and value."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         b, _, n, _ = key_states.shape
         view, slots = self.sequences.extend(b, self.length + n)
-        append_rows(self.slab, key_states, value_states, slots)
+        append_rows(self.slab, self.layout(key_states, value_states), slots)
         self.length += n
         return self.slab, view
 
@@ -171,7 +177,8 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
         if max_cache_len < 1:
             raise ArgumentError("StaticPagedLatentCache", "max_cache_len", "at least 1", max_cache_len)
         self.page_size = page_size
-        layers = [StaticPagedLatentLayer(self, max_cache_len) for _ in range(count_layers(model))]
+        layout = row_layout(model)
+        layers = [StaticPagedLatentLayer(self, max_cache_len, layout) for _ in range(count_layers(model))]
         super().__init__(layers=layers)
         self.pool: KVPool | None = None
         self.batch: list[Sequence] = []
@@ -260,9 +267,10 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: StaticPagedLatentCache, max_cache_len: int) -> None:
+    def __init__(self, cache: StaticPagedLatentCache, max_cache_len: int, layout: RowLayout) -> None:
         super().__init__()
         self.cache = cache
+        self.layout = layout
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
@@ -275,8 +283,8 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(
         self,
-        key_states: Tensor,  # [b, 1, n, d_c]
-        value_states: Tensor,  # [b, 1, n, d_r]
+        key_states: Tensor,  # [b, h_kv, n, d_qk], or latents [b, 1, n, d_c]
+        value_states: Tensor,  # [b, h_kv, n, d_v], or rotary keys [b, 1, n, d_r]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Pages]:
@@ -294,7 +302,7 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         slots = slot_mapping(self.block_table, torch.where(inside, positions, 0), self.cache.page_size)
         # A compiled step cannot look: a token past the end gets a slot past the end, which append_ refuses by name.
         slots = torch.where(inside.flatten(), slots, self.block_table.numel() * self.cache.page_size)
-        append_rows(self.slab, key_states, value_states, slots)
+        append_rows(self.slab, self.layout(key_states, value_states), slots)
         self.cumulative_length.add_(n)
         seqlens = self.cumulative_length.to(torch.int32).expand(b).contiguous()
         return self.slab, Pages(self.block_table, seqlens, self.max_cache_len)
@@ -315,13 +323,13 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def count_layers(model: nn.Module) -> int:
-    """How many layers of latents the model caches. Raises `UnsupportedModelError` if it caches anything else."""
-    if not is_enabled(model):
+    """How many layers of rows the model caches. Raises `UnsupportedModelError` if it caches anything else."""
+    if not all_served(model):
         raise UnsupportedModelError(f"{type(model).__name__}: call enable(model) before making a paged cache for it")
-    indices = sorted(module.layer_idx for _, module in mla_modules(model))
+    indices = sorted(module.layer_idx for _, module in served_modules(model))
     if indices != list(range(len(indices))):
         name = type(model).__name__
-        raise UnsupportedModelError(f"{name}: only layers {indices} cache latents, and a paged cache needs all to")
+        raise UnsupportedModelError(f"{name}: only layers {indices} cache rows, and a paged cache needs all to")
     return len(indices)
 
 
@@ -332,10 +340,27 @@ def check_room(length: int, n: int, max_cache_len: int) -> None:
         raise ArgumentError("StaticPagedLatentCache", "key_states", expected, f"{n} behind {length} cached")
 
 
+#: The states that a model caches, in the order in which a row has them.
+RowLayout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def row_layout(model: nn.Module) -> RowLayout:
+    """The order of a row's parts: ``[c_kv, k_pe]`` where a model caches latents, and else ``[V, K]``."""
+    return keys_first if any(family_of(module) is MLA for _, module in served_modules(model)) else values_first
+
+
+def keys_first(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    return key_states, value_states
+
+
+def values_first(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    return value_states, key_states
+
+
 def add_slab(pool: KVPool, key_states: Tensor, value_states: Tensor) -> Tensor:
-    """A layer of rows ``[c_kv, k_pe]`` of the states' widths, dtype and device."""
+    """A layer of rows of the states' widths, dtype and device."""
     d = key_states.shape[-1] + value_states.shape[-1]
-    layer = pool.add_layer(d, dtype=key_states.dtype, device=key_states.device)
+    layer = pool.add_layer(d, h_kv=key_states.shape[1], dtype=key_states.dtype, device=key_states.device)
     return pool.storage.slabs[layer][0]
 
 
@@ -349,9 +374,9 @@ def slot_mapping(
     return (pages * page_size + positions % page_size).flatten()
 
 
-def append_rows(slab: Tensor, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
-    """Write the states of n tokens of b sequences to ``slots [b * n]``."""
-    rows = torch.cat([key_states, value_states], dim=-1).flatten(0, 2)[:, None]
+def append_rows(slab: Tensor, states: tuple[Tensor, Tensor], slots: Tensor) -> None:
+    """Write the states ``[b, h_kv, n, d]`` of n tokens of b sequences to ``slots [b * n]``."""
+    rows = torch.cat(states, dim=-1).transpose(1, 2).flatten(0, 1)
     torch.ops.flashmla.append_(as_cache(slab), rows, slots)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from flashmla_ops.errors import UnsupportedModelError
 
-_subclasses: dict[tuple[type, type], type] = {}  # of a mixin and a class
-_origins: dict[type, tuple[type, type]] = {}  # the mixin and class of a subclass
+_subclasses: dict[tuple[type[Specialised], type], type] = {}  # of a mixin and a class
+_origins: dict[type, tuple[type[Specialised], type]] = {}  # the mixin and class of a subclass
 
 
 class Specialised:
@@ -28,7 +28,7 @@ class Specialised:
 def specialise(thing: object, mixin: type[Specialised]) -> None:
     """Let ``thing`` have the methods of ``mixin``, before those of its class. Changes nothing if it has them."""
     if not isinstance(thing, mixin):
-        thing.__class__ = _subclass(mixin, type(thing))
+        thing.__class__ = subclass(mixin, type(thing))
 
 
 def restore(thing: object, mixin: type[Specialised]) -> None:
@@ -45,7 +45,13 @@ def restore(thing: object, mixin: type[Specialised]) -> None:
     thing.__class__ = original
 
 
-def _subclass(mixin: type[Specialised], original: type) -> type:
+def mixin_of(thing: object) -> type[Specialised] | None:
+    """The mixin whose methods `specialise` gave to ``thing``; None where its class is another."""
+    return _origins.get(type(thing), (None, None))[0]
+
+
+def subclass(mixin: type[Specialised], original: type) -> type:
+    """The class of things that have the methods of ``mixin`` and those of ``original``."""
     if (mixin, original) not in _subclasses:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         made = type(original.__name__, (mixin, original), names)
@@ -54,4 +60,4 @@ def _subclass(mixin: type[Specialised], original: type) -> type:
 
 
 def _new(mixin: type[Specialised], original: type) -> Any:
-    return object.__new__(_subclass(mixin, original))
+    return object.__new__(subclass(mixin, original))

@@ -1,0 +1,201 @@
+"""Attention for transformers' MHA, GQA and MQA layers: the operators read the cache's values and keys where they lie.
+
+A row is ``[V, K]`` of one KV head. transformers' caches keep V and K in two tensors, our paged caches in one; the
+operators take both (`rows`). Short queries run `flashmla::decode`, long ones `flashmla::prefill`, and masks that only
+their data decides `flashmla::attend_masked`, which reads no row that is hidden where the hidden ones lie together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.utils.import_utils import is_tracing
+
+from flashmla_ops.errors import UnsupportedModelError
+from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES, boolean_mask, is_prefix, tokens_mask
+from flashmla_ops.integrations.transformers.rows import (
+    Pages,
+    Rows,
+    check_mask,
+    contiguous_rows,
+    dtype_obstacle,
+    gather_pages,
+    needs_gradient,
+    paged_rows,
+    token_pages,
+)
+from flashmla_ops.integrations.transformers.served import Served, attend_with_weights, is_causal, wants_weights
+from flashmla_ops.nn.prefix import Span, gather, prefill_with_prefix
+
+#: The name of this attention in transformers' registries.
+GROUPED_ATTENTION = "grouped_rows"
+
+#: Arguments that some models hand to attention functions beside the mask, and no operator takes.
+UNSERVED = ("softcap", "s_aux", "position_bias")
+
+
+class GroupedRows(Served):
+    """Methods that MHA, GQA and MQA modules of an enabled model get beside their own."""
+
+
+def grouped_attention(
+    module: Any,
+    query: Tensor,  # [b, h_q, s_q, d_qk]
+    key: Tensor,  # [b, h_kv, s_kv, d_qk], or [n_pages, h_kv, page_size, d_v + d_qk] pages
+    value: Tensor | Pages,  # [b, h_kv, s_kv, d_v], or how to read the pages
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, called by its forward through transformers' ``AttentionInterface``.
+
+    ``attention_mask`` is an int32 mask of `masks`, a mask ``[b or 1, h_q or 1, s_q or 1, s_kv]``, boolean or added to
+    the scores, or None, which means what it means to ``sdpa``: one query sees all, and of more each sees the cache's
+    first tokens up to its own. A gradient, dropout, float64 and attention that is not causal run transformers' own
+    SDPA. Returns ``out [b, s_q, h_q, d_v]`` and, where ``output_attentions`` was asked for, the weights
+    ``[b, h_q, s_q, s_kv]``.
+
+    Raises `UnsupportedModelError` unless the module is enabled or a `FlashMLALayer`, and for softcaps, sinks and
+    biases; `ArgumentError` for a mask whose length is not the cache's.
+    """
+    if not isinstance(module, Served):
+        raise UnsupportedModelError(
+            f"attention '{GROUPED_ATTENTION}' is for models that were enabled:"
+            " call flashmla_ops.integrations.transformers.enable(model)"
+        )
+    for name in UNSERVED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"layer {module.layer_idx} attends with {name}, which no operator takes yet")
+    rows = paged_rows(key, value) if isinstance(value, Pages) else contiguous_rows(value, key)
+    if attention_mask is not None:
+        check_mask(attention_mask, rows.s_kv)
+    if wants_weights(module, kwargs):
+        keys, values, mask = _expanded(query, key, value, attention_mask)
+        groups = query.shape[1] // keys.shape[1]
+        expanded = repeat_kv(keys, groups), repeat_kv(values, groups)
+        return attend_with_weights(module, query, *expanded, mask, dropout, scaling)
+    if _runs_elsewhere(module, query, rows, attention_mask, dropout, kwargs):
+        keys, values, mask = _expanded(query, key, value, attention_mask)
+        out: Tensor = sdpa_attention_forward(
+            module, query, keys, values, mask, dropout=dropout, scaling=scaling, **kwargs
+        )[0]
+        return out, None
+    q = query.transpose(1, 2)
+    d_v = rows.kv_cache.shape[-1] - (query.shape[-1] if rows.k_cache is None else 0)
+    if attention_mask is not None and attention_mask.dtype != torch.int32:
+        return _masked(module, q, key, value, attention_mask, d_v, scaling), None
+    return _listed(module, q, rows, attention_mask, d_v, scaling), None
+
+
+def _runs_elsewhere(
+    module: Served, query: Tensor, rows: Rows, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a call needs more than the operators have. Says so where it is so for every call."""
+    if dropout > 0.0 or (mask is not None and mask.dtype not in (torch.bool, torch.int32, torch.float32, query.dtype)):
+        return True
+    if reason := dtype_obstacle(query, rows):
+        module.tell_fallback(reason)
+        return True
+    if needs_gradient(query, rows, mask):
+        module.tell_gradient()
+        return True
+    return mask is None and query.shape[2] > 1 and not is_causal(module, kwargs)
+
+
+def _listed(
+    module: Served, q: Tensor, rows: Rows, mask: Tensor | None, d_v: int, scaling: float | None
+) -> Tensor:  # [b, s_q, h_q, d_v]
+    """Under no mask, or one that lists what each query sees."""
+    b, s_q, h_q, d_qk = q.shape
+    options: dict[str, Any] = {"softmax_scale": scaling, "levels": module.levels}
+    if mask is not None and not is_prefix(mask):
+        tokens = token_pages(rows, mask)
+        out: Tensor = torch.ops.flashmla.decode(q.reshape(b * s_q, 1, h_q, d_qk), *tokens, d_v, d_v, **options)[0]
+        return out.view(b, s_q, h_q, d_v)
+    if s_q > MAX_ABSORBED_QUERIES and mask is None:
+        return _prefilled(q, rows, d_v, options)
+    if s_q > MAX_ABSORBED_QUERIES and not is_tracing(q):
+        assert mask is not None
+        return _prefilled_behind(q, rows, mask[:, 0, 0, 0] - 1, d_v, options)
+    if mask is not None:
+        seqlens = mask[:, 0, -1, 0].contiguous()
+    else:
+        seqlens = rows.cache_seqlens if s_q == 1 else torch.full_like(rows.cache_seqlens, s_q)
+    out, _ = torch.ops.flashmla.decode(
+        q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, d_v, d_v, causal=True, **options
+    )
+    return out
+
+
+def _prefilled(q: Tensor, rows: Rows, d_v: int, options: dict[str, Any]) -> Tensor:
+    """The cache's first tokens are those of the queries."""
+    b, s_q, h_q, d_qk = q.shape
+    if rows.k_cache is None:
+        pages = rows.block_table[:, : -(-s_q // rows.kv_cache.shape[1])].long()
+        values, keys = rows.kv_cache[pages].flatten(1, 2)[:, :s_q].split([d_v, d_qk], dim=-1)
+    else:
+        values, keys = rows.kv_cache[:, :s_q], rows.k_cache[:, :s_q]
+    bounds = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=q.device)
+    flat = (tensor.reshape(b * s_q, *tensor.shape[2:]) for tensor in (q, keys, values))
+    out: Tensor = torch.ops.flashmla.prefill(*flat, bounds, bounds, True, **options)[0]
+    return out.view(b, s_q, h_q, d_v)
+
+
+def _prefilled_behind(q: Tensor, rows: Rows, prefix_lens: Tensor, d_v: int, options: dict[str, Any]) -> Tensor:
+    """The new tokens are in the cache already, behind the prefix of each sequence, which is read where it lies."""
+    b, s_q, h_q, d_qk = q.shape
+    new = [Span(i, prefix, prefix + s_q) for i, prefix in enumerate(prefix_lens.tolist())]
+    first, second = gather(rows.kv_cache, rows.k_cache, rows.block_table, new)
+    values, keys = (first, second) if second is not None else first.split([d_v, d_qk], dim=-1)
+    cu_seqlens = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=q.device)
+    out, _ = prefill_with_prefix(
+        q.reshape(b * s_q, h_q, d_qk),
+        keys,
+        values,
+        cu_seqlens,
+        rows.kv_cache,
+        rows.k_cache,
+        rows.block_table,
+        prefix_lens,
+        qk_start=d_v,
+        **options,
+    )
+    return out.view(b, s_q, h_q, d_v)
+
+
+def _masked(
+    module: Served,
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    key: Tensor,
+    value: Tensor | Pages,
+    mask: Tensor,
+    d_v: int,
+    scaling: float | None,
+) -> Tensor:  # [b, s_q, h_q, d_v]
+    """Under a mask over the cache's tokens, boolean or added, which is read at run time."""
+    b, s_q = q.shape[:2]
+    if not isinstance(value, Pages):
+        rows = contiguous_rows(value, key)
+    elif mask.dtype == torch.bool and mask.shape[1] == 1 and s_q <= MAX_ABSORBED_QUERIES:
+        listed = tokens_mask(mask.expand(b, 1, s_q, value.s_kv))
+        return _listed(module, q, paged_rows(key, value), listed, d_v, scaling)
+    else:
+        rows = contiguous_rows(*gather_pages(key, value, d_v))
+    out: Tensor = torch.ops.flashmla.attend_masked(q, rows.kv_cache, rows.k_cache, mask, d_v, d_v, scaling)
+    return out
+
+
+def _expanded(
+    query: Tensor, key: Tensor, value: Tensor | Pages, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and a mask that SDPA understands. Differentiable."""
+    if isinstance(value, Pages):
+        value, key = gather_pages(key, value, key.shape[-1] - query.shape[-1])
+    if mask is not None and mask.dtype == torch.int32:
+        whole = is_prefix(mask) and key.shape[2] == query.shape[2]  # without a prefix, SDPA's own causal mask will do
+        mask = None if whole and query.shape[2] > 1 else boolean_mask(mask, key.shape[2])
+    return key, value, mask

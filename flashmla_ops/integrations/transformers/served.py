@@ -1,0 +1,75 @@
+"""Attention modules while our attention serves them: methods that they get beside their own."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
+
+from flashmla_ops.errors import FallbackWarning
+from flashmla_ops.integrations.transformers.specialise import Specialised
+
+
+class Served(Specialised):
+    """Base class of what `enable` and `FlashMLALayer` add to an attention module."""
+
+    config: Any
+    layer_idx: int | None
+    #: How much of the kernels' hierarchy is used: the operators' argument of this name.
+    levels: int = 3
+    #: Whether running without our operators is told where only a gradient asks for it.
+    tells_gradients: ClassVar[bool] = False
+    #: The reasons for falling back that were told already, one set for all modules of a model.
+    told_fallbacks: set[str]
+
+    def tell_fallback(self, reason: str) -> None:
+        """Warn once for a model and a reason. Not while a graph is traced, in which warning would be a step."""
+        if is_tracing() or reason in self.told_fallbacks:
+            return
+        self.told_fallbacks.add(reason)
+        warnings.warn(
+            f"layer {self.layer_idx} runs transformers' own attention: {reason};"
+            " flashmla_ops.integrations.transformers.why_not(model) lists every layer that always does",
+            FallbackWarning,
+            stacklevel=4,
+        )
+
+    def tell_gradient(self) -> None:
+        if self.tells_gradients:
+            self.tell_fallback("a gradient is required, and the operators have no backward yet")
+
+
+def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``output_attentions`` was asked of the call or of the configuration."""
+    return bool(kwargs.get("output_attentions", module.config.output_attentions))
+
+
+def is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether several queries without a mask see no later tokens: said by the call, or else by the module."""
+    said = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
+
+
+def attend_with_weights(
+    module: Any,
+    query: Tensor,  # [b, h_q, s_q, d_qk]
+    keys: Tensor,  # [b, h_q, s_kv, d_qk]
+    values: Tensor,  # [b, h_q, s_kv, d_v]
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out as "eager" does: ``out [b, s_q, h_q, d_v]`` and weights ``[b, h_q, s_q, s_kv]``."""
+    s_q, s_kv = query.shape[2], keys.shape[2]
+    if mask is None and s_q > 1:
+        mask = torch.ones(s_q, s_kv, dtype=torch.bool, device=query.device).tril()
+    scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
+    scores = scores if mask is None else scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ values).transpose(1, 2), weights

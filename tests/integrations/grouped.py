@@ -1,0 +1,39 @@
+"""Tiny models whose attention is GQA, MHA or MQA, with weights so large that a wrong token in the attention shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "max_position_embeddings": 512,
+}
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "phi3": {"original_max_position_embeddings": 512},
+    "qwen3": {"head_dim": 24},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+
+
+def tiny_grouped(model_type: str = "llama", *, implementation: str = "eager", **changes: Any) -> PreTrainedModel:
+    """A causal language model; the same arguments give the same weights."""
+    config = AutoConfig.for_model(model_type, **SIZES | OF_TYPE.get(model_type, {}) | changes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.12)
+    return model.eval()
