@@ -9,6 +9,11 @@ INSTALLED := $(VENV)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 REPIN := $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
 	$(if $(TRANSFORMERS),-e 's/^transformers==.*/transformers==$(TRANSFORMERS)/') -e ''
+# With WORKERS=2 tests run in two processes. A file's tests share a process, and with it what they build once. Each
+# process has the two threads that operators are tested with; threads that wait leave the core to another process.
+WORKERS ?= 1
+PYTEST = $(if $(filter 1,$(WORKERS)),,OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive) \
+	$(PY) -m pytest $(if $(filter 1,$(WORKERS)),,-n $(WORKERS) --dist loadfile)
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 # The extras of pyproject.toml that development needs, as requirements.
 EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -26,10 +31,10 @@ demo: kernels  ## run a trained MLA model through FlashMLA and show what it gain
 	$(PY) -m flashmla_ops.demo
 
 test: kernels  ## run the tests, without the slow ones; TORCH=2.15.0 TRANSFORMERS=5.24.0: with other versions
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: kernels  ## run every test
-	$(PY) -m pytest
+	$(PYTEST)
 
 # pip's nvcc, for a machine without one: the compiler, its optimiser, and the headers that it includes.
 NVCC_WHEELS := nvidia-cuda-nvcc==13.0.88 $(patsubst %,nvidia-%==13.0.*,nvvm cuda-crt cuda-cccl cuda-runtime)
