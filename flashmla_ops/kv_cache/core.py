@@ -170,9 +170,14 @@ class PagePool:
             return self._sequence(name, known, chain, length)
 
     def fork(self, parent: Sequence) -> Sequence:
-        """A sequence with the tokens of ``parent``, in the same pages: a page is copied when one of both writes it."""
+        """A sequence with the tokens of ``parent``, in the same pages: a page is copied when one of both writes it.
+
+        Raises `PoolBusyError` while a step of ``parent`` is open, which may have rows to write yet.
+        """
         with self._locked():
-            name = self.pages.fork(self._known(parent))
+            name = self._known(parent)
+            self._check_at_rest(parent)
+            name = self.pages.fork(name)
             return self._sequence(name, parent.tokens[:], list(parent.chain), parent.cached)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
@@ -352,6 +357,10 @@ class PagePool:
 
     def _look_at_pressure(self) -> None:
         """For who wants to know."""
+
+    def _check_at_rest(self, sequence: Sequence) -> None:
+        if any(sequence in running for running in self._running.values()):
+            raise PoolBusyError("a sequence cannot be forked or swapped out while a step of it is open")
 
     def _check_idle(self, what: str) -> None:
         if len(self._epochs):

@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pages_move": (None, _PAGES, _ARRAY, _COUNT),
     "pages_length": (c_int64, _PAGES, _SEQUENCE),
     "pages_written": (c_int64, _PAGES, _SEQUENCE),
+    "pages_copies_tail": (c_int32, _PAGES, _SEQUENCE),
     "pages_of": (c_int64, _PAGES, _SEQUENCE, _ARRAY, _COUNT),
     "pages_references": (c_int64, _PAGES, _PAGE),
     "pages_counts": (None, _PAGES, _ARRAY),
@@ -240,6 +241,10 @@ class NativePages:
         """Tokens whose rows are there, as far as steps have said; -1 for a sequence that was released."""
         written: int = self._library.flashmla_pages_written(self._at, sequence)
         return written
+
+    def copies_tail(self, sequence: int) -> bool:
+        """Whether its next token would be written to a page of others, and is written to a copy."""
+        return bool(self._library.flashmla_pages_copies_tail(self._at, sequence))
 
     def pages_of(self, sequence: int) -> list[int]:
         count = self._library.flashmla_pages_of(self._at, sequence, None, 0)

@@ -91,12 +91,13 @@ class KVPool(PagePool):
         writers: Counter[int] = Counter()
         needed = 0
         for sequence, count in zip(sequences, counts, strict=True):
-            held, length = self.pages.pages_of(self._known(sequence)), sequence.length
+            name = self._known(sequence)
+            held, length = self.pages.pages_of(name), sequence.length
             needed += max(0, self._pages_for(length + count) - len(held))
-            if count and length % self.page_size:
+            if count and self.pages.copies_tail(name):
                 tail = held[length // self.page_size]
-                # A shared page is copied for each of its writers but the last of its holders.
-                if self.pages.references(tail) - writers[tail] > 1:
+                # The last holder of a page keeps it, unless an open step may read it.
+                if self.pages.references(tail) - writers[tail] > 1 or len(self._epochs):
                     writers[tail] += 1
                     needed += 1
         return needed
@@ -183,10 +184,6 @@ class KVPool(PagePool):
         name = holder.name
         self._forget(holder)
         return name
-
-    def _check_at_rest(self, sequence: Sequence) -> None:
-        if any(sequence in running for running in self._running.values()):
-            raise PoolBusyError("a sequence cannot be swapped out while a step of it is open")
 
     # Compaction.
 

@@ -37,6 +37,7 @@ class PythonPages:
         self.n_pages, self.page_size = n_pages, page_size
         self._references = [0] * n_pages
         self._generations = [0] * n_pages
+        self._dropped = [0] * n_pages  # the last step when a sequence dropped rows of a page
         self._free = list(range(n_pages - 1, -1, -1))
         self._cached: set[int] = set()
         self._evictable: OrderedDict[int, int] = OrderedDict()  # page: the step at which it was dropped
@@ -79,17 +80,19 @@ class PythonPages:
         self._peak = max(self._peak, self._n_used)
         return page, behind
 
-    def _drop(self, page: int) -> None:
+    def _drop(self, page: int, late: bool = False) -> None:
+        """``late``: the step that is opened next reads it too."""
         self._references[page] -= 1
+        step = self._dropped[page] = self._last_step + late
         if self._references[page] == 0:
             if page in self._cached:
-                self._evictable[page] = self._last_step
+                self._evictable[page] = step
             else:
-                self._put(page)
+                self._put(page, step)
 
-    def _put(self, page: int) -> None:
+    def _put(self, page: int, step: int) -> None:
         if self._open:
-            self._deferred.append((page, self._last_step))
+            self._deferred.append((page, step))
         else:
             self._free.append(page)
             self._tell_freed(page)
@@ -156,6 +159,8 @@ class PythonPages:
         if not 0 <= length <= found.length:
             raise ArgumentError("kv_pool", "length", f"a length in [0, {found.length}]", length)
         self._drop_from(found, self._pages_for(length))
+        if length < found.length and length % self.page_size:
+            self._dropped[found.pages[-1]] = self._last_step  # open steps may read the rows that are cut off
         found.length, found.written = length, min(found.written, length)
 
     def close_sequence(self, sequence: int) -> None:
@@ -188,8 +193,9 @@ class PythonPages:
             needed += max(0, self._pages_for(each.length + count) - len(each.pages))
             if count and each.length % self.page_size:
                 tail = each.pages[each.length // self.page_size]
-                # Where nobody else holds a page, the last of its writers keeps it.
-                if self._references[tail] - writers[tail] > 1:
+                # Where nobody else holds a page, nor an open step reads it, the last of its writers keeps it.
+                writes = writers[tail] and self._open
+                if self._references[tail] - writers[tail] > 1 or writes or self._dropped[tail] >= self._first_open:
                     writers[tail] += 1
                     shared.append(each)
         needed += len(shared)
@@ -201,7 +207,6 @@ class PythonPages:
             source = each.pages[each.length // self.page_size]
             target, step = self._take()
             each.pages[each.length // self.page_size] = target
-            self._references[source] -= 1
             copies.append(PageCopy(source, target))
             last = max(last, step)
         slots: list[int] = []
@@ -219,6 +224,8 @@ class PythonPages:
                 last = max(last, step)
             slots += [each.pages[t // self.page_size] * self.page_size + t % self.page_size for t in positions]
             self._write_row(tables, i, each)
+        for source, _ in copies:  # not before: they are still to be copied, and late by a step behind others
+            self._drop(source, late=behind and bool(self._open))
         tables.slot_mapping[: len(slots)] = tables.slot_mapping.new_tensor(slots)
         return copies, last
 
@@ -273,7 +280,7 @@ class PythonPages:
             self._cached.discard(page)
             self._generations[page] += 1
             if self._evictable.pop(page, None) is not None:
-                self._put(page)
+                self._put(page, self._last_step)
 
     def plan_moves(self) -> list[PageCopy] | None:
         if self._open:
@@ -302,6 +309,13 @@ class PythonPages:
 
     def written(self, sequence: int) -> int:
         return self._sequences[sequence].written if sequence in self._sequences else -1
+
+    def copies_tail(self, sequence: int) -> bool:
+        found = self._at(sequence)
+        if found.length % self.page_size == 0:
+            return False
+        tail = found.pages[found.length // self.page_size]
+        return self._references[tail] > 1 or self._dropped[tail] >= self._first_open
 
     def pages_of(self, sequence: int) -> list[int]:
         return list(self._at(sequence).pages)

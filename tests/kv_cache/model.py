@@ -76,10 +76,13 @@ class Modelled:
         for each, count in zip(chosen, counts, strict=True):
             known = each.sequence.tokens
             known.extend([0] * (len(each.tokens) + count - len(known)))
+        fits = self.pool.can_fit(counts, [each.sequence for each in chosen])
         try:
             step = self.pool.step([each.sequence for each in chosen], counts)
+            assert fits
         except OutOfPagesError as error:
             assert before == [(each.tokens, each.sequence.pages, each.sequence.length) for each in chosen]
+            assert not fits
             if error.needed <= error.free + (0 if self.running else error.evictable):
                 raise AssertionError("there were enough") from error
             return
@@ -111,12 +114,14 @@ class Modelled:
             self.running.pop(index % len(self.running)).step.close()
 
     def fork(self, parent: Expected) -> None:
-        if parent.sequence.swapped is None:
+        if self.is_running(parent):
+            with pytest.raises(PoolBusyError):
+                self.pool.fork(parent.sequence)
+        elif parent.sequence.swapped is None:
             self.alive.append(Expected(self.pool.fork(parent.sequence), list(parent.tokens)))
 
     def truncate(self, each: Expected, length: int) -> None:
-        # Rows that an open step reads are written again where its sequence is cut and grows: that is the caller's care.
-        if each.sequence.swapped is None and not self.is_running(each):
+        if each.sequence.swapped is None:
             self.pool.truncate(each.sequence, min(length, len(each.tokens)))
             del each.tokens[length:]
 

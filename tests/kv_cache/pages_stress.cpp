@@ -77,13 +77,14 @@ private:
     for (const int64_t each : sequences_)
       if (b < kBatch && below(2)) names_[b] = each, counts_[b++] = below(7);
     Found found;
-    if (pages_.step(tables_, b, below(4) == 0, found) == kFine && below(2)) {
+    const bool behind = below(4) == 0, fine = pages_.step(tables_, b, behind, found) == kFine;
+    if (fine && below(2)) {
       if (below(3))
         pages_.commit(tables_, b);
       else
         pages_.roll_back(tables_, b);
     }
-    if (open_.size() < 3) open_.push_back(pages_.open_step());
+    if ((fine && behind) || open_.size() < 3) open_.push_back(pages_.open_step());
   }
 
   void truncate(int64_t name) { require(!pages_.truncate(name, below(pages_.length(name) + 1)), "truncate"); }

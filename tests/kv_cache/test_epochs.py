@@ -70,6 +70,37 @@ def test_cached_pages_wait_too() -> None:
     written(pool, 1, 2.0)
 
 
+@pytest.mark.parametrize("how", ["release", "truncate", "copy"])
+def test_rows_that_an_open_step_reads_are_not_written_by_others(how: str) -> None:
+    """A sequence that was cut would write them in a page that it holds alone."""
+    pool = pool_of(8)
+    a = written(pool, 4, 1.0)
+    b = pool.fork(a)
+    pages = a.pages
+    step = pool.step([a], 0)
+    if how == "truncate":
+        pool.release(b)
+        pool.truncate(a, 3)
+        b = a
+    else:
+        pool.truncate(b, 3)
+        if how == "release":
+            pool.release(a)
+    batch = [b]
+    if how == "copy":  # both of them write the page that they share
+        pool.truncate(a, 3)
+        batch = [a, b]
+    with pool.step(batch, 1) as other:
+        for layer in range(LAYERS):
+            pool.cache(layer).flatten()[other.slot_mapping] = 2.0
+    assert rows_of(pool, pages, 0).tolist() == [1.0] * 4
+    assert rows_of(pool, b.pages, 0)[:4].tolist() == [1.0, 1.0, 1.0, 2.0]
+    step.close()
+    for each in batch:
+        pool.release(each)
+    assert pool.stats().free == 8
+
+
 def test_the_rows_of_a_finished_layer_are_released_while_later_ones_compute() -> None:
     pool = pool_of()
     a = written(pool, 4, 1.0)
@@ -104,7 +135,7 @@ def test_layers_are_done_in_their_order() -> None:
 
 def test_a_step_goes_behind_another_in_its_pages() -> None:
     """The second writes the first one's pages, layer by layer, and neither sees the other's rows."""
-    pool = pool_of()
+    pool = pool_of(5)
     a, b = written(pool, 6, 1.0), written(pool, 1, 5.0)
     tail = pool.fork(b)
     turns = [threading.Event() for _ in range(LAYERS)]

@@ -53,20 +53,25 @@ int32_t Pages::take(int64_t& behind) {
 }
 
 void Pages::drop(int32_t page) {
-  if (--references_[page] > 0) return;
-  --n_used_;
-  if (cached_[page])
-    append_evictable(page);
-  else
-    put(page);
+  dropped_[page] = last_step();
+  if (--references_[page] == 0) lay_down(page, last_step());
 }
 
-void Pages::put(int32_t page) {
+// A page that nobody holds any more, and that steps up to this one may read.
+void Pages::lay_down(int32_t page, int64_t step) {
+  --n_used_;
+  if (cached_[page])
+    append_evictable(page, step);
+  else
+    put(page, step);
+}
+
+void Pages::put(int32_t page, int64_t step) {
   if (open_.empty()) {
     free_.push_back(page);
     if (watched_) freed_.push_back(page);
   } else {
-    deferred_.emplace_back(page, first_open_ + static_cast<int64_t>(open_.size()) - 1);
+    deferred_.emplace_back(page, step);
   }
 }
 
@@ -77,8 +82,8 @@ void Pages::settle() {
   }
 }
 
-void Pages::append_evictable(int32_t page) {
-  dropped_[page] = first_open_ + static_cast<int64_t>(open_.size()) - 1;
+void Pages::append_evictable(int32_t page, int64_t step) {
+  dropped_[page] = step;
   next_[page] = kNone, previous_[page] = newest_;
   (newest_ == kNone ? oldest_ : next_[newest_]) = page;
   newest_ = page;
@@ -187,6 +192,8 @@ Status Pages::truncate(int64_t name, int64_t length) {
     drop_from(sequence, kept);
     ++sequence.changes;
   }
+  // Open steps may read the rows that are cut off.
+  if (length < sequence.length && length % page_size_) dropped_[sequence.pages[kept - 1]] = last_step();
   sequence.length = length;
   sequence.written = std::min(sequence.written, length);
   return kFine;
@@ -212,9 +219,12 @@ Status Pages::reserve(int64_t name, int64_t tokens, Found& found) {
   return kFine;
 }
 
-// Whether the next token would be written to a page that others hold too.
-bool Pages::shared_tail(const Sequence& sequence) const {
-  return sequence.length % page_size_ && references_[sequence.pages[sequence.length / page_size_]] > 1;
+// Whether the next token would be written to a page of others: of sequences, or of an open step that has read it
+// through a sequence which dropped it since.
+bool Pages::others_tail(const Sequence& sequence) const {
+  if (sequence.length % page_size_ == 0) return false;
+  const int32_t page = sequence.pages[sequence.length / page_size_];
+  return references_[page] > 1 || dropped_[page] >= first_open_;
 }
 
 Status Pages::step(BatchTables& tables, int64_t b, bool behind, Found& found) {
@@ -229,14 +239,16 @@ Status Pages::step(BatchTables& tables, int64_t b, bool behind, Found& found) {
     if (std::exchange(sequence.seen, calls_) == calls_) return kRepeated;
     if (tables.most_pages < n_pages_ && pages_for(sequence.length + counts[i]) > tables.most_pages) return kTooLong;
   }
+  // A step that goes behind others, the next to be opened, copies pages late.
+  const int64_t reader = last_step() + (behind && !open_.empty());
   // Where nobody else holds a page, the last of its writers keeps it: the writers before have dropped it already.
   for (int64_t i = 0; i < b; ++i) {
     const Sequence& sequence = at(names[i]);
     const int64_t missing = pages_for(sequence.length + counts[i]) - static_cast<int64_t>(sequence.pages.size());
     found.needed += std::max<int64_t>(missing, 0);
-    if (counts[i] && shared_tail(sequence)) {
-      const int64_t tail = sequence.length / page_size_;
-      --references_[sequence.pages[tail]];
+    if (counts[i] && others_tail(sequence)) {
+      const int32_t tail = sequence.pages[sequence.length / page_size_];
+      --references_[tail], dropped_[tail] = reader;
       copies[2 * found.copies++] = static_cast<int32_t>(i);
     }
   }
@@ -266,6 +278,13 @@ Status Pages::step(BatchTables& tables, int64_t b, bool behind, Found& found) {
     for (int64_t left = pages_for(sequence.length) - static_cast<int64_t>(sequence.pages.size()); left > 0; --left)
       sequence.pages.push_back(take(found.behind));
     write_row(sequence, names[i], counts[i], tables, i, slot);
+  }
+  // Not before: these pages are still to be copied.
+  for (int64_t j = 0; j < found.copies; ++j) {
+    const int32_t source = copies[2 * j];
+    bool first = references_[source] == 0;
+    for (int64_t k = 0; k < j && first; ++k) first = copies[2 * k] != source;
+    if (first) lay_down(source, reader);
   }
   return kFine;
 }
@@ -342,7 +361,7 @@ void Pages::forget(int32_t page) {
   ++generations_[page];
   if (references_[page]) return;
   remove_evictable(page);
-  put(page);
+  put(page, last_step());
 }
 
 // Compaction.

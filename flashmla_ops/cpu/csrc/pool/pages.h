@@ -76,7 +76,7 @@ public:
   Status close_sequence(int64_t sequence);
   Status reserve(int64_t sequence, int64_t tokens, Found& found);
   // Room for `counts[i]` more tokens in each of the `b` sequences of `tables`, and where they lie. With `behind`, pages
-  // that open steps may still read are handed out too, after all others.
+  // that open steps may still read are handed out too, after all others; the step must then be opened next.
   Status step(BatchTables& tables, int64_t b, bool behind, Found& found);
   // Count the rows of a step as written: the indices of sequences that filled a page, in `copies`, and how many.
   int64_t commit(BatchTables& tables, int64_t b);
@@ -100,6 +100,8 @@ public:
   bool known(int64_t sequence) const;
   int64_t length(int64_t sequence) const { return at(sequence).length; }
   int64_t written(int64_t sequence) const { return at(sequence).written; }
+  // Whether its next token would be written to a page of others, and is written to a copy.
+  bool copies_tail(int64_t sequence) const { return others_tail(at(sequence)); }
   const std::vector<int32_t>& pages_of(int64_t sequence) const { return at(sequence).pages; }
   int64_t n_free() const { return static_cast<int64_t>(free_.size()); }
   int64_t n_freed() const { return static_cast<int64_t>(freed_.size()); }
@@ -124,18 +126,20 @@ private:
 
   Sequence& at(int64_t sequence) { return sequences_[sequence & kSlot]; }
   const Sequence& at(int64_t sequence) const { return sequences_[sequence & kSlot]; }
+  int64_t last_step() const { return first_open_ + static_cast<int64_t>(open_.size()) - 1; }
   int64_t pages_for(int64_t tokens) const { return (tokens + page_size_ - 1) / page_size_; }
   void drop_from(Sequence& sequence, size_t kept);
-  bool shared_tail(const Sequence& sequence) const;
+  bool others_tail(const Sequence& sequence) const;
   void write_row(const Sequence& sequence, int64_t name, int64_t count, BatchTables& tables, int64_t row,
                  int64_t*& slot) const;
 
   bool can_take_behind(int64_t count) const;
   int32_t take(int64_t& behind);
   void drop(int32_t page);
-  void put(int32_t page);
+  void lay_down(int32_t page, int64_t step);
+  void put(int32_t page, int64_t step);
   void settle();
-  void append_evictable(int32_t page);
+  void append_evictable(int32_t page, int64_t step);
   void remove_evictable(int32_t page);
 
   static constexpr int64_t kSlot = (int64_t{1} << 32) - 1;
@@ -144,7 +148,7 @@ private:
   int64_t n_pages_, page_size_;
   std::vector<int32_t> references_, free_, next_, previous_;
   std::vector<uint64_t> generations_;
-  std::vector<int64_t> dropped_;  // at which step a page of the prefix cache was dropped
+  std::vector<int64_t> dropped_;  // the last step that was open or before, when a sequence dropped rows of a page
   std::vector<uint8_t> cached_;
   int32_t oldest_ = kNone, newest_ = kNone;  // evictable pages
   int64_t n_evictable_ = 0, n_used_ = 0, peak_ = 0, evictions_ = 0;

@@ -91,6 +91,9 @@ FLASHMLA_EXPORT int64_t flashmla_pages_length(const Pages* pages, int64_t sequen
 FLASHMLA_EXPORT int64_t flashmla_pages_written(const Pages* pages, int64_t sequence) {
   return pages->known(sequence) ? pages->written(sequence) : -1;
 }
+FLASHMLA_EXPORT int32_t flashmla_pages_copies_tail(const Pages* pages, int64_t sequence) {
+  return pages->known(sequence) && pages->copies_tail(sequence);
+}
 // How many pages a sequence has, -1 if it is unknown; and the first `room` of them.
 FLASHMLA_EXPORT int64_t flashmla_pages_of(const Pages* pages, int64_t sequence, int32_t* out, int64_t room) {
   if (!pages->known(sequence)) return -1;
