@@ -173,7 +173,7 @@ def test_models_that_cannot_use_it(cache_type: Callable[[PreTrainedModel], AnyCa
         cache_type(tiny_model())
     hybrid = tiny_model("kimi_linear")
     enable(hybrid)
-    with pytest.raises(UnsupportedModelError, match=r"only layers \[3\] cache latents"):
+    with pytest.raises(UnsupportedModelError, match=r"only layers \[3\] cache rows"):
         cache_type(hybrid)
 
 

@@ -37,8 +37,10 @@ def contiguous_rows(
     first: Tensor,  # [b, h_kv, s_kv, d]: values, or latents
     second: Tensor,  # [b, h_kv, s_kv, d_k]: keys, or rotary keys
 ) -> Rows:
-    """Views of a cache that is one page a sequence; nothing is copied."""
+    """Views of a cache that is one page a sequence; a cache of transformers is never copied."""
     b, _, s_kv, _ = first.shape
+    # Without a cache a model may hand over states that are views of something else.
+    first, second = (x if x.stride(-1) == 1 else x.contiguous() for x in (first, second))
     block_table = torch.arange(b, device=first.device, dtype=torch.int32)[:, None]
     cache_seqlens = torch.full((b,), s_kv, device=first.device, dtype=torch.int32)
     return Rows(first.transpose(1, 2), second.transpose(1, 2), block_table, cache_seqlens, s_kv)
