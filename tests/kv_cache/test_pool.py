@@ -15,7 +15,7 @@ import torch
 
 from flashmla_ops.errors import ArgumentError, OutOfPagesError, PoolBusyError
 from flashmla_ops.formats import QUANTIZED
-from flashmla_ops.kv_cache import KVPool, PoolStats, Sequence, storage
+from flashmla_ops.kv_cache import KVPool, PoolStats, Sequence, core, storage
 from flashmla_ops.kv_cache.native_pages import NativePages
 from flashmla_ops.kv_cache.pages import new_pages
 from flashmla_ops.kv_cache.python_pages import PythonPages
@@ -201,6 +201,21 @@ def test_reserved_pages_cannot_be_lacked() -> None:
     with pool.step([a], 15):
         pass
     assert (pool.stats().free, others.length) == (0, 16)
+
+
+@pytest.mark.parametrize("books", [NativePages, PythonPages])
+def test_a_fork_has_no_part_in_reserved_pages(
+    books: type[NativePages] | type[PythonPages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "new_pages", books)
+    pool = small()
+    a = filled(pool, 4)
+    pool.reserve(a, 4)
+    b = pool.fork(a)
+    with pool.step([a, b], 4) as step:
+        assert len(set(step.slot_mapping.tolist())) == 8
+    assert a.pages[0] == b.pages[0]
+    assert pool.stats().used == 3
 
 
 def test_watermarks_have_a_gap() -> None:
