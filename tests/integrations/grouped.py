@@ -20,11 +20,21 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 OF_TYPE: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "helium": {"head_dim": 16},
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi3": {"original_max_position_embeddings": 512},
     "qwen3": {"head_dim": 24},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "seed_oss": {"head_dim": 16},
     "smollm3": {"no_rope_layer_interval": 2},
+    "starcoder2": {"sliding_window": None},
 }
 
 

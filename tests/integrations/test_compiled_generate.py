@@ -27,7 +27,6 @@ from transformers import (
 
 from flashmla_ops.errors import FallbackWarning, UnsupportedModelError
 from flashmla_ops.integrations.transformers import (
-    SUPPORTED_MODEL_TYPES,
     StaticPagedLatentCache,
     compile,
     disable,
@@ -35,6 +34,7 @@ from flashmla_ops.integrations.transformers import (
     is_enabled,
     uncompile,
 )
+from flashmla_ops.integrations.transformers.families import MLA_MODEL_TYPES
 from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from tests.integrations.models import cached, left_padded, tiny_model, tokens
 from tests.integrations.test_generate import generate
@@ -120,7 +120,7 @@ def test_beams_and_a_configuration() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MLA_MODEL_TYPES)
 def test_every_supported_type(model_type: str) -> None:
     model = tiny_model(model_type)
     inputs = {"input_ids": tokens(2, 9)}

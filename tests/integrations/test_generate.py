@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from flashmla_ops.integrations.transformers import SUPPORTED_MODEL_TYPES, enable
+from flashmla_ops.integrations.transformers import enable
+from flashmla_ops.integrations.transformers.families import MLA_MODEL_TYPES
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
 from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from tests.integrations.conftest import Pair
@@ -67,7 +68,7 @@ def test_several_turns_on_one_cache(pair: Pair) -> None:
     assert torch.equal(generate(pair.absorbed, second, **cached(cache)), generate(pair.eager, second))
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MLA_MODEL_TYPES)
 def test_scores_of_every_supported_type(model_type: str) -> None:
     eager, absorbed = tiny_model(model_type), tiny_model(model_type)
     enable(absorbed)

@@ -22,7 +22,6 @@ from flashmla_ops.integrations.transformers import (
     is_enabled,
     why_not,
 )
-from flashmla_ops.integrations.transformers.families import GROUPED_MODEL_TYPES
 from flashmla_ops.integrations.transformers.grouped import grouped_attention
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
 from flashmla_ops.integrations.transformers.rows import Pages
@@ -30,6 +29,8 @@ from tests.integrations.grouped import tiny_grouped
 from tests.integrations.models import cached, left_padded, tokens
 from tests.integrations.test_generate import generate
 
+#: Types that differ in biases, norms, joint projections and rotary embedding; tests/nn/test_layer.py has all.
+MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 LONG = MAX_ABSORBED_QUERIES + 6
 CAPACITY = 128
 CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
@@ -47,7 +48,7 @@ def pair(model_type: str = "llama") -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("model_type", GROUPED_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_tokens_of_every_type_on_every_cache(model_type: str, cache: str) -> None:
     eager, model = pair(model_type)
     for inputs in ({"input_ids": tokens(2, LONG)}, left_padded([20, 7])):

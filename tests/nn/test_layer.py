@@ -42,7 +42,8 @@ from tests.integrations.models import cached, left_padded, tiny_model, tokens
 from tests.integrations.test_generate import generate
 
 LONG = MAX_ABSORBED_QUERIES + 6
-IMPLEMENTATIONS = ("eager", "sdpa")
+#: Types that are tried with the masks of eager attention too, which are added to the scores.
+MASKS_ADDED = ("llama", "qwen3", "deepseek_v2", "deepseek_v3")
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +71,10 @@ def calls(name: str) -> Any:
     return mock.patch.object(torch.ops.flashmla, name, wraps=getattr(torch.ops.flashmla, name))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("model_type", "implementation"),
+    [(each, "sdpa") for each in SUPPORTED_MODEL_TYPES] + [(each, "eager") for each in MASKS_ADDED],
+)
 def test_tokens_and_logits_of_every_supported_type(model_type: str, implementation: str) -> None:
     eager, model = converted(model_type, implementation, preallocate=True)
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6}
@@ -392,7 +395,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         lambda: tiny_model("deepseek_v32", index_n_heads=2, index_head_dim=16, index_topk=8),
         "'deepseek_v32' attends to indexed tokens",
     ),
-    "granite": (lambda: tiny_grouped("granite"), "model type 'granite' is not known to be exact"),
+    "diffllama": (lambda: tiny_grouped("diffllama"), "model type 'diffllama' is not known to be exact"),
     "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)), "'gpt2'"),
 }
 

@@ -31,7 +31,37 @@ MLA_MODEL_TYPES = (
 )
 
 #: Model types whose attention is softmax(scale * q k^T + mask) v over cached keys and values, without anything else.
-GROUPED_MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+GROUPED_MODEL_TYPES = (
+    "apertus",
+    "arcee",
+    "bitnet",
+    "cohere",
+    "ernie4_5",
+    "flex_olmo",
+    "gemma",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "granite",
+    "granitemoe",
+    "helium",
+    "jais2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 
 #: Model types that have ``expand_kv`` but attend to tokens chosen by an indexer, which absorbed attention would ignore.
 INDEXED_MODEL_TYPES = ("axk2", "deepseek_v32", "glm5_next", "glm_moe_dsa", "hy_v4")
