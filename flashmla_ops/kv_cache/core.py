@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 import threading
 import weakref
@@ -120,8 +121,13 @@ class PagePool:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> int:
-        """A slab for another layer, whose number is returned; arguments as the pool's. Raises `ArgumentError`."""
-        with self._locked():
+        """A slab for another layer, whose number is returned; arguments as the pool's. Raises `ArgumentError`.
+
+        A graph that torch.compile traces makes slabs too, for a cache that is filled for the first time. It cannot take
+        the lock, and its thread is then the only one that has the pool.
+        """
+        lock = contextlib.nullcontext() if torch.compiler.is_compiling() else self._locked()
+        with lock:
             if device is not None and not self.storage.layers:
                 self._use_device(torch.device(device))
             self._add(layer_of(format, d, page_size or self.page_size, h_kv, dtype))
