@@ -9,9 +9,9 @@ INSTALLED := $(VENV)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 REPIN := $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
 	$(if $(TRANSFORMERS),-e 's/^transformers==.*/transformers==$(TRANSFORMERS)/') -e ''
-# With WORKERS=2 tests run in two processes. A file's tests share a process, and with it what they build once. Each
-# process has the two threads that operators are tested with; threads that wait leave the core to another process.
-WORKERS ?= 1
+# Tests run in two processes; with WORKERS=1 in one. A file's tests share a process, and with it what they build once.
+# Each process has the two threads that operators are tested with; threads that wait leave the core to another process.
+WORKERS ?= 2
 PYTEST = $(if $(filter 1,$(WORKERS)),,OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive) \
 	$(PY) -m pytest $(if $(filter 1,$(WORKERS)),,-n $(WORKERS) --dist loadfile)
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
