@@ -272,11 +272,11 @@ del freed
 class Late:
     def __del__(self):
         torch.empty(10)
-late, go_on = Late(), threading.Event()
-def churn():
-    while not go_on.wait(0.0001):
-        torch.empty(100)
-threading.Thread(target=churn, daemon=True).start()
+late, of_a_thread = Late(), []
+# A daemon thread would not do: torch itself aborts where one allocates while Python ends.
+thread = threading.Thread(target=lambda: of_a_thread.extend(torch.empty(100) for _ in range(1000)))
+thread.start(), thread.join()
+del of_a_thread[::2]
 """
 
 
