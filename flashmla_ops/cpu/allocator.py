@@ -47,22 +47,11 @@ _FUNCTIONS = {
 
 
 def loaded(library: build.Library, functions: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
-    """A library, compiled now if need be, whose functions have these result and argument types.
-
-    Raises `ArenaUnavailableError`, which says why it could not be had.
-    """
+    """`build.opened`. Raises `ArenaUnavailableError`, which says why the library could not be had."""
     try:
-        try:
-            found = ctypes.CDLL(str(*build.find_or_build([library])))
-        except OSError:
-            # Made for another system, whose C library is newer, say: what is compiled here fits.
-            found = ctypes.CDLL(str(*build.find_or_build([library], anew=True)))
+        return build.opened(library, functions)
     except (BuildError, OSError) as error:
         raise ArenaUnavailableError(f"the allocator's library could not be had: {error}") from error
-    for name, (result, arguments) in functions.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    return found
 
 
 @functools.cache

@@ -9,16 +9,18 @@ Processes that build at once wait for one another on a file lock; a library appe
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,19 +120,22 @@ def source_key() -> str:
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     digest.update(repr(_generated()).encode())
-    digest.update(repr((platform.machine(), COMMON_FLAGS, ISAS, PAGES, STABLE_ABI, KERNELS)).encode())
+    libraries = (ISAS, PAGES, STABLE_ABI, DEVICE_ALLOCATOR, KERNELS)
+    digest.update(repr((platform.machine(), COMMON_FLAGS, libraries)).encode())
     return digest.hexdigest()[:16]
 
 
 def key() -> str:
     """A hash of everything that a library in the cache depends on."""
-    facts = (source_key(), torch.__version__, sysconfig.get_config_var("SOABI"))
+    of_this_torch = (AUTOGRAD, ALLOCATOR)
+    facts = (source_key(), torch.__version__, sysconfig.get_config_var("SOABI"), of_this_torch)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def find(library: Library) -> Path | None:
     """A library, or what takes its place, in the package or in the cache; None if it has not been compiled."""
-    folders = [PACKAGED / source_key(), *(root / key() for root in STORE.roots())]
+    cached = key()
+    folders = [PACKAGED / source_key(), *(root / cached for root in STORE.roots())]
     return next((path for folder in folders for path in _in(folder, library) if os.path.isfile(path)), None)
 
 
@@ -149,6 +154,24 @@ def find_or_build(libraries: Sequence[Library], *, anew: bool = False, verbose: 
             found = {library: None if anew else find(library) for library in libraries}
             found |= _build([library for library, path in found.items() if path is None], folder, verbose=verbose)
     return [path for path in found.values() if path is not None]
+
+
+def opened(
+    library: Library, functions: Mapping[str, tuple[Any, Sequence[Any]]], kind: type[ctypes.CDLL] = ctypes.CDLL
+) -> ctypes.CDLL:
+    """A library, compiled now if need be, whose functions have these result and argument types.
+
+    Raises `BuildError`, or OSError if it cannot be loaded.
+    """
+    try:
+        found = kind(str(*find_or_build([library])))
+    except OSError:
+        # Made for another system, whose C library is newer, say: what is compiled here fits.
+        found = kind(str(*find_or_build([library], anew=True)))
+    for name, (result, arguments) in functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
 
 
 def in_wheels() -> list[Library]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashmla_ops.cpu import structs
 from flashmla_ops.errors import FlashMLAError, from_message
-from flashmla_ops.formats import NATIVE, QUANTIZED
+from flashmla_ops.formats import NAMES, NATIVE, QUANTIZED
 from flashmla_ops.ops._library import DEFINED, LIBRARY
 from flashmla_ops.ops.append import APPEND, APPEND_TWO
 from flashmla_ops.ops.decode import DECODE, Decode
@@ -185,7 +185,7 @@ def _decode_call(op: str, a: Decode, lse: Tensor) -> tuple[structs.Decode, Tenso
         qk_start=a.qk_start,
         softmax_scale=d_qk**-0.5 if a.softmax_scale is None else a.softmax_scale,
         levels=a.levels,
-        row_format=[NATIVE, *QUANTIZED].index(a.row_format),
+        row_format=NAMES.index(a.row_format),
         q=q.data_ptr(),
         q_stride=q.stride(),
         kv=_cache(kv_cache, a.row_format),
@@ -235,7 +235,7 @@ def _source(cache: Tensor, indices: Tensor, topk_length: Tensor | None, row_form
     """A source of rows, but for the strides of what says which."""
     return structs.Source(
         kv=_cache(cache, row_format),
-        row_format=[NATIVE, *QUANTIZED].index(row_format),
+        row_format=NAMES.index(row_format),
         n_pages=cache.size(0),
         page_size=cache.size(1),
         indices=indices.data_ptr(),

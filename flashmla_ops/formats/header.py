@@ -22,7 +22,6 @@ def text() -> str:
         "namespace flashmla {\nstruct RowFormat {\n  const char* name;\n  int64_t elements, bytes, tail;\n};",
         "// By number; 0 is native.",
         f"constexpr RowFormat kRowFormats[] = {{{_table(formats)}}};",
-        f'constexpr char kRowFormatNames[] = "{", ".join(("native", *QUANTIZED))}";',
         "}  // namespace flashmla",
         "// X(number, struct) for each quantised format.",
         f"#define FLASHMLA_QUANTIZED_FORMATS(X) {' '.join(f'X({i}, {each.cpp})' for i, each in enumerate(formats, 1))}",

@@ -116,9 +116,9 @@ class Arena:
         Raises `ArenaFullError`.
         """
         with self.allocator(strict=True):
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
         if tensor.numel():
-            data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
             data[: self._library.flashmla_arena_dirty()].zero_()
         return tensor
 

@@ -312,8 +312,9 @@ class PagePool:
         with self._locked():
             if not 0 <= layer < max(1, len(self.storage.layers)):
                 raise ArgumentError("kv_pool", "layer", f"a layer in [0, {len(self.storage.layers)})", layer)
-            released = self._epochs.layer_done(step.number, layer)
-            if released:
+            self._epochs.layer_done(step.number, layer)
+            told = self.poison or self._epochs.traced
+            if told and (released := self._epochs.released_rows(layer)):
                 self._epochs.note("rows released", step.number, layer, released)
                 if self.poison:
                     self.storage.poison(released, layer)

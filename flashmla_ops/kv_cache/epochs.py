@@ -80,8 +80,12 @@ class Epochs:
                 self._fences.append((number, fence))
         return closed
 
-    def layer_done(self, number: int, layer: int) -> list[int]:
-        """The step reads no more of this layer and those before; the pages whose rows of it nobody reads now."""
+    @property
+    def traced(self) -> bool:
+        return self._trace is not None
+
+    def layer_done(self, number: int, layer: int) -> None:
+        """The step reads no more of this layer and those before."""
         if number not in self._layers_done:
             raise ArgumentError("kv_pool", "step", "a step that is open", f"step {number}")
         if layer < self._layers_done[number]:
@@ -90,7 +94,6 @@ class Epochs:
         self._layers_done[number] = layer + 1
         self.note("layer done", number, layer)
         self._changed.notify_all()
-        return self.released_rows(layer)
 
     def released_rows(self, layer: int) -> list[int]:
         """Pages that wait for open steps, all of which have done this layer."""

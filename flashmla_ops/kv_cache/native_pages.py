@@ -1,6 +1,6 @@
 """The books of a pool in C++ (``cpu/csrc/pool/pages.h`` says what each method does), reached through ctypes.
 
-The interpreter's lock is held during a call, which takes less than half a microsecond; a step of any batch is one call.
+The interpreter's lock is held during a call; a step of any batch is one call.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 
 from flashmla_ops.cpu import build
-from flashmla_ops.errors import ArgumentError
-from flashmla_ops.kv_cache.tables import BAD_LENGTH, FINE, UNKNOWN, BatchTables, PageCopy, PageCounts, refuse
+from flashmla_ops.errors import ArgumentError, BuildError
+from flashmla_ops.kv_cache.tables import (
+    BAD_LENGTH,
+    FINE,
+    OUT_OF_PAGES,
+    UNKNOWN,
+    BatchTables,
+    PageCopy,
+    PageCounts,
+    refuse,
+)
 
 
 class Found(ctypes.Structure):
@@ -73,14 +82,21 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 @functools.cache
+def _library_or_why_not() -> Any:
+    """The library, compiled now if it has not been, or the error: it is not tried again for every pool."""
+    functions = {f"flashmla_{name}": (returned, taken) for name, (returned, *taken) in _SIGNATURES.items()}
+    try:
+        return build.opened(build.PAGES, functions, ctypes.PyDLL)
+    except (BuildError, OSError) as error:
+        return error
+
+
 def library() -> Any:
-    """The library, compiled now if it has not been. Raises `BuildError` or OSError."""
-    (path,) = build.find_or_build([build.PAGES])
-    loaded = ctypes.PyDLL(str(path))
-    for name, (returned, *taken) in _SIGNATURES.items():
-        function = getattr(loaded, f"flashmla_{name}")
-        function.restype, function.argtypes = returned, taken
-    return loaded
+    """The library. Raises `BuildError` or OSError."""
+    found = _library_or_why_not()
+    if isinstance(found, Exception):
+        raise found.with_traceback(None)
+    return found
 
 
 class _Handle:
@@ -109,7 +125,7 @@ class NativePages:
     def _bind(self, address: int) -> None:
         self._library, self._handle, self._found = library(), _Handle("pages", address), Found()
         self._at, self._found_at = address, ctypes.addressof(self._found)
-        # Looked up once: they are what a server calls most.
+        # Looked up once, for callers that keep no sequences.
         self._allocate_one = self._library.flashmla_pages_allocate_one
         self._release_one = self._library.flashmla_pages_release_one
 
@@ -129,7 +145,7 @@ class NativePages:
     def allocate_one(self) -> int:
         page: int = self._allocate_one(self._at)
         if page < 0:
-            raise refuse(1, 0, 1)
+            raise refuse(OUT_OF_PAGES, 0, 1)
         return page
 
     def release_one(self, page: int) -> None:

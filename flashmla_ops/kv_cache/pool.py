@@ -156,34 +156,29 @@ class KVPool(PagePool):
         with self._locked():
             if sequence.swapped is None or sequence.books is not self.pages:
                 raise ArgumentError("kv_pool", "sequence", "a swapped sequence of this pool", sequence)
-            sequence.name = self._bring(sequence.swapped)
-            sequence.swapped = None
-            self._remember(sequence)
+            holder = self._bring(sequence.swapped, list(sequence.swapped.read()))
+            sequence.name, sequence.chain, sequence.swapped = holder.name, holder.chain, None
+            self._forget(holder)
 
     def restore(self, path: str | Path) -> Sequence:
         """A sequence that any pool of the same layers and page size swapped to a file. Raises `SwapError`."""
         with self._locked():
             found = swap.load(Path(path))
-            sequence = self._sequence(self._bring(found), found.tokens, [], 0)
-            self._remember(sequence)
-            return sequence
+            return self._bring(found, found.pages)
 
-    def _bring(self, swapped: swap.Swapped) -> int:
-        """A sequence of the books with these rows."""
+    def _bring(self, swapped: swap.Swapped, pages: Sized[bytes]) -> Sequence:
+        """A sequence with the rows of these pages."""
         if swapped.layout != swap.layout_of(self.storage):
             raise SwapError(f"the rows are of another pool, whose pages and layers are {swapped.layout}")
-        rows = list(swapped.read())
         holder = self._sequence(self.pages.open_sequence(), swapped.tokens, [], 0)
         try:
             with self.step([holder], swapped.length):
-                for page, data in zip(self.pages.pages_of(holder.name), rows, strict=True):
+                for page, data in zip(self.pages.pages_of(holder.name), pages, strict=True):
                     self.storage.write(page, data)
         except BaseException:
             self.release(holder)
             raise
-        name = holder.name
-        self._forget(holder)
-        return name
+        return holder
 
     # Compaction.
 

@@ -44,10 +44,6 @@ class PrefixCache:
         #: Tokens that were looked up and found, and digests that two different prefixes had.
         self.looked_up = self.found = self.collisions = 0
 
-    def __len__(self) -> int:
-        """Cached pages, those among them that were evicted unnoticed."""
-        return len(self._by_digest)
-
     def open(self, tokens: array[int]) -> tuple[int, int, list[CachedPage]]:
         """A sequence that holds the cached pages at the start of ``tokens``: its name, length and those pages.
 

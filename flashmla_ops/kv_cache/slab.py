@@ -75,4 +75,4 @@ def copy_pages(slab: Tensor, copies: Sequence[PageCopy]) -> None:
 def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU that take memory as they are written, where the system has such memory."""
     reserved = _reserve(math.prod(shape), dtype)
-    return torch.zeros(*shape, dtype=dtype) if reserved is None else reserved.view(*shape)
+    return torch.zeros(*shape, dtype=dtype, device="cpu") if reserved is None else reserved.view(*shape)

@@ -34,11 +34,10 @@ class StepTensors:
     ) -> None:
         self.number = number
         tables = {each: zeros_on_demand((rows, most_pages * each), torch.int32) for each in sorted({1, *parts})}
-        lengths = torch.zeros(rows, dtype=torch.int32)
+        lengths = torch.zeros(rows, dtype=torch.int32, device="cpu")
         self.host = BatchTables(tables, lengths, zeros_on_demand((most_tokens,), torch.int64))
         self.device = device or torch.device("cpu")
-        on_cpu = self.device.type == "cpu"
-        self._tables = tables if on_cpu else {each: table.to(self.device) for each, table in tables.items()}
+        self._tables = {each: table.to(self.device) for each, table in tables.items()}
         self._lengths = lengths.to(self.device)
         self._slots = self.host.slot_mapping.to(self.device)
         self._views: dict[tuple[int, int], tuple[dict[int, Tensor], Tensor, Tensor]] = {}

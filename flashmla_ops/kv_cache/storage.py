@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,7 +144,7 @@ class Storage:
         """Other tensors in place of the slabs, as ``Module.to`` asks for them."""
         self.slabs = [tuple(change(slab) for slab in slabs) for slabs in self.slabs]
         self.layers = [
-            Layer(layer.format, layer.widths, layer.page_size, layer.h_kv, slabs[0].dtype)
+            dataclasses.replace(layer, dtype=slabs[0].dtype)
             for layer, slabs in zip(self.layers, self.slabs, strict=True)
         ]
         self.device = next((slab.device for slabs in self.slabs for slab in slabs), self.device)

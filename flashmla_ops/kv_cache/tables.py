@@ -67,13 +67,12 @@ class BatchTables:
 
 def refuse(status: int, index: int, needed: int, names: Any = ()) -> FlashMLAError:
     """The error for a status. ``names`` are the sequences, or pages, that ``index`` counts."""
-    match status:
-        case 1:
-            return OutOfPages(needed)
-        case 2:
-            return ArgumentError("kv_pool", "sequences", "what the pool holds", f"{names[index]} at {index}")
-        case 3:
-            return ArgumentError("kv_pool", "sequences", "each sequence once", f"another time at {index}")
-        case 4:
-            return ArgumentError("kv_pool", "new_tokens", "sequences of at most max_length tokens", f"more at {index}")
+    if status == OUT_OF_PAGES:
+        return OutOfPages(needed)
+    if status == UNKNOWN:
+        return ArgumentError("kv_pool", "sequences", "what the pool holds", f"{names[index]} at {index}")
+    if status == REPEATED:
+        return ArgumentError("kv_pool", "sequences", "each sequence once", f"another time at {index}")
+    if status == TOO_LONG:
+        return ArgumentError("kv_pool", "new_tokens", "sequences of at most max_length tokens", f"more at {index}")
     return ArgumentError("kv_pool", "length", "a length of the sequence, at most the one it has", names[index])

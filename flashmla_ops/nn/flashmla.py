@@ -134,7 +134,7 @@ class FlashMLA(nn.Module):
         return f"d_c={self.d_c}, d_r={self.d_r}, h_kv={self.h_kv}, {pages}"
 
     def _check(self, q: Tensor, rows: Tensor, b: int) -> None:
-        """Everything that could fail after `plan` has given out pages."""
+        """Everything that could fail after the pool's step has given out pages."""
         row = self.d_c + self.d_r
         if q.dim() != 4 or q.shape[0] != b or q.shape[1] < 1 or q.shape[2] % self.h_kv or q.shape[3] != row:
             expected = f"[{b}, s_q, h_q, {row}] with s_q at least 1 and h_q a multiple of {self.h_kv}"

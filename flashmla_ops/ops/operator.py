@@ -58,7 +58,6 @@ class Arguments:
 
 
 A = TypeVar("A", bound=Arguments)
-B = TypeVar("B", bound=Arguments)
 Results = Result | tuple[Result, ...] | None
 Contract = Callable[[Check, A], Results]
 #: From the number of entries, each argument's mapped dimension by name, and the arguments, to results and dimensions.

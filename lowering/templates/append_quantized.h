@@ -13,7 +13,7 @@ template <class Format, class T>
 void append_quantized(const T* rows, int64_t n, int64_t h_kv, int64_t row_stride, int64_t row_head_stride,
                       int64_t element_stride, uint8_t* cache, int64_t page_size, int64_t page_stride,
                       int64_t token_stride, int64_t head_stride, const int64_t* live) {
-#pragma omp parallel for if (n * h_kv >= 64)
+#pragma omp parallel for if (n * h_kv >= kSerialRows)
   for (int64_t i = 0; i < n; i++) {
     if (live[i] < 0) continue;
     uint8_t* page = cache + live[i] / page_size * page_stride;

@@ -23,6 +23,7 @@ from flashmla_build import Store
 with Store("things", "things", ValueError).locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
+    Path(f"{sys.argv[1]}.done").touch()
 """
 
 
@@ -98,7 +99,7 @@ def test_another_process_is_waited_for_and_that_is_said(
 
             def acquire() -> bool:
                 with THINGS.locked(lock):
-                    return other.poll() is not None
+                    return lock.with_name("lock.done").exists()
 
             waiting = pool.submit(acquire)
             while "waiting for a process that is making things" not in capsys.readouterr().err:

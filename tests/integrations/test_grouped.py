@@ -166,9 +166,11 @@ def test_any_mask(s_q: int, s_kv: int, mask: str) -> None:
         )
 
 
-def test_attention_that_sees_later_tokens() -> None:
+@pytest.mark.parametrize("output_attentions", [False, True])
+def test_attention_that_sees_later_tokens(output_attentions: bool) -> None:
     query, key, value = states(5, 5)
-    out = grouped_attention(MODULE, query, key, value, None, scaling=0.3, is_causal=False)[0]
+    options = {"scaling": 0.3, "is_causal": False, "output_attentions": output_attentions}
+    out = grouped_attention(MODULE, query, key, value, None, **options)[0]
     expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, attention
+from flashmla_ops.integrations.transformers import PagedLatentCache, StaticPagedLatentCache, rows
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
 from tests.integrations.conftest import Pair
 from tests.integrations.models import cached, left_padded, tokens
@@ -34,10 +34,10 @@ def count_prefills() -> Any:
 def test_logits_are_those_of_eager_attention(pair: Pair, cache: str, past: tuple[int, ...]) -> None:
     """Each forward continues on the cache; the prefix is expanded 13 tokens at a time."""
     ours, theirs = CACHES[cache](pair.absorbed), CACHES["dynamic"](pair.eager)
-    in_chunks = partial(attention.prefill_with_prefix, chunk_tokens=13)
+    in_chunks = partial(rows.prefill_with_prefix, chunk_tokens=13)
     for i, length in enumerate((*past, LONG)):
         ids = tokens(2, length, seed=i)
-        with count_prefills() as prefill, mock.patch.object(attention, "prefill_with_prefix", in_chunks):
+        with count_prefills() as prefill, mock.patch.object(rows, "prefill_with_prefix", in_chunks):
             logits = pair.absorbed(ids, **cached(ours)).logits
         expected = pair.eager(ids, **cached(theirs)).logits
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import subprocess
+from collections.abc import Iterator
 from ctypes import c_bool, c_int, c_size_t, c_void_p
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from flashmla_build import compiler
 from flashmla_ops.cpu import build
 from flashmla_ops.errors import BuildError
+from flashmla_ops.kv_cache import Arena
 
 _SIGNATURES = {
     "raw_allocate": (c_void_p, [c_size_t]),
@@ -47,3 +50,13 @@ def probe(cxx: list[str], tmp_path_factory: pytest.TempPathFactory) -> ctypes.CD
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    """An arena from which everything comes back."""
+    arena = Arena("64MiB")
+    yield arena
+    torch._dynamo.reset()
+    gc.collect()
+    assert (arena.stats().blocks, arena.stats().deferred_blocks) == (0, 0)

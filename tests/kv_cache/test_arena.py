@@ -319,6 +319,15 @@ def test_sizes_as_people_write_them(size: int | str, n_bytes: int) -> None:
     assert Arena(size).stats().size == n_bytes
 
 
+def test_zeros_are_on_the_cpu_whatever_torchs_default_device_is(arena: Arena) -> None:
+    with arena.allocator():
+        torch.full((1000,), 7.0)
+    with torch.device("meta"):
+        zeros = arena.zeros(1000)
+    assert arena.owns(zeros)
+    assert not zeros.any()
+
+
 def test_an_arena_is_no_value(arena: Arena) -> None:
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="memory of this process"):

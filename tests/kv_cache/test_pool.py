@@ -95,6 +95,15 @@ def test_bad_arguments(options: dict[str, Any], argument: str) -> None:
         small(**options)
 
 
+def test_tensors_of_a_step_are_on_the_cpu_whatever_torchs_default_device_is() -> None:
+    with torch.device("meta"):
+        pool = KVPool(layers=0, n_pages=8, page_size=4)
+        with pool.step([pool.open()], 5) as step:
+            tensors = (step.block_table, step.cache_seqlens, step.slot_mapping)
+            assert [tensor.device.type for tensor in tensors] == ["cpu"] * 3
+            assert step.cache_seqlens.tolist() == [5]
+
+
 def test_tensors_stay_where_they_are() -> None:
     pool = small(n_pages=64)
     sequences = [pool.open(), pool.open()]

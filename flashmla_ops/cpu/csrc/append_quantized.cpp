@@ -11,8 +11,6 @@ namespace {
 using namespace flashmla;
 using namespace flashmla::plain;
 
-constexpr int64_t kSerialRows = 64;  // they are quantised in less time than waking a thread takes
-
 struct Context {
   const FlashmlaAppend& tensor;
   int32_t row_format;

@@ -19,8 +19,8 @@ from transformers.utils.import_utils import is_tracing
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers.masks import (
     MAX_ABSORBED_QUERIES,
-    boolean_mask,
     is_prefix,
+    mask_for_sdpa,
     prefix_mask,
     tokens_mask,
 )
@@ -34,10 +34,10 @@ from flashmla_ops.integrations.transformers.rows import (
     gather_pages,
     needs_gradient,
     paged_rows,
+    prefill_behind,
     token_pages,
 )
 from flashmla_ops.integrations.transformers.served import Served, attend_with_weights, is_causal, wants_weights
-from flashmla_ops.nn.prefix import Span, gather, prefill_with_prefix
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
 #: own flash-attention kernels.
@@ -94,7 +94,8 @@ def absorbed_attention(
         check_mask(attention_mask, rows.s_kv)
     if wants_weights(module, kwargs):
         keys, values, mask = _expanded(module, query, key, value, attention_mask)
-        return attend_with_weights(module, query, keys, values, mask, dropout, scaling)
+        causal = is_causal(module, kwargs)
+        return attend_with_weights(module, query, keys, values, mask, dropout, scaling, causal)
     if attention_mask is None and query.shape[2] > 1 and is_causal(module, kwargs):
         # Each query sees the cache's first tokens up to its own: what no mask means to SDPA, and when it is left out.
         attention_mask = prefix_mask(query.shape[0], query.shape[2], 0, query.device)
@@ -184,8 +185,6 @@ def _prefilled(
     module: MLAModule, query: Tensor, rows: Rows, mask: Tensor, scaling: float | None
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     """The new tokens are in the cache already, behind the prefix of each sequence."""
-    b, h_q, s_q, d_qk = query.shape
-    prefix_lens = mask[:, 0, 0, 0] - 1
 
     def expand(latents: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         if rope is None:
@@ -193,23 +192,8 @@ def _prefilled(
         keys, values = module.expanded(latents.transpose(0, 1)[None], rope.transpose(0, 1)[None])
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
-    new = [Span(i, prefix, prefix + s_q) for i, prefix in enumerate(prefix_lens.tolist())]
-    caches = (rows.kv_cache, rows.k_cache)
-    keys, values = expand(*gather(*caches, rows.block_table, new))
-    cu_seqlens = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=query.device)
-    out, _ = prefill_with_prefix(
-        query.transpose(1, 2).reshape(b * s_q, h_q, d_qk),
-        keys,
-        values,
-        cu_seqlens,
-        *caches,
-        rows.block_table,
-        prefix_lens,
-        softmax_scale=scaling,
-        expand=expand,
-        levels=module.levels,
-    )
-    return out.view(b, s_q, h_q, -1)
+    options = {"expand": expand, "softmax_scale": scaling, "levels": module.levels}
+    return prefill_behind(query.transpose(1, 2), rows, mask[:, 0, 0, 0] - 1, expand, **options)
 
 
 def _attend_tokens(
@@ -262,7 +246,4 @@ def _expanded(
     """Keys and values expanded by the model's own code, and a mask that SDPA understands. Differentiable."""
     if isinstance(value, Pages):
         key, value = gather_pages(key, value, module.kv_lora_rank)
-    if mask is not None and mask.dtype == torch.int32:
-        whole = is_prefix(mask) and key.shape[2] == query.shape[2]  # without a prefix, SDPA's own causal mask will do
-        mask = None if whole and query.shape[2] > 1 else boolean_mask(mask, key.shape[2])
-    return *module.expanded(key, value), mask
+    return *module.expanded(key, value), mask_for_sdpa(mask, query.shape[2], key.shape[2])

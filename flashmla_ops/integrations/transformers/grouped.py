@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import UnsupportedModelError
-from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES, boolean_mask, is_prefix, tokens_mask
+from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES, is_prefix, mask_for_sdpa, tokens_mask
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
     Rows,
@@ -25,10 +25,10 @@ from flashmla_ops.integrations.transformers.rows import (
     gather_pages,
     needs_gradient,
     paged_rows,
+    prefill_behind,
     token_pages,
 )
 from flashmla_ops.integrations.transformers.served import Served, attend_with_weights, is_causal, wants_weights
-from flashmla_ops.nn.prefix import Span, gather, prefill_with_prefix
 
 #: The name of this attention in transformers' registries.
 GROUPED_ATTENTION = "grouped_rows"
@@ -77,7 +77,8 @@ def grouped_attention(
         keys, values, mask = _expanded(query, key, value, attention_mask)
         groups = query.shape[1] // keys.shape[1]
         expanded = repeat_kv(keys, groups), repeat_kv(values, groups)
-        return attend_with_weights(module, query, *expanded, mask, dropout, scaling)
+        causal = is_causal(module, kwargs)
+        return attend_with_weights(module, query, *expanded, mask, dropout, scaling, causal)
     if _runs_elsewhere(module, query, rows, attention_mask, dropout, kwargs):
         keys, values, mask = _expanded(query, key, value, attention_mask)
         out: Tensor = sdpa_attention_forward(
@@ -87,7 +88,7 @@ def grouped_attention(
     q = query.transpose(1, 2)
     d_v = rows.kv_cache.shape[-1] - (query.shape[-1] if rows.k_cache is None else 0)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
-        return _masked(module, q, key, value, attention_mask, d_v, scaling), None
+        return _masked(module, q, key, value, rows, attention_mask, d_v, scaling), None
     return _listed(module, q, rows, attention_mask, d_v, scaling), None
 
 
@@ -147,24 +148,12 @@ def _prefilled(q: Tensor, rows: Rows, d_v: int, options: dict[str, Any]) -> Tens
 
 def _prefilled_behind(q: Tensor, rows: Rows, prefix_lens: Tensor, d_v: int, options: dict[str, Any]) -> Tensor:
     """The new tokens are in the cache already, behind the prefix of each sequence, which is read where it lies."""
-    b, s_q, h_q, d_qk = q.shape
-    new = [Span(i, prefix, prefix + s_q) for i, prefix in enumerate(prefix_lens.tolist())]
-    first, second = gather(rows.kv_cache, rows.k_cache, rows.block_table, new)
-    values, keys = (first, second) if second is not None else first.split([d_v, d_qk], dim=-1)
-    cu_seqlens = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=q.device)
-    out, _ = prefill_with_prefix(
-        q.reshape(b * s_q, h_q, d_qk),
-        keys,
-        values,
-        cu_seqlens,
-        rows.kv_cache,
-        rows.k_cache,
-        rows.block_table,
-        prefix_lens,
-        qk_start=d_v,
-        **options,
-    )
-    return out.view(b, s_q, h_q, d_v)
+
+    def split(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+        values, keys = (first, second) if second is not None else first.split([d_v, q.shape[-1]], dim=-1)
+        return keys, values
+
+    return prefill_behind(q, rows, prefix_lens, split, qk_start=d_v, **options)
 
 
 def _masked(
@@ -172,18 +161,17 @@ def _masked(
     q: Tensor,  # [b, s_q, h_q, d_qk]
     key: Tensor,
     value: Tensor | Pages,
+    rows: Rows,
     mask: Tensor,
     d_v: int,
     scaling: float | None,
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     """Under a mask over the cache's tokens, boolean or added, which is read at run time."""
     b, s_q = q.shape[:2]
-    if not isinstance(value, Pages):
-        rows = contiguous_rows(value, key)
-    elif mask.dtype == torch.bool and mask.shape[1] == 1 and s_q <= MAX_ABSORBED_QUERIES:
-        listed = tokens_mask(mask.expand(b, 1, s_q, value.s_kv))
-        return _listed(module, q, paged_rows(key, value), listed, d_v, scaling)
-    else:
+    if isinstance(value, Pages):
+        if mask.dtype == torch.bool and mask.shape[1] == 1 and s_q <= MAX_ABSORBED_QUERIES:
+            listed = tokens_mask(mask.expand(b, 1, s_q, value.s_kv))
+            return _listed(module, q, rows, listed, d_v, scaling)
         rows = contiguous_rows(*gather_pages(key, value, d_v))
     out: Tensor = torch.ops.flashmla.attend_masked(q, rows.kv_cache, rows.k_cache, mask, d_v, d_v, scaling)
     return out
@@ -195,7 +183,4 @@ def _expanded(
     """Keys, values and a mask that SDPA understands. Differentiable."""
     if isinstance(value, Pages):
         value, key = gather_pages(key, value, key.shape[-1] - query.shape[-1])
-    if mask is not None and mask.dtype == torch.int32:
-        whole = is_prefix(mask) and key.shape[2] == query.shape[2]  # without a prefix, SDPA's own causal mask will do
-        mask = None if whole and query.shape[2] > 1 else boolean_mask(mask, key.shape[2])
-    return key, value, mask
+    return key, value, mask_for_sdpa(mask, query.shape[2], key.shape[2])

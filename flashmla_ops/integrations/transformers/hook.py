@@ -59,7 +59,6 @@ def enable(model: nn.Module) -> int:
         if not isinstance(module, Served):
             specialise(module, family.mixin)
             module.told_fallbacks = told
-        module.config._attn_implementation = family.attention
     configs.choose(model, {module.config.model_type for _, module in modules}, family.attention)
     return len(modules)
 
@@ -96,8 +95,8 @@ def why_not(model: nn.Module) -> list[str]:
     """Why attention modules of ``model`` run without our operators: a line for each, empty if all are served.
 
     These are reasons that hold for every call: a module that is not enabled, a ``kv_b_proj`` that was adapted, hooked,
-    quantised or offloaded, weights of another dtype, dropout. What depends on the call (a gradient, an additive mask)
-    is in the documentation of `enable`.
+    quantised or offloaded, weights of another dtype, dropout. What depends on the call (a gradient, long padded
+    prompts of MLA) is in the documentation of `enable`.
     """
     modules = served_modules(model)
     if not modules:

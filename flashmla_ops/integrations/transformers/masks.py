@@ -1,8 +1,9 @@
 """The attention mask in the forms that `flashmla::decode` reads.
 
 transformers asks a registered mask function once for each forward, before any layer runs, and hands what it returns to
-every layer. The function here returns an int32 tensor in place of the boolean mask, in one of two forms (long queries:
-the first, or the boolean mask). Both are 4-D, because transformers passes a 4-D mask on untouched:
+every layer. `absorbed_mask` returns an int32 tensor in place of the boolean mask, in one of two forms. Long queries get
+the first, or the boolean mask, and from `grouped_mask` all queries do. Both forms are 4-D, because transformers passes
+a 4-D mask on untouched:
 
 - **prefix** ``[b, 1, s_q, 1]``: query i sees the first ``mask[b, 0, i, 0]`` tokens of the cache, one more than query
   i - 1. This is causal attention without padding, and needs no list of tokens.
@@ -104,6 +105,13 @@ def boolean_mask(mask: Tensor, s_kv: int) -> Tensor:
     places = torch.where(live, mask[..., 1:], s_kv).long()  # what is not live goes to a column that is cut off
     seen = torch.zeros(*mask.shape[:-1], s_kv + 1, dtype=torch.bool, device=mask.device)
     return seen.scatter(-1, places, torch.ones_like(live))[..., :s_kv]
+
+
+def mask_for_sdpa(mask: Tensor | None, s_q: int, s_kv: int) -> Tensor | None:
+    """A mask that SDPA understands. Where there is no prefix its own causal mask will do: None."""
+    if mask is None or mask.dtype != torch.int32:
+        return mask
+    return None if is_prefix(mask) and s_kv == s_q > 1 else boolean_mask(mask, s_kv)
 
 
 def _is_unpadded(padding: Tensor | None, q_length: int, kv_length: int, q_offset: int | Tensor) -> bool:

@@ -35,7 +35,8 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         """A pool of ``n_pages`` pages of ``page_size`` tokens for all sequences of a batch together.
 
         A page holds its tokens' rows of every layer. ``model`` says how many layers there are; it is not kept. Raises
-        `UnsupportedModelError` if the model is not enabled or has layers that cache something else than latents.
+        `UnsupportedModelError` if the model is not enabled or has layers that cache something else than rows of our
+        attention.
         When pages run out, the forward raises `OutOfPagesError`.
         """
         self.sequences = PagedSequences(n_pages, page_size)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.nn.prefix import Expand, Span, gather, prefill_with_prefix
 from flashmla_ops.ops.check import FLOATS
 
 
@@ -90,7 +91,8 @@ def dtype_obstacle(query: Tensor, rows: Rows, *weights: Tensor) -> str:
         return f"no operator takes {query.dtype}"
     others = [tensor for tensor in (rows.kv_cache, rows.k_cache, *weights) if tensor is not None]
     if any(tensor.dtype != query.dtype for tensor in others):
-        return f"queries are {query.dtype}, but not the cache and the weights of kv_b_proj, as under autocast"
+        what = "the cache and the weights of kv_b_proj" if weights else "the cache"
+        return f"queries are {query.dtype}, but not {what}, as under autocast"
     return ""
 
 
@@ -98,3 +100,23 @@ def needs_gradient(query: Tensor, rows: Rows, *weights: Any) -> bool:
     """Whether a gradient is required, of which the operators have none."""
     tensors = [tensor for tensor in (query, rows.kv_cache, rows.k_cache, *weights) if tensor is not None]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def prefill_behind(
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    rows: Rows,
+    prefix_lens: Tensor,  # [b] int32
+    split: Expand,
+    **options: Any,
+) -> Tensor:  # [b, s_q, h_q, d_v]
+    """Queries of new tokens, which are in the cache already, behind the prefix of each sequence.
+
+    ``split`` makes keys and values of the rows of new tokens; ``options`` are those of `prefill_with_prefix`.
+    """
+    b, s_q, h_q, d_qk = q.shape
+    cache = (rows.kv_cache, rows.k_cache, rows.block_table)
+    keys, values = split(*gather(*cache, [Span(i, n, n + s_q) for i, n in enumerate(prefix_lens.tolist())]))
+    cu_seqlens = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=q.device)
+    flat = q.reshape(b * s_q, h_q, d_qk)
+    out, _ = prefill_with_prefix(flat, keys, values, cu_seqlens, *cache, prefix_lens, **options)
+    return out.view(b, s_q, h_q, -1)

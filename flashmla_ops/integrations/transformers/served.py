@@ -61,10 +61,14 @@ def attend_with_weights(
     mask: Tensor | None,
     dropout: float,
     scaling: float | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out as "eager" does: ``out [b, s_q, h_q, d_v]`` and weights ``[b, h_q, s_q, s_kv]``."""
+    """Attention written out as "eager" does: ``out [b, s_q, h_q, d_v]`` and weights ``[b, h_q, s_q, s_kv]``.
+
+    ``causal``: several queries without a mask see no later tokens.
+    """
     s_q, s_kv = query.shape[2], keys.shape[2]
-    if mask is None and s_q > 1:
+    if mask is None and causal and s_q > 1:
         mask = torch.ones(s_q, s_kv, dtype=torch.bool, device=query.device).tril()
     scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None and mask.dtype == torch.bool:

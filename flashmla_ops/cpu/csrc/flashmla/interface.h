@@ -178,7 +178,6 @@ FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* s
 FLASHMLA_EXPORT int flashmla_decode_up(const FlashmlaDecode* attention, const FlashmlaUp* up, const int32_t* schedule,
                                        int64_t schedule_numel, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
-// `op` names itself in a message.
 FLASHMLA_EXPORT int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);

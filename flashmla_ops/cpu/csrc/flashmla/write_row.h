@@ -7,6 +7,8 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
+constexpr int64_t kSerialRows = 64;  // they are quantised in less time than waking a thread takes
+
 // A row of elements, `stride` apart, as token `token` of a page whose rows are `token_bytes` apart. What a format keeps
 // apart from its rows follows all of them.
 template <class Format, class T>

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "flashmla/interface.h"
 #include "pool/heap.h"
 
 namespace flashmla::pool {
@@ -269,8 +270,6 @@ using flashmla::pool::DeviceArena;
 using flashmla::pool::Devices;
 
 extern "C" {
-#define FLASHMLA_EXPORT __attribute__((visibility("default")))
-
 FLASHMLA_EXPORT bool flashmla_device_load(const char* libcudart) { return flashmla::pool::cuda.load(libcudart); }
 
 // 0, or 1 if the device has an arena already, or 2 if it has not so much memory.

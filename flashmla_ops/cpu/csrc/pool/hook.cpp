@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <new>
 
+#include "flashmla/interface.h"
 #include "pool/arena.h"
 #include "pool/contexts.h"
 
@@ -98,8 +99,6 @@ using flashmla::pool::ContextPtr;
 // The functions that Python calls. Nothing is thrown: nullptr, 0 or false says that there is no memory or no such
 // thing.
 extern "C" {
-#define FLASHMLA_EXPORT __attribute__((visibility("default")))
-
 FLASHMLA_EXPORT bool flashmla_hook_install() { return flashmla::pool::Hook::install(); }
 
 FLASHMLA_EXPORT void* flashmla_arena_new(const flashmla::pool::Options* options) {

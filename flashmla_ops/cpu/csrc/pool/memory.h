@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 #ifndef MAP_NORESERVE
 #define MAP_NORESERVE 0
@@ -20,7 +19,6 @@ constexpr size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1)
 // touched. It is private: after a fork, parent and child have each their own.
 class Reservation {
 public:
-  Reservation() = default;
   // Empty if the system has no such range. `alignment` is a power of two and a multiple of the system's pages.
   Reservation(size_t bytes, size_t alignment) {
     void* found = ::mmap(nullptr, bytes + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -30,12 +28,8 @@ public:
     ::munmap(reinterpret_cast<void*>(start + bytes), first + alignment - start);
     base_ = reinterpret_cast<char*>(start), bytes_ = bytes;
   }
-  Reservation(Reservation&& other) noexcept
-      : base_(std::exchange(other.base_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  Reservation& operator=(Reservation&& other) noexcept {
-    std::swap(base_, other.base_), std::swap(bytes_, other.bytes_);
-    return *this;
-  }
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
   ~Reservation() {
     if (base_) ::munmap(base_, bytes_);
   }

@@ -86,7 +86,6 @@ public:
 
   int64_t open_step();
   void close_step(int64_t step);
-  int64_t oldest_step() const { return first_open_; }
 
   // Marks a held page as one that the prefix cache knows, and returns its generation.
   uint64_t remember(int32_t page);

@@ -66,7 +66,6 @@ FLASHMLA_EXPORT int32_t flashmla_pages_can_take(const Pages* pages, int64_t coun
 
 FLASHMLA_EXPORT int64_t flashmla_pages_open_step(Pages* pages) { return pages->open_step(); }
 FLASHMLA_EXPORT void flashmla_pages_close_step(Pages* pages, int64_t step) { pages->close_step(step); }
-FLASHMLA_EXPORT int64_t flashmla_pages_oldest_step(const Pages* pages) { return pages->oldest_step(); }
 
 FLASHMLA_EXPORT uint64_t flashmla_pages_remember(Pages* pages, int32_t page) { return pages->remember(page); }
 FLASHMLA_EXPORT int32_t flashmla_pages_remembers(const Pages* pages, int32_t page, uint64_t generation) {
