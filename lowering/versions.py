@@ -7,6 +7,7 @@ either has a fallback here or raises `UnsupportedTorchError` that names it.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "after_ordering",
     "compile_fx",
     "default_backend",
+    "enter_lowering",
     "frozen_inputs",
     "generates_python",
     "inductor_options",
@@ -141,6 +143,42 @@ def join_passes(theirs: Any, ours: CustomGraphPass) -> CustomGraphPass:
     if theirs is None:
         return ours
     return _Sequence([*(theirs if isinstance(theirs, (list, tuple)) else [theirs]), ours])
+
+
+def enter_lowering(target: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Have Inductor ask ``function`` how to lower an operator; where it returns None, all is as without it."""
+    from torch._inductor import lowering as inductor
+
+    table = getattr(inductor, "user_lowerings", None)
+    if table is not None:
+        table[target] = function
+    else:
+        inductor.lowerings[target] = _asked_first(target, function)
+
+
+def _asked_first(target: torch._ops.OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch 2.13 does with its table of user's lowerings, for older ones: a node of the graph, asked once."""
+    from torch._inductor import lowering as inductor
+    from torch._inductor.virtualized import V
+    from torch._library.utils import get_layout_constraint_tag
+
+    if target not in inductor.lowerings:  # Inductor would enter its fallback at the first call, in this way
+        tag = get_layout_constraint_tag(target, with_default=True)
+        inductor.make_fallback(target, layout_constraint=inductor.tag_to_layout_constraint(tag), warn=False)
+    theirs = inductor.lowerings[target]
+    asked = threading.local()
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        found = None
+        if V.graph.current_node.target == target and not getattr(asked, "now", False):
+            asked.now = True
+            try:
+                found = function(*args, **kwargs)
+            finally:
+                asked.now = False
+        return theirs(*args, **kwargs) if found is None else found
+
+    return lower
 
 
 def may_alias(allow_alias: bool = True) -> bool:

@@ -15,6 +15,8 @@ from lowering import versions
 from lowering.templates.decode import Arguments, DecodeTemplate
 
 NAME = "flashmla_decode"
+#: Calls that Inductor may choose, by the name that generated code uses.
+CALLS: dict[str, ExternKernelChoice] = {}
 NO_PYTHON = "a package has no Python to call the library through"
 
 
@@ -24,8 +26,8 @@ def install() -> None:
 
 def enter(name: str, function: Callable[..., Tensor]) -> None:
     """Enter a call under the name that generated code uses, cached code of earlier processes included."""
-    if ExternKernelChoice.lookup(name) is None:
-        ExternKernelChoice(function, name=name)
+    if name not in CALLS:
+        CALLS[name] = ExternKernelChoice(function, name=name)
 
 
 def decode_into(*tensors: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -48,11 +50,9 @@ def why_not(arguments: Arguments) -> str:
 
 def fastest(inputs: list[ir.IRNode], layout: ir.FixedLayout, arguments: Arguments) -> tuple[ir.TensorBox, bool]:
     """The result of the faster one, and whether that is the template. Timed at full lengths of the sizes traced."""
-    library = ExternKernelChoice.lookup(NAME)
-    assert library is not None  # made by install
     template = DecodeTemplate(inputs, layout, arguments).generate()  # type: ignore[no-untyped-call]
     fields = tuple(getattr(arguments, name) for name in Arguments.__dataclass_fields__)
-    choices = [library.bind(inputs, layout, arguments=fields), template]
+    choices = [CALLS[NAME].bind(inputs, layout, arguments=fields), template]
     at = arguments.tensors.index
     full = _hint(inputs[at("block_table")].get_size()[1]) * _hint(inputs[at("kv_cache")].get_size()[1])
     values = {

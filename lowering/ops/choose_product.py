@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._inductor import ir
 from torch._inductor import lowering as inductor
 from torch._inductor.ir import TensorBox
-from torch._inductor.select_algorithm import ExternKernelCaller, ExternKernelChoice
+from torch._inductor.select_algorithm import ExternKernelCaller
 
 from lowering import versions
 from lowering.ops import choose
@@ -26,9 +26,7 @@ class Timed(ExternKernelCaller):
     def __init__(
         self, name: str, inputs: list[Any], layout: ir.Layout, generate: Callable[[], TensorBox], **kwargs: Any
     ) -> None:
-        choice = ExternKernelChoice.lookup(name)
-        assert choice is not None  # made by install
-        super().__init__(choice, inputs, layout, kwargs)
+        super().__init__(choose.CALLS[name], inputs, layout, kwargs)
         self.generate = generate
 
     def output_node(self) -> TensorBox:

@@ -12,11 +12,11 @@ import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.ir import TensorBox
-from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 
 from flashmla_ops import cpu
 from flashmla_ops.ops.decode import DECODE, Decode
+from lowering import versions
 from lowering.ops import choose
 from lowering.ops.products import laid_out
 from lowering.session import session
@@ -27,7 +27,7 @@ PATTERN = "decode generated"
 
 def install() -> None:
     choose.install()
-    user_lowerings[torch.ops.flashmla.decode.default] = lower
+    versions.enter_lowering(torch.ops.flashmla.decode.default, lower)
 
 
 def lower(*args: Any, **kwargs: Any) -> tuple[TensorBox, None] | None:

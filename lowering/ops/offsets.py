@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 
+from lowering import versions
 from lowering.session import session
 
 
 def install() -> None:
-    user_lowerings[torch.ops.aten.sym_storage_offset.default] = lower
+    versions.enter_lowering(torch.ops.aten.sym_storage_offset.default, lower)
 
 
 def lower(_: Any) -> Any:

@@ -15,7 +15,6 @@ import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.ir import TensorBox
-from torch._inductor.lowering import user_lowerings
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
@@ -46,10 +45,10 @@ class ProductOut(ir.ExternKernelOut):
 
 def install() -> None:
     choose_product.install()
-    user_lowerings[flashmla.gemm.default] = lower_gemm
-    user_lowerings[flashmla.bmm.default] = lower_bmm
-    user_lowerings[aten.cat.default] = lower_cat
-    user_lowerings[aten.clone.default] = lower_clone
+    versions.enter_lowering(flashmla.gemm.default, lower_gemm)
+    versions.enter_lowering(flashmla.bmm.default, lower_bmm)
+    versions.enter_lowering(aten.cat.default, lower_cat)
+    versions.enter_lowering(aten.clone.default, lower_clone)
 
 
 def lower_bmm(a: TensorBox, weight: TensorBox) -> TensorBox | None:
