@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from bench.gpu_check import gemms, kernels, limits, operators, pack
+from bench.gpu_check import gemms, kernels, limits, operators, pack, steps
 from bench.gpu_check.report import Report, Row, file_name, table
 from bench.report import RESULTS
 from bench.runner import commit
@@ -23,7 +25,9 @@ from flashmla_ops.cuda.loader import device_of
 
 #: Seconds of the whole check, and by then what must be left for the steps that follow.
 SECONDS = 540.0
-AFTER_BUILD, AFTER_CORRECTNESS, AFTER_OPERATORS = 360.0, 240.0, 120.0
+AFTER_BUILD, AFTER_OPERATORS, AFTER_CORRECTNESS, AFTER_TIMES = 300.0, 200.0, 110.0, 5.0
+#: Seconds without a row after which a step is taken to hang.
+PATIENCE = 60.0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,24 +60,29 @@ def facts(index: int) -> Row:
     }
 
 
-def build_carried(report: Report, device: Device) -> None:
-    """Compile what was carried as source; a kernel that does not build is a row, and no end."""
+def build_carried(device: Device, stop: float) -> list[Row]:
+    """Compile what was carried as source, large tiles first: they take longest. None is begun after ``stop``.
+
+    A kernel that does not build is a row, and no end.
+    """
     folder = pack.carried_sources()
     if folder is None:
-        return
+        return []
     wanted = [
         config
         for config in catalogue()
         if device.runs(config.arch) and libraries.find(config) is None and (folder / f"{config.name}.cu").is_file()
     ]
+    wanted.sort(key=lambda config: math.prod(config.tile), reverse=True)
+    started, failed = time.monotonic(), []
     try:
         sources = libraries.Sources.carried(folder)
-        stop = report.deadline - AFTER_BUILD
-        libraries.build(wanted, sources=sources, enough=lambda: time.monotonic() > stop)
+        jobs = max(1, len(os.sched_getaffinity(0)) - 2)  # the rest is for the step that runs beside it
+        libraries.build(wanted, jobs=jobs, sources=sources, enough=lambda: time.monotonic() > stop)
     except CutlassKernelsError as error:
-        for line in str(error).splitlines():
-            report.add("build", {"name": line[:200], "state": "failed"})
-    report.add("build", {"name": "built", "value": sum(libraries.find(config) is not None for config in wanted)})
+        failed = [{"name": line[:300], "state": "failed"} for line in str(error).splitlines()]
+    count = sum(libraries.find(config) is not None for config in wanted)
+    return [*failed, {"name": "built", "value": count, "of": len(wanted), "seconds": time.monotonic() - started}]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,11 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
     known = facts(torch.cuda.current_device())
     report = Report(arguments.out / file_name(known["device"]), deadline, known)
     device = device_of(torch.cuda.current_device())
-    build_carried(report, device)
-    kernels.check(report, device, AFTER_CORRECTNESS)
-    operators.check(report, "cuda", AFTER_OPERATORS)
-    measured = limits.measure(report)
-    gemms.check(report, device, measured, 5.0)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        building = pool.submit(build_carried, device, deadline - AFTER_BUILD)
+        steps.run(report, PATIENCE, operators.check, "cuda", AFTER_OPERATORS)  # with what has been built before
+    for row in building.result():
+        report.add("build", row)
+    steps.run(report, PATIENCE, kernels.check, device, AFTER_CORRECTNESS)
+    steps.run(report, PATIENCE, limits.measure)
+    steps.run(report, PATIENCE, gemms.check, device, limits.measured(report), AFTER_TIMES)
     print(f"\n{known['device']}, torch {known['torch']}, CUDA {known['cuda']}\n{table(report)}\nwritten: {report.path}")
     return 1 if report.failures else 0
 

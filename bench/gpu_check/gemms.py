@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_check import limits
-from bench.gpu_check.report import Report, Row
+from bench.gpu_check.report import Report, Row, one_paragraph
 from bench.gpu_check.timing import interleaved
 from cutlass_kernels.build import libraries
 from cutlass_kernels.errors import CutlassKernelsError
@@ -78,21 +78,24 @@ class Size:
 
 def check(report: Report, device: Device, measured: dict[str, float], reserve: float) -> None:
     """A row a kernel and size in section "gemm"."""
-    built = [(config, found) for config in kernels() if device.runs(config.arch) and (found := libraries.find(config))]
-    for config, found in report.until_late(SECTION, built, reserve):
+    built = {config: found for config in kernels() if device.runs(config.arch) and (found := libraries.find(config))}
+    for config in report.until_late(SECTION, built, reserve):
         for m in ROWS:
             row: Row = {"name": config.name, "m": m}
             try:
-                row |= time_one(abi.load(config, found.library), Size.of(config, m), measured)
+                row |= time_one(abi.load(config, built[config].library), Size.of(config, m), measured)
             except (CutlassKernelsError, RuntimeError) as error:
-                row |= {"state": "failed", "why": str(error).split("\n", 1)[0][:300]}
+                row |= {"state": "failed", "why": one_paragraph(error)}
             report.add(SECTION, row)
             torch.cuda.empty_cache()
 
 
 def time_one(kernel: abi.Kernel, size: Size, measured: dict[str, float]) -> Row:
     copies = max(1, min(16, COLD // size.moved_bytes))
-    stream = torch.cuda.current_stream().cuda_stream
+
+    def stream() -> int:
+        return torch.cuda.current_stream().cuda_stream
+
     calls: dict[str, Callable[[], object]] = {
         "ours": rotating([launch(kernel, size, "cuda", stream) for _ in range(copies)])
     }
@@ -103,6 +106,8 @@ def time_one(kernel: abi.Kernel, size: Size, measured: dict[str, float]) -> Row:
     least, binding = limits.bound(size.flops, size.moved_bytes, size.config.a, measured)
     row: Row = {"n": size.n, "k": size.k, "batch": size.batch, "us": ours.seconds * 1e6, "spread": ours.spread}
     row |= {"tflops": size.flops / ours.seconds / 1e12, "of_limit": least / ours.seconds, "limit": binding}
+    if one_by_one := [name for name, found in timed.items() if not found.graph]:
+        row["without_graph"] = one_by_one
     if "torch" in timed:
         row |= {"torch_us": timed["torch"].seconds * 1e6, "times_torch": timed["torch"].seconds / ours.seconds}
     return row
@@ -121,8 +126,11 @@ def drawn(name: str, *shape: int, device: str) -> Tensor:
     return torch.randn(*shape, device=device).to(TYPES[name])
 
 
-def launch(kernel: Kernel, size: Size, device: str, stream: int) -> Callable[[], Tensor]:
-    """A call of the kernel on operands of its own, as `flashmla_ops.cuda` makes it; it returns d."""
+def launch(kernel: Kernel, size: Size, device: str, stream: Callable[[], int]) -> Callable[[], Tensor]:
+    """A call of the kernel on operands of its own, as `flashmla_ops.cuda` makes it; it returns d.
+
+    ``stream``: asked at every call, since a capture in a graph has another one.
+    """
     config, epilogue = size.config, size.config.epilogue
     a, weight = size.operands(device)
     d = torch.empty(*a.shape[:-1], size.n, dtype=TYPES[config.d], device=device)
@@ -144,7 +152,7 @@ def launch(kernel: Kernel, size: Size, device: str, stream: int) -> Callable[[],
         call.workspace, call.workspace_bytes = kept[-1].data_ptr(), needed
 
     def run() -> Tensor:
-        kernel.run(call, stream)
+        kernel.run(call, stream())
         return kept[2]
 
     return run

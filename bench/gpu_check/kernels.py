@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.gpu_check.report import Report, Row
+from bench.gpu_check.report import Report, Row, one_paragraph
 from cutlass_kernels import verify
 from cutlass_kernels.build import libraries
 from cutlass_kernels.build.libraries import Built
-from cutlass_kernels.errors import CutlassKernelsError
 from cutlass_kernels.gemm import abi
 from cutlass_kernels.gemm.catalogue import kernels
 from cutlass_kernels.gemm.config import GemmConfig
@@ -71,8 +70,8 @@ def check_one(config: GemmConfig, device: Device, report: Report, reserve: float
             break
         try:
             ratio, fault = run_case(built, case)
-        except (CutlassKernelsError, RuntimeError) as error:
-            return row | {"state": "failed", "why": f"{case}: {error}"}
+        except (RuntimeError, OSError, ValueError) as error:
+            return row | {"state": "failed", "why": f"{case}: {one_paragraph(error)}"}
         done, worst = done + 1, max(worst, ratio)
         wrong += [fault] if fault else []
     facts = {"cases": done, "error_over_bound": worst, "seconds": time.monotonic() - started}

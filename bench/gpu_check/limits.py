@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench.gpu_check.report import Report
+from bench.gpu_check.report import Report, one_paragraph
 from bench.gpu_check.timing import interleaved
 
 #: Bytes of the buffer that is copied: far more than any L2.
@@ -15,22 +15,29 @@ COPIED = 4 << 30
 SQUARE = 8192
 
 
-def measure(report: Report) -> dict[str, float]:
-    """Rows of section "limits"; by name, bytes or operations a second. What the device lacks is left out."""
-    found: dict[str, float] = {}
+SECTION = "limits"
+TERA = 1e12
+
+
+def measure(report: Report) -> None:
+    """Rows of section "limits". What the device lacks is left out."""
     for name, (amount, make) in candidates().items():
         try:
             call = make()
             timed = interleaved({name: call})[name]
         except RuntimeError as error:  # out of memory, or a type that this device has no product of
-            report.add("limits", {"name": name, "state": "left out", "why": str(error).split("\n", 1)[0]})
+            report.add(SECTION, {"name": name, "state": "left out", "why": one_paragraph(error)})
             continue
-        found[name] = amount / timed.seconds
         unit = "TB/s" if name == "memory" else "TFLOP/s"
-        report.add("limits", {"name": name, "value": found[name] / 1e12, "unit": unit, "spread": timed.spread})
+        value = amount / timed.seconds / TERA
+        report.add(SECTION, {"name": name, "value": value, "unit": unit, "spread": timed.spread})
         del call
         torch.cuda.empty_cache()
-    return found
+
+
+def measured(report: Report) -> dict[str, float]:
+    """By name, bytes or operations a second: what `measure` found."""
+    return {row["name"]: row["value"] * TERA for row in report.sections.get(SECTION, []) if "value" in row}
 
 
 def candidates() -> dict[str, tuple[float, Callable[[], Callable[[], object]]]]:
@@ -41,6 +48,7 @@ def candidates() -> dict[str, tuple[float, Callable[[], Callable[[], object]]]]:
         "bf16": (operations, partial(product, torch.bfloat16)),
         "fp16": (operations, partial(product, torch.float16)),
         "s8": (operations, product_s8),
+        "e4m3": (operations, product_e4m3),
     }
 
 
@@ -60,6 +68,12 @@ def product(dtype: torch.dtype) -> Callable[[], object]:
 def product_s8() -> Callable[[], object]:
     a, b = (torch.randint(-127, 128, (SQUARE, SQUARE), dtype=torch.int8, device="cuda") for _ in range(2))
     return lambda: torch._int_mm(a, b.t())
+
+
+def product_e4m3() -> Callable[[], object]:
+    a, b = (torch.randn(SQUARE, SQUARE, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one, scaled = torch.ones((), device="cuda"), torch._scaled_mm
+    return lambda: scaled(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def bound(flops: float, moved: float, kind: str, limits: dict[str, float]) -> tuple[float, str]:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_check.report import Report, Row
+from bench.gpu_check.report import Report, Row, one_paragraph
 from flashmla_ops import reference
+from flashmla_ops.cuda import loader
+from lowering import backend
 
 flashmla = torch.ops.flashmla
 #: Largest distance from float64 over the largest element, by type: two roundings of the result.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-BACKENDS = ("inductor", "flashmla")
+TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2e-6}
+#: By name; ours itself, since only an installed package has entered its name.
+BACKENDS: dict[str, Any] = {"inductor": "inductor", "flashmla": backend.flashmla}
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,15 @@ def by_groups(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def check(report: Report, device: str, reserve: float) -> None:
-    """Sections "operators" (opcheck and float64) and "compile"."""
+    """Sections "operators" (opcheck and float64) and "compile", and in "choices" which kernels ran."""
     for call in report.until_late("operators", calls(device), reserve):
         report.add("operators", {"name": call.name} | attempt(partial(check_operator, call)))
     for call in report.until_late("compile", calls(device), reserve):
-        for backend in BACKENDS:
-            name = {"name": f"{call.name}, {backend}"}
-            report.add("compile", name | attempt(partial(check_compiled, call, backend)))
+        for name, compiler in BACKENDS.items():
+            row: Row = {"name": f"{call.name}, {name}"}
+            report.add("compile", row | attempt(partial(check_compiled, call, compiler)))
+    for line in loader.explain():
+        report.add("choices", {"name": line.strip()})
 
 
 def attempt(run: Callable[[], Row]) -> Row:
@@ -84,7 +89,7 @@ def attempt(run: Callable[[], Row]) -> Row:
     try:
         return run()
     except Exception as error:  # any: a report of what does not work is what this is for
-        return {"state": "failed", "why": f"{type(error).__name__}: {error}".split("\n", 1)[0][:300]}
+        return {"state": "failed", "why": f"{type(error).__name__}: {one_paragraph(error)}"}
 
 
 def check_operator(call: Call) -> Row:
@@ -118,7 +123,7 @@ def first(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def check_compiled(call: Call, backend: str) -> Row:
+def check_compiled(call: Call, compiler: Any) -> Row:
     """One graph, the same result; what follows the operator may be fused with it."""
     torch._dynamo.reset()
 
@@ -127,7 +132,7 @@ def check_compiled(call: Call, backend: str) -> Row:
 
     expected = function(*call.args, **call.kwargs)
     with torch.no_grad():
-        actual = torch.compile(function, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
+        actual = torch.compile(function, backend=compiler, fullgraph=True)(*call.args, **call.kwargs)
     error = float((actual.double() - expected.double()).abs().max())
     allowed = 2 * TOLERANCE[expected.dtype]
     good = error <= allowed

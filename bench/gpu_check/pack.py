@@ -26,10 +26,14 @@ CARRIED = ("platformdirs", "tabulate")
 LEAVE_OUT = shutil.ignore_patterns("fixtures", "results", "__pycache__", "*.so")
 SOURCES = "FLASHMLA_CARRIED_SOURCES"
 RUN = """#!/bin/sh
-# Check the CUDA kernels of this machine's device; the report is written to $1, or beside this file.
+# Check the CUDA kernels of this machine's device; the report is written to $1, or beside this file. More arguments, as
+# "--seconds 300", go to the check. None of the CPU's kernels is compiled.
 here=$(cd "$(dirname "$0")" && pwd)
+out="${{1:-$here}}"
+[ $# -gt 0 ] && shift
 export PYTHONPATH="$here" FLASHMLA_CACHE="$here/cache" {sources}="$here/sources" FLASHMLA_COMMIT={commit}
-exec "${{PYTHON:-python3}}" -m bench.gpu_check --out "${{1:-$here}}"
+export FLASHMLA_CPU="${{FLASHMLA_CPU:-reference}}"
+exec "${{PYTHON:-python3}}" -m bench.gpu_check --out "$out" "$@"
 """
 
 

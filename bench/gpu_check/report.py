@@ -68,6 +68,11 @@ def one_line(row: Row) -> str:
     return "  ".join([name, *rest])
 
 
+def one_paragraph(error: Exception) -> str:
+    """The beginning of an error's message: torch's often says what happened in its third line."""
+    return " ".join(str(error).split())[:300]
+
+
 def table(report: Report) -> str:
     """A line a section: how many rows passed, failed, were left out or have no verdict."""
     lines = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu_check import __main__, gemms, limits, operators, pack, timing
+from bench.gpu_check import __main__, gemms, limits, operators, pack, steps, timing
 from bench.gpu_check.report import Report, file_name, table
 from cutlass_kernels.build import libraries
 from cutlass_kernels.gemm.catalogue import kernels
@@ -54,6 +54,36 @@ def test_what_there_was_no_time_for_is_a_row(report: Report) -> None:
     assert report.sections["gemm"] == [{"name": "3 more", "state": "left out", "why": "the time was up"}]
 
 
+def broken_step(report: Report, last: int) -> None:
+    """Passes, ends its process, hangs, passes."""
+    for item in report.until_late("kernels", range(last), reserve=0):
+        if item == 1:
+            os._exit(3)
+        if item == 2:
+            time.sleep(600)
+        report.add("kernels", {"name": str(item), "state": "passed"})
+
+
+def test_a_kernel_that_ends_its_process_or_hangs_is_a_row(report: Report) -> None:
+    steps.run(report, 0.5, broken_step, 4)
+    assert [(row["name"], row["state"]) for row in report.sections["kernels"]] == [
+        ("0", "passed"),
+        ("1", "failed"),
+        ("2", "failed"),
+        ("3", "passed"),
+    ]
+    assert [row["why"] for row in report.failures] == ["its process ended: 3", "no answer for 0 s"]
+
+
+def step_that_never_starts(report: Report) -> None:
+    raise RuntimeError("no such library")
+
+
+def test_a_step_that_does_not_start_is_tried_once(report: Report) -> None:
+    steps.run(report, 0.5, step_that_never_starts)
+    assert [row["why"] for row in report.failures] == ["its process ended: 1"]
+
+
 @pytest.mark.parametrize("name", [name for name in CALLS if "bfloat16" in name])
 def test_operators_pass_where_they_are_right(name: str) -> None:
     row = operators.check_operator(CALLS[name])
@@ -72,7 +102,7 @@ def test_an_error_is_a_row_and_no_end() -> None:
     def broken() -> dict[str, object]:
         raise RuntimeError("no such kernel\nat line 3")
 
-    assert operators.attempt(broken) == {"state": "failed", "why": "RuntimeError: no such kernel"}
+    assert operators.attempt(broken) == {"state": "failed", "why": "RuntimeError: no such kernel at line 3"}
 
 
 def test_compiled_calls_are_compared() -> None:
@@ -91,7 +121,7 @@ def test_launches_compute_what_torch_computes(config: GemmConfig, monkeypatch: p
     made: list[torch.Tensor] = []
     operands = size.operands
     monkeypatch.setattr(gemms.Size, "operands", lambda self, device: made.extend(operands(device)) or tuple(made))
-    out = gemms.launch(Interpreter(config), size, "cpu", 7)()
+    out = gemms.launch(Interpreter(config), size, "cpu", lambda: 7)()
     assert out.shape == (*made[0].shape[:-1], size.n)
     assert torch.isfinite(out.float()).all()
     if config.epilogue.plain and config.family != "grouped":
