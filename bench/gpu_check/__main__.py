@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from flashmla_ops.cuda.loader import device_of
 
 #: Seconds of the whole check, and by then what must be left for the steps that follow.
 SECONDS = 540.0
-AFTER_BUILD, AFTER_OPERATORS, AFTER_CORRECTNESS, AFTER_TIMES = 300.0, 200.0, 110.0, 5.0
+AFTER_BUILD, AFTER_CORRECTNESS, AFTER_OPERATORS, AFTER_TIMES = 300.0, 250.0, 110.0, 5.0
 #: Seconds without a row after which a step is taken to hang.
 PATIENCE = 60.0
 
@@ -60,29 +59,29 @@ def facts(index: int) -> Row:
     }
 
 
-def build_carried(device: Device, stop: float) -> list[Row]:
-    """Compile what was carried as source, large tiles first: they take longest. None is begun after ``stop``.
+def build_carried(report: Report, device: Device) -> None:
+    """Compile what was carried as source, large tiles first: they take longest.
 
     A kernel that does not build is a row, and no end.
     """
     folder = pack.carried_sources()
     if folder is None:
-        return []
+        return
     wanted = [
         config
         for config in catalogue()
         if device.runs(config.arch) and libraries.find(config) is None and (folder / f"{config.name}.cu").is_file()
     ]
     wanted.sort(key=lambda config: math.prod(config.tile), reverse=True)
-    started, failed = time.monotonic(), []
+    started, stop = time.monotonic(), report.deadline - AFTER_BUILD
     try:
         sources = libraries.Sources.carried(folder)
-        jobs = max(1, len(os.sched_getaffinity(0)) - 2)  # the rest is for the step that runs beside it
-        libraries.build(wanted, jobs=jobs, sources=sources, enough=lambda: time.monotonic() > stop)
+        libraries.build(wanted, sources=sources, enough=lambda: time.monotonic() > stop)
     except CutlassKernelsError as error:
-        failed = [{"name": line[:300], "state": "failed"} for line in str(error).splitlines()]
+        for line in str(error).splitlines():
+            report.add("build", {"name": line[:300], "state": "failed"})
     count = sum(libraries.find(config) is not None for config in wanted)
-    return [*failed, {"name": "built", "value": count, "of": len(wanted), "seconds": time.monotonic() - started}]
+    report.add("build", {"name": "built", "value": count, "of": len(wanted), "seconds": time.monotonic() - started})
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,12 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     known = facts(torch.cuda.current_device())
     report = Report(arguments.out / file_name(known["device"]), deadline, known)
     device = device_of(torch.cuda.current_device())
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        building = pool.submit(build_carried, device, deadline - AFTER_BUILD)
-        steps.run(report, PATIENCE, operators.check, "cuda", AFTER_OPERATORS)  # with what has been built before
-    for row in building.result():
-        report.add("build", row)
+    build_carried(report, device)
     steps.run(report, PATIENCE, kernels.check, device, AFTER_CORRECTNESS)
+    steps.run(report, PATIENCE, operators.check, "cuda", AFTER_OPERATORS)
     steps.run(report, PATIENCE, limits.measure)
     steps.run(report, PATIENCE, gemms.check, device, limits.measured(report), AFTER_TIMES)
     print(f"\n{known['device']}, torch {known['torch']}, CUDA {known['cuda']}\n{table(report)}\nwritten: {report.path}")

@@ -19,7 +19,7 @@ from bench.gpu_check.report import Report, Row
 
 #: A step: `gemms.check`, say. It writes to a report, and takes its items from `Report.until_late`.
 Step = Callable[..., object]
-#: Seconds that a process may take to import everything, beside compilers that use every core.
+#: Seconds that a process may take to import everything.
 START = 120.0
 
 

@@ -15,6 +15,7 @@ LIMITS: tuple[str, ...] = (
     "Asynchronous work lands all at once, in one of three orders; a device may interleave it in others.",
     "More than 48 mbarriers in one cluster share agents in the race check, which may hide races between them.",
     "Sums of matrix instructions are taken in float32 in our order; a device's rounding inside is undocumented.",
+    "Sums of fp8 products are float32 too, where a Hopper device keeps 13 fraction bits of what it adds.",
     ".approx functions are as exact as numpy's; a device may differ in the last bits.",
     "fma.f64 is computed in long double and may differ from a fused one in the last bit.",
     "Unwritten registers hold a fixed pattern, and reading one is not reported.",

@@ -106,7 +106,8 @@ def page(results: Mapping[str, Any]) -> str:
     lines = [
         "# CUDA kernels, verified in the emulator",
         "",
-        "Nothing here has run on hardware. Each case of a kernel runs with copies landing as early and as late as they"
+        "Nothing of this page ran on hardware; [cuda.md](cuda.md#on-a-gpu) says what did. Each case of a kernel runs"
+        " with copies landing as early and as late as they"
         ' may; "exact integers" are runs whose result has not one wrong bit. "error" is the largest one over its bound,'
         " 1 ulp of the output + 2^-23 sqrt(k) (\\|A\\| \\|B\\|) for a plain epilogue; what is more for the others, and"
         " for split-K, is in [`problem.py`](../cutlass_kernels/verify/problem.py). Made by"

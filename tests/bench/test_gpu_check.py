@@ -137,6 +137,12 @@ def test_bounds_are_the_slower_of_memory_and_products() -> None:
     assert gemms.Size(kernels()[0], 4096, 4096, 7168).flops == 2.0 * 4096 * 4096 * 7168
 
 
+def test_the_limit_of_memory_is_its_fastest_use(report: Report) -> None:
+    for name, value in (("read", 3.0), ("copy", 2.5), ("bf16", 700.0)):
+        report.add("limits", {"name": name, "value": value})
+    assert limits.measured(report) == {"memory": 3e12, "bf16": 7e14}
+
+
 def test_the_median_and_its_spread() -> None:
     assert timing.summary([1.0]) == timing.Timed(1.0, 0.0)
     assert timing.summary([1.0, 2.0, 3.0, 4.0, 100.0]).seconds == 3.0
