@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.graph  # it imports the table by name
 from torch import Tensor
+from torch._inductor import lowering as inductor
 from torch._inductor.codegen import common
 
 import flashmla_ops
@@ -44,6 +46,31 @@ def disabled() -> Iterator[None]:
 def test_the_name_is_known_to_torch() -> None:
     assert "flashmla" in torch._dynamo.list_backends()
     assert torch._dynamo.lookup_backend("flashmla") is backend.flashmla
+
+
+def test_without_a_table_of_users_lowerings_ours_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.11; an operator that Inductor lowers, and one of ours, which it calls."""
+    flashmla, aten = torch.ops.flashmla, torch.ops.aten
+    asked = []
+
+    def cosine(x: object) -> object:
+        asked.append("sin")
+        return inductor.lowerings[aten.cos.default](x)
+
+    def no_opinion(*_: object) -> None:
+        asked.append("bmm")
+
+    monkeypatch.delattr(inductor, "user_lowerings", raising=False)
+    monkeypatch.setitem(inductor.lowerings, aten.sin.default, inductor.lowerings[aten.sin.default])
+    monkeypatch.delitem(inductor.lowerings, flashmla.bmm.default, raising=False)
+    versions.enter_lowering(aten.sin.default, cosine)
+    versions.enter_lowering(flashmla.bmm.default, no_opinion)
+    x = torch.randn(2, 3, 3)
+    torch._dynamo.reset()
+    with versions.without_caches():
+        found = torch.compile(lambda x: flashmla.bmm(torch.sin(x), x), fullgraph=True)(x)
+    torch.testing.assert_close(found, flashmla.bmm(torch.cos(x), x))
+    assert sorted(asked) == ["bmm", "sin"]
 
 
 def test_enable_and_disable_change_the_default_only() -> None:
