@@ -25,6 +25,19 @@ def _build(into: Path | None, verbose: bool) -> int:
     return 0
 
 
+def _build_cuda(archs: list[str]) -> int:
+    from flashmla_ops.cuda.catalogue import build
+    from flashmla_ops.errors import BuildError
+
+    try:
+        for line in build(archs):
+            print(line, flush=True)
+    except BuildError as error:
+        print(f"flashmla: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _info() -> int:
     import flashmla_ops
     from flashmla_build import compiler
@@ -69,10 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
     build = commands.add_parser("build", help="compile the C++ kernels of all instruction sets ahead of first use")
     build.add_argument("--verbose", action="store_true", help="print each compiler command")
     build.add_argument("--into", type=Path, metavar="FOLDER", help="and copy there what a wheel holds")
+    archs = ("sm_80", "sm_86", "sm_89", "sm_90a")
+    cuda_help = "the attention kernels of this architecture instead; may be repeated; needs the extra cuda, and no GPU"
+    build.add_argument("--cuda", action="append", choices=archs, help=cuda_help)
     commands.add_parser("info", help="versions, paths and implementations, one a line")
     commands.add_parser("explain", help="what runs here, and why")
     commands.add_parser("demo", help="run a small MLA model with and without FlashMLA; needs the extra demo")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "build" and chosen.cuda:
+        return _build_cuda(chosen.cuda)
     if chosen.command == "build":
         return _build(chosen.into, chosen.verbose)
     return {"info": _info, "explain": _explain, "demo": _demo}[chosen.command]()

@@ -104,7 +104,7 @@ def explain() -> str:
             f"  {mark} {choice.name:<12} {choice.note}" + ("" if choice.available else " (not on this processor)")
         )
     for name, served in operators().items():
-        elsewhere = "CUDA CUTLASS or torch, " if name in cuda.OPERATORS else ""
+        elsewhere = f"CUDA {cuda.OPERATORS[name]}, " if name in cuda.OPERATORS else ""
         lines.append(f"operator    {name:<16} CPU {served}; {elsewhere}other devices {cpu.REFERENCE}")
     lines.append(f"allocator   {allocator.explain()}")
     return "\n".join([*lines, *memory(), *cuda.explain()])

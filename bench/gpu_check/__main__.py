@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_check import gemms, kernels, limits, operators, pack, steps
+from bench.gpu_check import attention, gemms, kernels, limits, operators, pack, steps
 from bench.gpu_check.report import Report, Row, file_name, table
 from bench.report import RESULTS
 from bench.runner import commit
@@ -24,7 +24,8 @@ from flashmla_ops.cuda.loader import device_of
 
 #: Seconds of the whole check, and by then what must be left for the steps that follow.
 SECONDS = 540.0
-AFTER_BUILD, AFTER_CORRECTNESS, AFTER_OPERATORS, AFTER_TIMES = 300.0, 250.0, 110.0, 5.0
+AFTER_BUILD, AFTER_CORRECTNESS, AFTER_ATTENTION, AFTER_OPERATORS = 300.0, 250.0, 220.0, 130.0
+AFTER_SPEED, AFTER_TIMES = 60.0, 5.0
 #: Seconds without a row after which a step is taken to hang.
 PATIENCE = 60.0
 
@@ -94,8 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_of(torch.cuda.current_device())
     build_carried(report, device)
     steps.run(report, PATIENCE, kernels.check, device, AFTER_CORRECTNESS)
+    steps.run(report, PATIENCE, attention.check, AFTER_ATTENTION)
     steps.run(report, PATIENCE, operators.check, "cuda", AFTER_OPERATORS)
     steps.run(report, PATIENCE, limits.measure)
+    steps.run(report, PATIENCE, attention.speed, limits.measured(report), AFTER_SPEED)
     steps.run(report, PATIENCE, gemms.check, device, limits.measured(report), AFTER_TIMES)
     print(f"\n{known['device']}, torch {known['torch']}, CUDA {known['cuda']}\n{table(report)}\nwritten: {report.path}")
     return 1 if report.failures else 0

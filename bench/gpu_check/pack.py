@@ -13,15 +13,20 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench.gpu_check.attention import checked
 from bench.runner import ROOT, commit
+from cutlass_kernels.attention import libraries as attention_libraries
+from cutlass_kernels.attention.config import Config
 from cutlass_kernels.build import libraries
 from cutlass_kernels.errors import MissingToolError
 from cutlass_kernels.gemm.catalogue import kernels
+from flashmla_ops.cuda.catalogue import shipped
 
 MOST_BYTES = 60 << 20
 PACKAGES = ("flashmla_build", "flashmla_ops", "cutlass_kernels", "lowering", "bench")
 #: Dependencies that an environment with torch may lack. They are pure Python, and fit any version of it.
 CARRIED = ("platformdirs", "tabulate")
+DEFAULT_ARCHS = ("sm_80", "sm_90a")
 #: Neither kernels nor what tells them apart: the demo's model, and results of other machines.
 LEAVE_OUT = shutil.ignore_patterns("fixtures", "results", "__pycache__", "*.so")
 SOURCES = "FLASHMLA_CARRIED_SOURCES"
@@ -53,6 +58,21 @@ def _carry_dependency(name: str, folder: Path) -> None:
         shutil.copy(spec.origin, folder)
 
 
+def attention(arch: str) -> list[Config]:
+    """The attention kernels that the check needs, and those of DeepSeek's models."""
+    return list(dict.fromkeys([*shipped(arch), *checked(arch)]))
+
+
+def _carry_attention(archs: Sequence[str], cache: Path) -> None:
+    """Kernels of the DSL, compiled here: the machine that they are for needs no compiler."""
+    if not attention_libraries.can_build():
+        print(f"left out the attention kernels: {attention_libraries.DSL} is not installed", file=sys.stderr)
+        return
+    for arch in archs:
+        for built in attention_libraries.build_all([(config, arch) for config in attention(arch)]):
+            shutil.copytree(built.folder, cache / built.folder.name, dirs_exist_ok=True)
+
+
 def pack(folder: Path, archs: Sequence[str] | None) -> int:
     """Fill the folder; 1 if it would be too large."""
     for package in PACKAGES:
@@ -74,6 +94,7 @@ def pack(folder: Path, archs: Sequence[str] | None) -> int:
             libraries.Sources.generated().carry(missing, folder / "sources")
         except MissingToolError as error:
             print(f"left out {len(missing)} kernels that are not built here: {error}", file=sys.stderr)
+    _carry_attention(archs or DEFAULT_ARCHS, cache)
     starter = folder / "run"
     starter.write_text(RUN.format(sources=SOURCES, commit=commit()))
     starter.chmod(0o755)

@@ -9,20 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlass_kernels.attention import libraries as attention_libraries
+from cutlass_kernels.attention.config import Config
 from cutlass_kernels.build import libraries
 from cutlass_kernels.gemm import abi, heuristics
 from cutlass_kernels.gemm.catalogue import kernels
 from cutlass_kernels.gemm.choose import Choice
 from cutlass_kernels.gemm.problem import Device
-from flashmla_ops.cuda import gemm
+from flashmla_ops.cuda import attention, driver, gemm
+from flashmla_ops.cuda.attention import Engine
+from flashmla_ops.cuda.driver import Grid, Values
 from flashmla_ops.cuda.launch import Launcher
 from flashmla_ops.ops._library import LIBRARY
 
-OPERATORS: dict[str, Callable[..., Tensor]] = {
+#: Operators whose kernels CUTLASS generated: the function, and what runs it on a device.
+PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "gemm": gemm.gemm,
     "bmm": gemm.bmm,
     "grouped_gemm": gemm.grouped_gemm,
 }
+#: Operators of `cutlass_kernels.attention`.
+ATTENTION: dict[str, Callable[..., Any]] = {"decode": attention.decode, "sparse_decode": attention.sparse_decode}
+#: What serves each operator on CUDA.
+OPERATORS = dict.fromkeys(PRODUCTS, "CUTLASS or torch") | dict.fromkeys(ATTENTION, "CuTe DSL")
 
 
 @cache
@@ -30,14 +39,15 @@ def load() -> bool:
     """Register the operators for CUDA if torch sees a device; whether it did."""
     if not torch.cuda.is_available():
         return False
-    for name, function in OPERATORS.items():
-        LIBRARY.impl(name, partial(_on_device, function), "CUDA")
+    for functions, by in ((PRODUCTS, launcher), (ATTENTION, engine)):
+        for name, function in functions.items():
+            LIBRARY.impl(name, partial(_on_device, function, by), "CUDA")
     return True
 
 
-def _on_device(function: Callable[..., Tensor], a: Tensor, *rest: Any, **named: Any) -> Tensor:
-    with torch.cuda.device(a.device):
-        return function(launcher(a.device.index), a, *rest, **named)
+def _on_device(function: Callable[..., Any], by: Callable[[int], Any], first: Tensor, *rest: Any, **named: Any) -> Any:
+    with torch.cuda.device(first.device):
+        return function(by(first.device.index), first, *rest, **named)
 
 
 def device_of(index: int) -> Device:
@@ -63,13 +73,26 @@ def launcher(index: int) -> Launcher:
     )
 
 
+@cache
+def engine(index: int) -> Engine:
+    """What runs the attention kernels of a CUDA device. They are loaded as they are used, and built if they are not."""
+    where = torch.device("cuda", index)
+
+    def run(config: Config, grid: Grid, values: Values) -> None:
+        driver.function(index, config).launch(grid, values, torch.cuda.current_stream(where).cuda_stream)
+
+    return Engine(device_of(index), run)
+
+
 def explain() -> list[str]:
     """The implementations that run on CUDA, and why, a line each."""
     built = [config for config in kernels() if libraries.find(config)]
     counts = ", ".join(f"{sum(c.arch == arch for c in built)} for {arch}" for arch in ("sm_80", "sm_90a"))
     version = heuristics.version()
     by = f"nvidia-matmul-heuristics {version}" if version else "a table (nvidia-matmul-heuristics is not installed)"
-    lines = [f"CUTLASS     {len(built)} of {len(kernels())} kernels are built ({counts}); chosen by {by}"]
+    compiler = "installed" if attention_libraries.can_build() else "not installed: pip install 'flashmla-ops[cuda]'"
+    lines = [f"CuTe DSL    compiles attention kernels at first use; {attention_libraries.DSL} is {compiler}"]
+    lines += [f"CUTLASS     {len(built)} of {len(kernels())} kernels are built ({counts}); chosen by {by}"]
     if not torch.cuda.is_available():
         return [*lines, "CUDA        no device: nothing runs there"]
     for index in range(torch.cuda.device_count()):
@@ -78,4 +101,5 @@ def explain() -> list[str]:
             what = f"{choice.config.name}, splits {choice.splits}" if isinstance(choice, Choice) else "torch"
             size = f"{problem.m}x{problem.n}x{problem.k} batch {problem.batch} {problem.epilogue.name}"
             lines.append(f"  {problem.family} {size}: {what} ({choice.reason})")
+        lines += [f"  {call}: {served}" for call, served in engine(index).chosen.items()]
     return lines

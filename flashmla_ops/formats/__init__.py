@@ -14,6 +14,7 @@ from flashmla_ops.formats.fp4_v41 import FP4_V41
 from flashmla_ops.formats.fp8_model1 import FP8_MODEL1
 from flashmla_ops.formats.fp8_v32 import FP8_V32
 from flashmla_ops.formats.fp8_v41 import FP8_V41
+from flashmla_ops.formats.grouped import Grouped
 from flashmla_ops.formats.int4_g32 import INT4_G32
 from flashmla_ops.formats.int8_g128 import INT8_G128
 from flashmla_ops.formats.row_format import RowFormat
@@ -56,6 +57,7 @@ __all__ = [
     "NATIVE",
     "QUANTIZED",
     "QUANTIZED_NAMES",
+    "Grouped",
     "RowFormat",
     "row_bytes",
     "row_elements",

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu_check import __main__, gemms, limits, operators, pack, steps, timing
+from bench.gpu_check import __main__, attention, gemms, limits, operators, pack, steps, timing
 from bench.gpu_check.report import Report, file_name, table
 from cutlass_kernels.build import libraries
 from cutlass_kernels.gemm.catalogue import kernels
 from cutlass_kernels.gemm.config import GemmConfig
+from flashmla_ops.cuda.catalogue import DEVICES, shipped
 from tests.cuda.interpreter import Interpreter
 
 CALLS = {call.name: call for call in operators.calls("cpu")}
@@ -154,6 +155,7 @@ def test_what_is_packed_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("cutlass_library", reason="nvidia-cutlass is not installed")
     monkeypatch.setenv("FLASHMLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pack, "kernels", lambda: kernels()[:2])
+    monkeypatch.setattr(pack, "attention", lambda arch: shipped(arch)[:1])
     folder = tmp_path / "folder"
     assert pack.pack(folder, None) == 0
     sources = libraries.Sources.carried(folder / "sources")
@@ -178,3 +180,21 @@ def test_what_is_packed_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         check=True,
     )
     assert found.stdout.count(str(folder)) == 2
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_attention_cases_cover_what_is_shipped(arch: str) -> None:
+    """In one of their types at least; blocks of 32 rows have the code of those of 64."""
+    needed = {config.name.replace("fp16", "bf16") for config in attention.checked(arch)}
+    wanted = {config.name.replace("fp16", "bf16") for config in shipped(arch) if "_m32_" not in config.name}
+    assert needed >= wanted, wanted - needed
+
+
+def test_attention_cases_are_right_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the check builds is what the operators take, and their own results pass it."""
+    monkeypatch.setattr(attention, "DEVICE", "cpu")
+    for case in (*attention.cases(), attention.Case((64,), row_format="fp8_v32", topk=3, extra="fp8_v32")):
+        if max(case.lengths) * case.h_q < 5000:
+            out, _ = case.op(**attention.arguments(case))
+            assert out.shape == (len(case.lengths), case.s_q, case.h_q, case.d_v)
+            assert not out.isnan().any(), case.name

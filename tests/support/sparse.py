@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -161,10 +162,10 @@ def tolerances(case: SparseCase) -> tuple[Tolerance, Tolerance]:
     return SPARSE_OUT, lse
 
 
-def check(case: SparseCase) -> None:
-    """Assert that the operator agrees with float64, which runs second: it cannot hide a bad write."""
+def check(case: SparseCase, decode: Callable[..., tuple[Tensor, Tensor]] = torch.ops.flashmla.sparse_decode) -> None:
+    """Assert that ``decode`` agrees with float64, which runs second: it cannot hide a bad write."""
     named = build(case)
-    out, lse = torch.ops.flashmla.sparse_decode(**named)
+    out, lse = decode(**named)
     expected, expected_lse = SPARSE_DECODE.reference(**named)
     out_tolerance, lse_tolerance = tolerances(case)
     problem = difference("out", out, expected, out_tolerance) or difference("lse", lse, expected_lse, lse_tolerance)

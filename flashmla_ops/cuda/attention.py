@@ -1,0 +1,325 @@
+"""``flashmla::decode`` and ``sparse_decode`` on CUDA: which kernel of `cutlass_kernels.attention` serves a call, and
+its launches.
+
+Nothing waits for the device, and nothing is read from it: blocks find their part of the work themselves, so the grid
+depends on sizes alone and a call can be captured in a graph. What no kernel takes runs as the float64 definition, and
+`explain` says why. A page that the cache does not have is masked, a length outside the table is clamped to it, and a
+schedule, which is for the parts of a CPU, only has to have the right form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlass_kernels.attention.config import Codes, CombineConfig, Config, DecodeConfig
+from cutlass_kernels.attention.magic import magic_of
+from cutlass_kernels.errors import ConfigError, MissingToolError
+from cutlass_kernels.gemm.problem import Device
+from flashmla_ops.cuda.driver import Grid, Values
+from flashmla_ops.formats import NATIVE, QUANTIZED, Grouped
+from flashmla_ops.ops.decode import DECODE, Decode
+from flashmla_ops.ops.operator import Operator
+from flashmla_ops.ops.sparse import SPARSE_DECODE, SparseDecode
+
+#: Names of element types, as configurations have them.
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+#: Tiles in shared memory, the best first.
+STAGES = (3, 2)
+#: Query rows of a block, the largest first.
+ROWS = (64, 32, 16)
+LOG2_E = math.log2(math.e)
+_INT32 = 2**31 - 1
+
+
+@dataclass
+class Engine:
+    """Runs kernels on one device. ``chosen`` remembers what served each sort of call, for `explain`."""
+
+    device: Device
+    run: Callable[[Config, Grid, Values], None]
+    chosen: dict[str, str] = field(default_factory=dict)
+    last: tuple[object, str] | None = None
+
+    def remember(self, call: Call, served: str) -> None:
+        """A line a sort of call; a hundred say enough."""
+        if self.last != (call.sort, served) and len(self.chosen) < 100:
+            self.chosen[str(call)] = served
+            self.last = (call.sort, served)
+
+
+class Unserved(Exception):
+    """No kernel takes a call; the message says what is in the way."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One source of a call: its tensors, and how many of the rows that ``index`` names count."""
+
+    name: str
+    kv: Tensor  # [n_pages, page_size, h_kv, d]
+    k: Tensor | None
+    index: Tensor  # [b, max_pages], or [b, s_q, topk]
+    lengths: Tensor | None  # [b]; None: all
+    row_format: str
+
+    @property
+    def codes(self) -> Codes | None:
+        return None if self.row_format == NATIVE else codes_of(self.row_format)
+
+    def check(self) -> None:
+        """Raises `Unserved` unless rows can be copied 16 bytes at a time."""
+        for name, tensor in ((self.name, self.kv), ("k_cache", self.k)):
+            apart = self.codes is not None and self.codes.tail > 0
+            if tensor is not None and not in_sixteens(tensor, apart):
+                raise Unserved(f"rows of {name} do not begin at multiples of 16 bytes")
+
+    def values(self, source: str) -> dict[str, Tensor | int | None]:
+        """The parameters of a kernel's source."""
+        index = self.index if self.index.stride(-1) == 1 or self.index.size(-1) <= 1 else self.index.contiguous()
+        if index.dim() == 3 and index.stride(0) != index.size(1) * index.stride(1):
+            index = index.contiguous()  # lines of query tokens, whatever the sequence
+        n_pages, page_size = self.kv.shape[:2]
+        magic, shift = magic_of(page_size)
+        capacity = index.size(-1) * (page_size if index.dim() == 2 else 1)
+        kv, k = _strides(self.kv), (0, 0, 0, 0) if self.k is None else _strides(self.k)
+        if self.codes is not None and self.codes.tail:
+            kv = (kv[0], self.codes.head, 0, 1)  # a page is one piece: the heads of its rows lie together
+        found = {
+            "kv": self.kv,
+            "k": self.k,
+            "index": index,
+            "lengths": None if self.lengths is None else self.lengths.contiguous(),
+            **dict(zip(("kv_page", "kv_row", "kv_head"), kv, strict=False)),
+            **dict(zip(("k_page", "k_row", "k_head"), k, strict=False)),
+            "index_row": 4 * index.stride(-2),
+            "n_pages": n_pages,
+            "page_size": page_size,
+            "page_magic": magic,
+            "page_shift": shift,
+            "capacity": min(capacity, _INT32),
+        }
+        return {f"{source}.{name}": value for name, value in found.items()}
+
+
+def codes_of(row_format: str) -> Codes:
+    """A row format in the terms of kernels."""
+    row = QUANTIZED[row_format]
+    assert isinstance(row, Grouped)
+    codes = {8: {False: "e4m3", True: "int8"}, 4: {False: "e2m1", True: "int4"}}
+    scales = {4: "float32", 1: "e4m3" if row.bits == 4 else "e8m0"}
+    return Codes(
+        name=row.name,
+        code=codes[row.bits][row.name.startswith("int")],
+        bits=row.bits,
+        values=row.values,
+        group=row.group,
+        scale=scales[row.scale_bytes],
+        scales_at=row.scales_at,
+        rope=row.rope,
+        rope_at=row.rope_at,
+        head=row.bytes - row.tail,
+        tail=row.tail,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `decode` and `sparse_decode` have in common, as kernels see it."""
+
+    op: str
+    q: Tensor  # [b, s_q, h_q, d_qk]
+    caches: Sequence[Cache]
+    qk_start: int
+    d_v: int
+    softmax_scale: float | None
+    causal: bool
+    sink: Tensor | None
+    source: str  # pages, or indices: then each query token is an item of its own
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of a sequence that are items of their own, or one item."""
+        return self.q.size(1) if self.source == "indices" else 1
+
+    @property
+    def s_q(self) -> int:
+        """Query tokens of an item."""
+        return self.q.size(1) // max(self.tokens, 1)
+
+    @property
+    def group(self) -> int:
+        return self.q.size(2) // self.caches[0].kv.size(2)
+
+    @property
+    def sort(self) -> object:
+        """What `str` tells apart, at less cost."""
+        return self.op, self.q.dtype, self.q.shape[1:], self.d_v, [(c.kv.shape[2:], c.row_format) for c in self.caches]
+
+    def __str__(self) -> str:
+        rows = " and ".join(
+            cache.row_format
+            if cache.codes
+            else " + ".join(str(t.size(3)) for t in (cache.kv, cache.k) if t is not None)
+            for cache in self.caches
+        )
+        heads = f"h_q {self.q.size(2)} h_kv {self.caches[0].kv.size(2)}"
+        return f"{self.op} {str(self.q.dtype)[6:]} s_q {self.q.size(1)} {heads} rows {rows} d_v {self.d_v}"
+
+
+def decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    """``flashmla::decode``."""
+    a: Decode = DECODE.bind(*args, **kwargs)
+    caches = [Cache("kv_cache", a.kv_cache, a.k_cache, a.block_table, a.cache_seqlens, a.row_format)]
+    call = Call("decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, a.causal, a.attn_sink, "pages")
+    return serve(engine, DECODE, a, call)
+
+
+def sparse_decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    """``flashmla::sparse_decode``."""
+    a: SparseDecode = SPARSE_DECODE.bind(*args, **kwargs)
+    caches = [Cache("kv_cache", a.kv_cache, a.k_cache, a.indices, a.topk_length, a.row_format)]
+    if a.extra_kv_cache is not None and a.extra_indices is not None:
+        extra = (a.extra_kv_cache, None, a.extra_indices, a.extra_topk_length, a.extra_row_format)
+        caches.append(Cache("extra_kv_cache", *extra))
+    call = Call("sparse_decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, False, a.attn_sink, "indices")
+    return serve(engine, SPARSE_DECODE, a, call)
+
+
+def serve(engine: Engine, operator: Operator[Any], a: Any, call: Call) -> Any:
+    """The results of a call, by a kernel if one takes it."""
+    results = operator.results(a)
+    try:
+        if getattr(a, "batch_invariant", False):
+            raise Unserved("no kernel keeps a sequence's bits whatever else is in the batch")
+        config = choose(engine.device, call)
+        found = launch(engine, call, config, [a.q.new_empty(shape, dtype=dtype) for shape, dtype in results])
+    except (Unserved, MissingToolError) as reason:
+        engine.remember(call, f"the float64 definition ({reason})")
+        return operator.reference(*a.values())
+    engine.remember(call, config.name)
+    return found
+
+
+def choose(device: Device, call: Call) -> DecodeConfig:
+    """The kernel for a call. Raises `Unserved`."""
+    for cache in call.caches:
+        cache.check()
+    first, second = call.caches[0], call.caches[1] if len(call.caches) > 1 else None
+    k = 0 if first.k is None else first.k.size(3)
+    sizes = (first.kv.size(3), k, call.qk_start, call.d_v, call.s_q * call.group)
+    return configured(device, call.q.dtype, sizes, call.source, first.row_format, second.row_format if second else "")
+
+
+@lru_cache(maxsize=1024)
+def configured(
+    device: Device, dtype: torch.dtype, sizes: tuple[int, ...], source: str, row_format: str, second: str
+) -> DecodeConfig:
+    """The kernel for calls of these sizes: kv, k, qk_start, d_v, and the query rows of an item. Raises `Unserved`."""
+    if device.capability < (8, 0):
+        raise Unserved(f"compute capability 8.0 is needed, the device has {device.capability}")
+    if dtype not in NAMES:
+        raise Unserved(f"kernels compute in bfloat16 and float16, q is {dtype}")
+    kv, k, qk_start, d_v, wanted = sizes
+    codes, second_codes = (codes_of(name) if name in QUANTIZED else None for name in (row_format, second))
+    needed = 0
+    for rows in ROWS:
+        if rows // 2 >= wanted and rows > ROWS[-1]:
+            continue  # a smaller block has room for all
+        for stages in STAGES:
+            try:
+                config = DecodeConfig(
+                    NAMES[dtype],
+                    codes.elements if codes else kv,
+                    k,
+                    qk_start,
+                    d_v,
+                    rows,
+                    stages=stages,
+                    source=source,
+                    codes=codes,
+                    second=bool(second),
+                    second_codes=second_codes,
+                )
+            except ConfigError as error:
+                raise Unserved("; ".join(error.problems)) from None
+            if config.shared_bytes <= device.shared_memory:
+                return config
+            needed = config.shared_bytes
+    raise Unserved(f"{needed} bytes of shared memory are needed, a block of the device has {device.shared_memory}")
+
+
+def in_sixteens(cache: Tensor, apart: bool) -> bool:
+    """Whether every row begins at a multiple of 16 bytes. ``apart``: only pages have strides."""
+    sizes, strides = cache.shape[: 1 if apart else 3], cache.stride()
+    steps = [stride * cache.element_size() for size, stride in zip(sizes, strides, strict=False) if size > 1]
+    return cache.data_ptr() % 16 == 0 and not any(step % 16 for step in steps)
+
+
+def launch(engine: Engine, call: Call, config: DecodeConfig, results: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The two kernels, into ``results`` (out and lse)."""
+    out, lse = results
+    if out.numel() == 0:
+        return out, lse
+    q = call.q
+    if q.stride(-1) != 1 or q.data_ptr() % 4 or any(stride % 2 for stride in q.stride()[:3]):
+        q = q.clone(memory_format=torch.contiguous_format)
+    h_kv, group = call.caches[0].kv.size(2), call.group
+    items = q.size(0) * call.tokens
+    rows = call.s_q * group
+    row_blocks = -(-rows // config.rows)
+    parts = max(1, engine.device.multiprocessors // row_blocks)
+    part_rows = row_blocks * config.rows
+    scale = q.size(3) ** -0.5 if call.softmax_scale is None else call.softmax_scale
+    shared: dict[str, Tensor | int | float | None] = {
+        "to.out": out,
+        "to.lse": lse,
+        "to.sink": None if call.sink is None else call.sink.contiguous(),
+        "to.out_parts": q.new_empty((parts, 2, part_rows, call.d_v), dtype=torch.float32),
+        "to.lse_parts": q.new_empty((parts, 2, part_rows), dtype=torch.float32),
+        "to.spans": q.new_empty((items * h_kv, 2), dtype=torch.int32),
+        **dict(zip(("to.out_batch", "to.out_token", "to.out_head"), _strides(out), strict=False)),
+        **dict(zip(("to.lse_batch", "to.lse_head", "to.lse_token"), _strides(lse), strict=False)),
+        "to.h_kv": h_kv,
+        **_divisor("to.tokens", call.tokens),
+        **_divisor("to.group", group),
+    }
+    first, *others = call.caches
+    own: Values = {
+        **first.values("first"),
+        **(others[0].values("second") if others else dict.fromkeys(f"second.{name}" for name in SOURCE)),
+        "q": q,
+        **dict(zip(("q_batch", "q_token", "q_head"), _strides(q), strict=False)),
+        "batch": items,
+        "s_q": call.s_q,
+        "causal": call.causal,
+        "scale": scale * LOG2_E,
+    }
+    engine.run(config, (row_blocks, parts, 1), {**shared, **own})
+    combine = CombineConfig(config.dtype, call.d_v)
+    grid = (items * h_kv, -(-rows // combine.warps), 1)
+    engine.run(combine, grid, {**shared, "rows": rows, "part_rows": part_rows})
+    return out, lse
+
+
+SOURCE = (
+    *("kv", "k", "index", "lengths", "kv_page", "kv_row", "kv_head", "k_page", "k_row", "k_head", "index_row"),
+    *("n_pages", "page_size", "page_magic", "page_shift", "capacity"),
+)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """In bytes."""
+    return tuple(stride * tensor.element_size() for stride in tensor.stride())
+
+
+def _divisor(name: str, value: int) -> dict[str, int]:
+    """A number that a kernel divides by."""
+    magic, shift = magic_of(max(value, 1))
+    return {name: value, f"{name}_magic": magic, f"{name}_shift": shift}
