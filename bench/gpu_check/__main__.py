@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_check import attention, gemms, kernels, limits, operators, pack, steps
+from bench.gpu_check import attention, caches, gemms, kernels, limits, operators, pack, steps
 from bench.gpu_check.report import Report, Row, file_name, table
 from bench.report import RESULTS
 from bench.runner import commit
@@ -24,7 +24,7 @@ from flashmla_ops.cuda.loader import device_of
 
 #: Seconds of the whole check, and by then what must be left for the steps that follow.
 SECONDS = 540.0
-AFTER_BUILD, AFTER_CORRECTNESS, AFTER_ATTENTION, AFTER_OPERATORS = 300.0, 250.0, 220.0, 130.0
+AFTER_BUILD, AFTER_CORRECTNESS, AFTER_CACHES, AFTER_ATTENTION, AFTER_OPERATORS = 300.0, 260.0, 240.0, 220.0, 130.0
 AFTER_SPEED, AFTER_TIMES = 60.0, 5.0
 #: Seconds without a row after which a step is taken to hang.
 PATIENCE = 60.0
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_of(torch.cuda.current_device())
     build_carried(report, device)
     steps.run(report, PATIENCE, kernels.check, device, AFTER_CORRECTNESS)
+    steps.run(report, PATIENCE, caches.check, "cuda", AFTER_CACHES)
     steps.run(report, PATIENCE, attention.check, AFTER_ATTENTION)
     steps.run(report, PATIENCE, operators.check, "cuda", AFTER_OPERATORS)
     steps.run(report, PATIENCE, limits.measure)

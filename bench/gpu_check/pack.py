@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench.gpu_check import caches
 from bench.gpu_check.attention import checked
 from bench.runner import ROOT, commit
 from cutlass_kernels.attention import libraries as attention_libraries
@@ -60,7 +61,7 @@ def _carry_dependency(name: str, folder: Path) -> None:
 
 def attention(arch: str) -> list[Config]:
     """The attention kernels that the check needs, and those of DeepSeek's models."""
-    return list(dict.fromkeys([*shipped(arch), *checked(arch)]))
+    return list(dict.fromkeys([*shipped(arch), *checked(arch), *caches.checked()]))
 
 
 def _carry_attention(archs: Sequence[str], cache: Path) -> None:
@@ -69,7 +70,7 @@ def _carry_attention(archs: Sequence[str], cache: Path) -> None:
         print(f"left out the attention kernels: {attention_libraries.DSL} is not installed", file=sys.stderr)
         return
     for arch in archs:
-        for built in attention_libraries.build_all([(config, arch) for config in attention(arch)]):
+        for built in attention_libraries.build_all([(config, arch) for config in attention(arch)], 2):
             shutil.copytree(built.folder, cache / built.folder.name, dirs_exist_ok=True)
 
 

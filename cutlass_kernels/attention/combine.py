@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, Int64, cute, range_constexpr
 
 from cutlass_kernels.attention import ptx
 from cutlass_kernels.attention.config import CombineConfig
-from cutlass_kernels.attention.decode import LOG2_E, Results
+from cutlass_kernels.attention.line import LOG2_E, Results
 
 Value = Any
 

@@ -37,14 +37,19 @@ def filled(kind: Any) -> Any:
 
 
 def kernel_of(config: Config) -> Any:
+    """The class of a module has its name: `DecodeKernel` is in `decode`."""
     module = importlib.import_module(f"cutlass_kernels.attention.{config.kind}")
-    return getattr(module, f"{config.kind.capitalize()}Kernel")(config)
+    name = "".join(part.capitalize() for part in config.kind.split("_"))
+    return getattr(module, f"{name}Kernel")(config)
 
 
 def compile_into(config: Config, arch: str, folder: Path) -> None:
     """Write kernel.ptx, kernel.cubin and report.json."""
     from cutlass import cute
 
+    from cutlass_kernels.attention import ptx
+
+    ptx.TARGET = arch
     kernel = kernel_of(config)
     started = time.monotonic()
     type(kernel).kernel.set_name_prefix(config.name, remove_cutlass_symbol=True, keep_mangled_name=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cutlass_kernels.errors import ConfigError
 
@@ -17,6 +17,8 @@ SCORE_PADDING = 8
 QUERY_AND_SUM_REGISTERS = 160
 #: Types of elements, and their names in PTX.
 PTX_TYPES = {"bf16": "bf16", "fp16": "f16"}
+#: Types of elements that are copied, encoded or merged, and their sizes.
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Codes:
     def elements(self) -> int:
         return self.values + self.rope
 
+    @property
+    def scale_bytes(self) -> int:
+        return 4 if self.scale == "float32" else 1
+
     def problems(self) -> Iterator[str]:
         if self.head % 16 or self.tail not in (0, 8):
             yield f"a row of {self.head} + {self.tail} bytes, expected a multiple of 16, and 0 or 8"
@@ -76,47 +82,43 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class DecodeConfig(Config):
-    """A kernel's constants. Sizes count elements; a row in shared memory is ``kv`` elements, then those of ``k``."""
+class CallConfig(Config):
+    """What a decode kernel is for. Sizes count elements; a whole row is ``kv`` elements, then those of ``k``.
 
-    kind = "decode"
+    Each kernel's own one has ``rows``, the query rows of a block, and ``tile``, the tokens of a tile.
+    """
 
     dtype: str  # bf16 or fp16
     kv: int  # elements of a row of kv_cache
     k: int  # elements of a row of k_cache; 0: there is none
     qk_start: int
     d_v: int
-    rows: int  # query rows of a block: 16, or a multiple of 32
-    tile: int = 32  # tokens
-    stages: int = 3  # tiles in shared memory
-    source: str = "pages"  # what names the rows of the cache: pages of a block table, or indices
-    codes: Codes | None = None  # None: the cache holds elements
-    second: bool = False  # whether there is a second source, of ``second_codes``
-    second_codes: Codes | None = None
+    source: str  # what names the rows of the cache: pages of a block table, or indices
+    codes: Codes | None  # None: the cache holds elements
+    second: bool  # whether there is a second source, of ``second_codes``
+    second_codes: Codes | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def rows(self) -> int: ...
+
+        @property
+        def tile(self) -> int: ...
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
             raise ConfigError(self.name, problems)
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> DecodeConfig:
+    def of(cls, fields: dict[str, Any]) -> CallConfig:
         """From what `fields` gives."""
         codes = {name: Codes(**fields[name]) for name in ("codes", "second_codes") if fields[name]}
         return cls(**(fields | codes))
 
     def _problems(self) -> Iterator[str]:
-        for name, size, unit in (
-            *((name, getattr(self, name), 8) for name in ("kv", "k", "qk_start")),
-            *((name, getattr(self, name), 16) for name in ("d", "d_qk", "d_v")),
-        ):
-            if size % unit:
-                yield f"{name} is {size}, expected a multiple of {unit}"
         if self.dtype not in PTX_TYPES:
             yield f"dtype is {self.dtype}, expected one of {', '.join(PTX_TYPES)}"
-        if self.rows not in (16, 32, 64):
-            yield f"rows is {self.rows}, expected 16, 32 or 64"
-        if self.tile % 32 or self.stages < 2:
-            yield f"a tile of {self.tile} tokens in {self.stages} stages, expected a multiple of 32 in at least 2"
         if self.source not in ("pages", "indices") or (self.second and self.source == "pages"):
             yield f"source is {self.source}, expected pages, or indices of one cache or two"
         if self.second and (self.codes is None) != (self.second_codes is None):
@@ -131,12 +133,43 @@ class DecodeConfig(Config):
         return tuple(codes for codes in (self.codes, self.second_codes) if codes is not None)
 
     @property
+    def described(self) -> str:
+        """The part of the name that says what the kernel is for."""
+        row = self.codes.name if self.codes else f"{self.dtype}_{self.kv}" + (f"_{self.k}" if self.k else "")
+        row += f"_{self.second_codes.name if self.second_codes else 'native'}" if self.second else ""
+        return f"{'decode' if self.source == 'pages' else 'sparse_decode'}_{row}_k{self.qk_start}_v{self.d_v}"
+
+    @property
     def d(self) -> int:
         return self.kv + self.k
 
     @property
     def d_qk(self) -> int:
         return self.d - self.qk_start
+
+
+@dataclass(frozen=True)
+class DecodeConfig(CallConfig):
+    """A kernel for sm_80 and newer."""
+
+    kind = "decode"
+
+    rows: int  # 16, 32 or 64
+    tile: int = 32
+    stages: int = 3  # tiles in shared memory
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        for name, size, unit in (
+            *((name, getattr(self, name), 8) for name in ("kv", "k", "qk_start")),
+            *((name, getattr(self, name), 16) for name in ("d", "d_qk", "d_v")),
+        ):
+            if size % unit:
+                yield f"{name} is {size}, expected a multiple of {unit}"
+        if self.rows not in (16, 32, 64):
+            yield f"rows is {self.rows}, expected 16, 32 or 64"
+        if self.tile % 32 or self.stages < 2:
+            yield f"a tile of {self.tile} tokens in {self.stages} stages, expected a multiple of 32 in at least 2"
 
     @property
     def down(self) -> int:
@@ -235,10 +268,102 @@ class DecodeConfig(Config):
 
     @property
     def name(self) -> str:
-        row = self.codes.name if self.codes else f"{self.dtype}_{self.kv}" + (f"_{self.k}" if self.k else "")
-        row += f"_{self.second_codes.name if self.second_codes else 'native'}" if self.second else ""
-        kind = "decode" if self.source == "pages" else "sparse_decode"
-        return f"{kind}_{row}_k{self.qk_start}_v{self.d_v}_m{self.rows}_n{self.tile}x{self.stages}"
+        return f"{self.described}_m{self.rows}_n{self.tile}x{self.stages}"
+
+
+@dataclass(frozen=True)
+class DecodeSm90Config(CallConfig):
+    """A kernel for sm_90a: two warpgroups compute, a third one copies; shared memory holds two tiles."""
+
+    kind = "decode_sm90"
+    rows: ClassVar[int] = 64
+    tile: ClassVar[int] = 64
+    #: Bytes of 64 rows of 64 elements: what shared memory is laid out in.
+    block_bytes: ClassVar[int] = 64 * 128
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        if self.kv % 64 or self.k % 64 or self.qk_start:
+            yield f"rows of {self.kv} + {self.k} elements, keys from {self.qk_start} on: expected 64 n + 64 m, from 0"
+        for codes in self.all_codes:
+            if codes.values % 64 or codes.rope % 64:
+                yield f"{codes.values} values and {codes.rope} others, expected multiples of 64"
+        if self.d_v % 128 or not 128 <= self.d_v <= min(self.kv, 512):
+            yield f"d_v is {self.d_v}, expected a multiple of 128 up to {min(self.kv, 512)}"
+
+    @property
+    def threads(self) -> int:
+        return 3 * 4 * WARP
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 elements of a row."""
+        return self.d // 64
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @property
+    def queries_at(self) -> int:
+        """Behind the two tiles."""
+        return 2 * self.stage_bytes
+
+    @property
+    def shares(self) -> bool:
+        """Whether the weights of odd tiles take the place of the tile's last block, which is no part of the value."""
+        return self.d > self.d_v
+
+    def weights_at(self, stage: int) -> int:
+        if stage == 1 and self.shares:
+            return 2 * self.stage_bytes - self.block_bytes
+        return 3 * self.stage_bytes + stage * self.block_bytes
+
+    @property
+    def tops_at(self) -> int:
+        """A float32 a row and stage: the maximum that the weights of its tile are relative to."""
+        return 3 * self.stage_bytes + (1 if self.shares else 2) * self.block_bytes
+
+    @property
+    def norms_at(self) -> int:
+        """A float32 a row and warpgroup, for even and odd items."""
+        return self.tops_at + 2 * 4 * self.rows
+
+    @property
+    def live_at(self) -> int:
+        """A byte a token and stage: whether it is to be attended to."""
+        return self.norms_at + 4 * 4 * self.rows
+
+    @property
+    def full_at(self) -> int:
+        """An mbarrier a stage and block: it has been copied."""
+        return self.live_at + 2 * self.tile
+
+    @property
+    def free_at(self) -> int:
+        """An mbarrier a stage and half of the value: it may be overwritten."""
+        return self.full_at + 2 * 8 * self.blocks
+
+    @property
+    def weighed_at(self) -> int:
+        """An mbarrier a stage: the weights of its tile are there."""
+        return self.free_at + 4 * 8
+
+    @property
+    def queries_full_at(self) -> int:
+        return self.weighed_at + 2 * 8
+
+    @property
+    def queries_free_at(self) -> int:
+        return self.queries_full_at + 8
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.queries_free_at + 8
+
+    @property
+    def name(self) -> str:
+        return f"{self.described}_sm90"
 
 
 @dataclass(frozen=True)
@@ -261,4 +386,125 @@ class CombineConfig(Config):
         return f"combine_{self.dtype}_v{self.d_v}"
 
 
-CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (DecodeConfig, CombineConfig)}
+@dataclass(frozen=True)
+class AppendConfig(Config):
+    """How rows get into a cache: copied, or encoded as ``codes``.
+
+    ``width``: bytes of an access, which addresses and strides are multiples of. Rows to be encoded always are of 16;
+    then it is of the cache alone, 16 or 1.
+    """
+
+    kind = "append"
+    #: Warps of a block, each with a row at a time.
+    warps: ClassVar[int] = 8
+    #: Rows of a block at most: one a bit of a word.
+    most_rows: ClassVar[int] = 32
+    #: Entries of a table in shared memory: the lowest bits of a slot name one.
+    table: ClassVar[int] = 1024
+
+    width: int
+    codes: Codes | None = None
+    dtype: str = ""  # of rows to be encoded: bf16, fp16 or fp32
+    least_exponent: int = 0  # of the scales of e4m3
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ConfigError(self.name, problems)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> AppendConfig:
+        """From what `fields` gives."""
+        return cls(**(fields | {"codes": Codes(**fields["codes"]) if fields["codes"] else None}))
+
+    def _problems(self) -> Iterator[str]:
+        widths = (16, 1) if self.codes else (16, 8, 4, 2)
+        if self.width not in widths:
+            yield f"width is {self.width}, expected one of {widths}"
+        if self.codes is not None:
+            yield from self.codes.problems()
+            if self.dtype not in ELEMENT_BYTES:
+                yield f"dtype is {self.dtype}, expected one of {', '.join(ELEMENT_BYTES)}"
+            if self.codes.group // 8 not in (2, 4, 8, 16, 32):
+                yield f"groups of {self.codes.group}, expected 16 to 256, a power of two"
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+    @property
+    def slots_at(self) -> int:
+        """Behind the table: the slots of the block's rows."""
+        return 4 * self.table
+
+    @property
+    def late_at(self) -> int:
+        """A word with a bit for each row of the block that a later one replaces."""
+        return self.slots_at + 4 * self.most_rows
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.late_at + 16
+
+    @property
+    def name(self) -> str:
+        return f"append_{f'{self.codes.name}_{self.dtype}' if self.codes else 'native'}_w{self.width}"
+
+
+@dataclass(frozen=True)
+class MergeConfig(Config):
+    """``dtype`` of the parts: bf16, fp16 or fp32; ``width``: elements of an access, 16 bytes of them or 1."""
+
+    kind = "merge"
+    #: Rows of a block, one a warp.
+    warps: ClassVar[int] = 8
+    #: Parts of a launch.
+    parts: ClassVar[int] = 8
+
+    dtype: str
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ELEMENT_BYTES or self.width not in (1, 16 // ELEMENT_BYTES[self.dtype]):
+            raise ConfigError(self.name, [f"{self.width} elements of {self.dtype}, expected 16 bytes, or 1 element"])
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.warps
+
+    @property
+    def name(self) -> str:
+        return f"merge_{self.dtype}_w{self.width}"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Config):
+    """``unit``: tokens that cuts fall on multiples of; a part has ``least_units`` of them or more."""
+
+    kind = "schedule"
+
+    unit: int
+    least_units: int
+    header: int  # numbers before the lengths
+
+    @property
+    def threads(self) -> int:
+        return 1024
+
+    @property
+    def totals_at(self) -> int:
+        """Behind what has been summed up to each sequence of a chunk: the sums of warps."""
+        return 8 * self.threads
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.totals_at + 8 * WARP
+
+    @property
+    def name(self) -> str:
+        return f"schedule_u{self.unit}x{self.least_units}_h{self.header}"
+
+
+CONFIGS: dict[str, type[Config]] = {
+    config.kind: config
+    for config in (DecodeConfig, DecodeSm90Config, CombineConfig, AppendConfig, MergeConfig, ScheduleConfig)
+}

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 
 from cutlass_kernels.attention.config import PTX_TYPES
 
+#: The architecture that this process compiles for, which `compile` sets: sm_90a, say.
+TARGET = "sm_80"
 #: A value of the DSL, whose class is known only where a kernel is traced.
 Value = Any
+
+
+def is_for(capability: int) -> bool:
+    """Whether the kernel needs to run on no device below this compute capability, times 10."""
+    return int(TARGET.removeprefix("sm_").rstrip("a")) >= capability
 
 
 def _get(instruction: str, results: Sequence[Any], *inputs: Value) -> list[Value]:
@@ -48,15 +55,45 @@ def load_floats(address: Value, count: int, offset: int = 0) -> list[Value]:
     return _get(f"ld.global{_vector(count)}.f32 {{0}}, [{{$r0}}+{offset}];", [Float32] * count, address)
 
 
+def load_words(address: Value, count: int, offset: int = 0, kind: str = "b32") -> list[Value]:
+    """As `load`, several at once; ``kind``: the type in the instruction. One of fewer bits gets zeros above it."""
+    return _get(f"ld.global.nc{_vector(count)}.{kind} {{0}}, [{{$r0}}+{offset}];", [Uint32] * count, address)
+
+
+def load_wide(address: Value) -> Value:
+    """As `load`, 64 bits."""
+    return _get("ld.global.nc.b64 {0}, [{$r0}];", [Int64], address)[0]
+
+
 def store(address: Value, values: Sequence[Value], kind: str, offset: int = 0) -> None:
     """``kind``: the type in the instruction, as b32."""
     text = f"st.global{_vector(len(values))}.{kind} [{{$r0}}+{offset}], {_list(1, len(values))};"
     inline_ptx(text, read_only_args=[address, *values])
 
 
+def load_vector(address: Value, count: int, offset: int = 0) -> list[Value]:
+    """As `load`, of 32-bit values side by side."""
+    return _get(f"ld.global.nc{_vector(count)}.b32 {{0}}, [{{$r0}}+{offset}];", [Uint32] * count, address)
+
+
+def load_global_byte(address: Value, offset: int = 0) -> Value:
+    return _get(f"ld.global.nc.u8 {{0}}, [{{$r0}}+{offset}];", [Uint32], address)[0]
+
+
+def prefetch(address: Value, offset: int = 0) -> None:
+    """Bring the line of this address to L2."""
+    inline_ptx(f"prefetch.global.L2 [{{$r0}}+{offset}];", read_only_args=[address])
+
+
 def copy16(shared: Value, address: Value, size: Value, offset: int = 0) -> None:
     """Begin to copy ``size`` (0 or 16) bytes to shared memory, which takes 16: the rest becomes zeros."""
     text = f"cp.async.cg.shared.global [{{$r0}}+{offset}], [{{$r1}}+{offset}], 16, {{$r2}};"
+    inline_ptx(text, read_only_args=[shared, address, size])
+
+
+def copy16_to(shared: Value, address: Value, size: Value, to: int, at: int) -> None:
+    """`copy16` with an offset of its own on either side."""
+    text = f"cp.async.cg.shared.global [{{$r0}}+{to}], [{{$r1}}+{at}], 16, {{$r2}};"
     inline_ptx(text, read_only_args=[shared, address, size])
 
 
@@ -75,6 +112,19 @@ def load_shared(address: Value, count: int = 1, offset: int = 0, kind: Any = Flo
 
 def load_byte(address: Value) -> Value:
     return _get("ld.shared.u8 {0}, [{$r0}];", [Uint32], address)[0]
+
+
+def load_two_bytes(address: Value, offset: int = 0) -> Value:
+    return _get(f"ld.shared.u16 {{0}}, [{{$r0}}+{offset}];", [Uint32], address)[0]
+
+
+def load_shared_wide(address: Value) -> Value:
+    return _get("ld.shared.b64 {0}, [{$r0}];", [Int64], address)[0]
+
+
+def or_shared(address: Value, value: Value) -> None:
+    """Set the bits of ``value``; several threads may at once."""
+    inline_ptx("red.shared.or.b32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
 def store_shared(address: Value, values: Sequence[Value], kind: str, offset: int = 0) -> None:
@@ -116,8 +166,17 @@ def exp2(value: Value) -> Value:
     return _get("ex2.approx.ftz.f32 {0}, {$r0};", [Float32], value)[0]
 
 
+def exp2_subnormal(value: Value) -> Value:
+    """As `exp2`, down to the least subnormal number."""
+    return _get("ex2.approx.f32 {0}, {$r0};", [Float32], value)[0]
+
+
 def log2(value: Value) -> Value:
     return _get("lg2.approx.ftz.f32 {0}, {$r0};", [Float32], value)[0]
+
+
+def fma(value: Value, factor: Value, addend: Value) -> Value:
+    return _get("fma.rn.ftz.f32 {0}, {$r0}, {$r1}, {$r2};", [Float32], value, factor, addend)[0]
 
 
 def maximum(first: Value, second: Value) -> Value:
@@ -125,10 +184,56 @@ def maximum(first: Value, second: Value) -> Value:
     return _get("max.f32 {0}, {$r0}, {$r1};", [Float32], first, second)[0]
 
 
+def quotient(value: Value, divisor: Value) -> Value:
+    """Of two float32, rounded to nearest."""
+    return _get("div.rn.f32 {0}, {$r0}, {$r1};", [Float32], value, divisor)[0]
+
+
+def multiply_add(a: Value, b: Value, c: Value) -> Value:
+    """a b + c, rounded once."""
+    return _get("fma.rn.f32 {0}, {$r0}, {$r1}, {$r2};", [Float32], a, b, c)[0]
+
+
+def nearest(value: Value) -> Value:
+    """The integer next to a float32, ties to even."""
+    return _get("cvt.rni.s32.f32 {0}, {$r0};", [Int32], value)[0]
+
+
+def ceiling(value: Value) -> Value:
+    """The least integer that is no less than a float32."""
+    return _get("cvt.rpi.s32.f32 {0}, {$r0};", [Int32], value)[0]
+
+
+def half_to_float(word: Value) -> Value:
+    """From the lower 16 bits."""
+    return _get("{ .reg .b16 half; cvt.u16.u32 half, {$r0}; cvt.f32.f16 {0}, half; }", [Float32], word)[0]
+
+
+def warp_or(value: Value) -> Value:
+    """The bits that any lane of the warp has set."""
+    return _get("redux.sync.or.b32 {0}, {$r0}, 0xffffffff;", [Uint32], value)[0]
+
+
+def lowest_bit(value: Value) -> Value:
+    """The number of the lowest bit that is set."""
+    return _get("{ .reg .b32 turned; brev.b32 turned, {$r0}; clz.b32 {0}, turned; }", [Int32], value)[0]
+
+
 def divide(value: Value, magic: Value, shift: Value) -> Value:
     """value // divisor for 0 <= value < 2 ** 31, by the numbers that `magic_of` gives."""
     text = "{ .reg .b64 wide; mul.wide.u32 wide, {$r0}, {$r1}; shr.u64 wide, wide, {$r2}; cvt.u32.u64 {0}, wide; }"
     return _get(text, [Int32], value, magic, shift)[0]
+
+
+def from_e4m3(word: Value) -> list[Value]:
+    """Four numbers from their codes: sm_89 and newer."""
+    text = (
+        "{ .reg .b16 low, high; .reg .b32 x, y; mov.b32 {low, high}, {$r0}; cvt.rn.f16x2.e4m3x2 x, low; "
+        "cvt.rn.f16x2.e4m3x2 y, high; mov.b32 {$w0}, x; mov.b32 {$w1}, y; }"
+    )
+    wider = "{ .reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.f32.f16 {$w0}, low; cvt.f32.f16 {$w1}, high; }"
+    halves = _get(text, [Uint32, Uint32], word)
+    return [number for half in halves for number in _get(wider, [Float32, Float32], half)]
 
 
 def bits(value: Value, kind: Any) -> Value:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cutlass import Float32, Int32, Int64, Uint32, const_expr, cute, range_constexpr
 
 from cutlass_kernels.attention import ptx
-from cutlass_kernels.attention.config import Codes, DecodeConfig
+from cutlass_kernels.attention.config import CallConfig, Codes
 
 #: Threads that copy a row together, 128 bytes at a time.
 LOADERS = 8
@@ -43,13 +43,14 @@ class Source(NamedTuple):
 class Rows:
     """The rows of one source of a kernel: their copies, and their decoding if they are ``codes``."""
 
-    def __init__(self, config: DecodeConfig, codes: Codes | None, kv: int, k: int) -> None:
-        """``kv`` and ``k``: elements of a row of each cache, where they are no codes."""
-        self.config, self.kv, self.k = config, kv, k
+    def __init__(self, config: CallConfig, codes: Codes | None, kv: int, k: int, copiers: int) -> None:
+        """``kv`` and ``k``: elements of a row of each cache, if they are no codes. ``copiers``: threads that copy."""
+        self.config: Any = config
+        self.kv, self.k = kv, k
         self.codes: Any = codes
+        self.step = copiers // LOADERS
         #: Rows of a tile that a thread takes part in copying.
-        self.passes = config.tile * LOADERS // config.threads
-        self.step = config.threads // LOADERS
+        self.passes = config.tile // self.step
 
     @cute.jit
     def length(self, s: Source, sequence: Int32) -> Int32:
@@ -73,29 +74,36 @@ class Rows:
             found[i] = place
 
     @cute.jit
+    def locate(self, s: Source, head: Int32, place: Int32, at: Int32) -> tuple[Int32, Int64, Int64, Int64]:
+        """16 if there is a row, else 0; and where it is: in kv_cache, in k_cache, and what a page holds apart of it.
+
+        ``place`` is a slot, or the page of the ``at``-th row of a sequence.
+        """
+        size, kv_from, k_from, tail_from = Int32(0), s.kv, s.k, s.kv
+        if place >= 0:
+            row = place if const_expr(self.config.source == "indices") else at
+            quotient = ptx.divide(row, s.page_magic, s.page_shift)
+            page = quotient if const_expr(self.config.source == "indices") else place
+            if page < s.n_pages:
+                size = Int32(16)
+                offset = row - quotient * s.page_size
+                kv_from = s.kv + Int64(page) * s.kv_page + Int64(offset) * s.kv_row + Int64(head) * s.kv_head
+                if const_expr(self.k > 0):
+                    k_from = s.k + Int64(page) * s.k_page + Int64(offset) * s.k_row + Int64(head) * s.k_head
+                if const_expr(self.codes is not None and self.codes.tail > 0):
+                    tail_from = s.kv + Int64(page) * s.kv_page + Int64(s.page_size) * self.codes.head
+                    tail_from += Int64(offset) * self.codes.tail
+        return size, kv_from, k_from, tail_from
+
+    @cute.jit
     def copy(
         self, s: Source, head: Int32, found: cute.Tensor, first: Int32, token: Int32, chunk: Int32, stage: Int32
     ) -> None:
         """Begin to copy this thread's part of a tile, zeros where there is no row, and note which rows there are."""
         c = self.config
         for i in range_constexpr(self.passes):
-            row, place = token + i * self.step, found[i]
-            # A slot has its page and its place in it; of a page, the place is that of the row in its sequence.
-            at = place if const_expr(c.source == "indices") else first + row
-            quotient = Int32(0)
-            size, kv_from, k_from, tail_from = Int32(0), s.kv, s.k, s.kv
-            if place >= 0:
-                quotient = ptx.divide(at, s.page_magic, s.page_shift)
-                page = quotient if const_expr(c.source == "indices") else place
-                if page < s.n_pages:
-                    size = Int32(16)
-                    offset = at - quotient * s.page_size
-                    kv_from = s.kv + Int64(page) * s.kv_page + Int64(offset) * s.kv_row + Int64(head) * s.kv_head
-                    if const_expr(self.k > 0):
-                        k_from = s.k + Int64(page) * s.k_page + Int64(offset) * s.k_row + Int64(head) * s.k_head
-                    if const_expr(self.codes is not None and self.codes.tail > 0):
-                        tail_from = s.kv + Int64(page) * s.kv_page + Int64(s.page_size) * self.codes.head
-                        tail_from += Int64(offset) * self.codes.tail
+            row = token + i * self.step
+            size, kv_from, k_from, tail_from = self.locate(s, head, found[i], first + row)
             if chunk == 0:
                 ptx.store_shared(stage + c.live_at + row, [size], "b8")
             if const_expr(self.codes is None):
@@ -157,26 +165,37 @@ class Rows:
         """Eight elements: the unit-th of a row."""
         codes = self.codes
         words = ptx.load_shared(raw + unit * codes.bits, codes.bits // 4, 0, Uint32)
-        group = unit // (codes.group // 8)
-        scale = Float32(0.0)
-        if const_expr(codes.scale == "float32"):
-            scale = ptx.load_shared(raw + codes.scales_at + group * 4)[0]
+        group = raw + codes.scales_at + unit // (codes.group // 8) * codes.scale_bytes
+        stored = Uint32(0)
+        if const_expr(codes.scale_bytes == 4):
+            stored = ptx.load_shared(group, 1, 0, Uint32)[0]
         else:
-            stored = ptx.load_byte(raw + codes.scales_at + group)
+            stored = ptx.load_byte(group)
+        ptx.store_shared(to, self.elements(words, stored), "b32")
+
+    @cute.jit
+    def elements(self, words: list[Value], stored: Uint32) -> list[Value]:
+        """Eight elements in pairs, from their codes and their scale."""
+        codes = self.codes
+        scale = ptx.bits(stored, Float32)
+        if const_expr(codes.scale != "float32"):
             scale = e8m0(stored) if const_expr(codes.scale == "e8m0") else e4m3(stored << 24)
         values = []
-        for i in range_constexpr(8):
-            if const_expr(codes.code == "e4m3"):
-                value = e4m3(words[i // 4] << (24 - 8 * (i % 4)))
-            elif const_expr(codes.code == "int8"):
-                value = int8(words[i // 4] ^ Uint32(0x80808080), i % 4)
-            elif const_expr(codes.code == "e2m1"):
-                value = e2m1(words[0] << (28 - 4 * i))
-            else:
-                value = int4(words[0] >> (4 * i))
-            values.append(value * scale)
-        pairs = [ptx.pack(values[2 * i], values[2 * i + 1], self.config.dtype) for i in range(4)]
-        ptx.store_shared(to, pairs, "b32")
+        if const_expr(codes.code == "e4m3" and ptx.is_for(89)):
+            for word in words:
+                values += ptx.from_e4m3(word)
+        else:
+            for i in range_constexpr(8):
+                if const_expr(codes.code == "e4m3"):
+                    values.append(e4m3(words[i // 4] << (24 - 8 * (i % 4))))
+                elif const_expr(codes.code == "int8"):
+                    values.append(int8(words[i // 4] ^ Uint32(0x80808080), i % 4))
+                elif const_expr(codes.code == "e2m1"):
+                    values.append(e2m1(words[0] << (28 - 4 * i)))
+                else:
+                    values.append(int4(words[0] >> (4 * i)))
+        dtype = self.config.dtype
+        return [ptx.pack(values[2 * i] * scale, values[2 * i + 1] * scale, dtype) for i in range(4)]
 
 
 @cute.jit

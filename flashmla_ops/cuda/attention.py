@@ -10,15 +10,15 @@ schedule, which is for the parts of a CPU, only has to have the right form.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cutlass_kernels.attention.config import Codes, CombineConfig, Config, DecodeConfig
+from cutlass_kernels.attention.config import CallConfig, Codes, CombineConfig, Config, DecodeConfig, DecodeSm90Config
 from cutlass_kernels.attention.magic import magic_of
 from cutlass_kernels.errors import ConfigError, MissingToolError
 from cutlass_kernels.gemm.problem import Device
@@ -38,6 +38,14 @@ LOG2_E = math.log2(math.e)
 _INT32 = 2**31 - 1
 
 
+class Sorted(Protocol):
+    """A call, as `explain` has it by `str`."""
+
+    @property
+    def sort(self) -> object:
+        """What `str` tells apart, at less cost."""
+
+
 @dataclass
 class Engine:
     """Runs kernels on one device. ``chosen`` remembers what served each sort of call, for `explain`."""
@@ -47,7 +55,7 @@ class Engine:
     chosen: dict[str, str] = field(default_factory=dict)
     last: tuple[object, str] | None = None
 
-    def remember(self, call: Call, served: str) -> None:
+    def remember(self, call: Sorted, served: str) -> None:
         """A line a sort of call; a hundred say enough."""
         if self.last != (call.sort, served) and len(self.chosen) < 100:
             self.chosen[str(call)] = served
@@ -207,7 +215,7 @@ def serve(engine: Engine, operator: Operator[Any], a: Any, call: Call) -> Any:
     return found
 
 
-def choose(device: Device, call: Call) -> DecodeConfig:
+def choose(device: Device, call: Call) -> CallConfig:
     """The kernel for a call. Raises `Unserved`."""
     for cache in call.caches:
         cache.check()
@@ -220,7 +228,7 @@ def choose(device: Device, call: Call) -> DecodeConfig:
 @lru_cache(maxsize=1024)
 def configured(
     device: Device, dtype: torch.dtype, sizes: tuple[int, ...], source: str, row_format: str, second: str
-) -> DecodeConfig:
+) -> CallConfig:
     """The kernel for calls of these sizes: kv, k, qk_start, d_v, and the query rows of an item. Raises `Unserved`."""
     if device.capability < (8, 0):
         raise Unserved(f"compute capability 8.0 is needed, the device has {device.capability}")
@@ -228,31 +236,29 @@ def configured(
         raise Unserved(f"kernels compute in bfloat16 and float16, q is {dtype}")
     kv, k, qk_start, d_v, wanted = sizes
     codes, second_codes = (codes_of(name) if name in QUANTIZED else None for name in (row_format, second))
-    needed = 0
+    what = (NAMES[dtype], codes.elements if codes else kv, k, qk_start, d_v, source, codes, bool(second), second_codes)
+    problems: list[str] = []
+    for make in candidates(device, wanted):
+        try:
+            config = make(*what)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if config.shared_bytes <= device.shared_memory:
+            return config
+        problems.append(f"{config.shared_bytes} bytes of shared memory are needed, not {device.shared_memory}")
+    raise Unserved("; ".join(dict.fromkeys(problems)))
+
+
+def candidates(device: Device, wanted: int) -> Iterator[Callable[..., CallConfig]]:
+    """Kernels for ``wanted`` query rows of an item, the best first."""
+    if device.capability == (9, 0) and wanted > 32:
+        yield DecodeSm90Config
     for rows in ROWS:
         if rows // 2 >= wanted and rows > ROWS[-1]:
             continue  # a smaller block has room for all
         for stages in STAGES:
-            try:
-                config = DecodeConfig(
-                    NAMES[dtype],
-                    codes.elements if codes else kv,
-                    k,
-                    qk_start,
-                    d_v,
-                    rows,
-                    stages=stages,
-                    source=source,
-                    codes=codes,
-                    second=bool(second),
-                    second_codes=second_codes,
-                )
-            except ConfigError as error:
-                raise Unserved("; ".join(error.problems)) from None
-            if config.shared_bytes <= device.shared_memory:
-                return config
-            needed = config.shared_bytes
-    raise Unserved(f"{needed} bytes of shared memory are needed, a block of the device has {device.shared_memory}")
+            yield partial(DecodeConfig, rows=rows, stages=stages)
 
 
 def in_sixteens(cache: Tensor, apart: bool) -> bool:
@@ -262,19 +268,20 @@ def in_sixteens(cache: Tensor, apart: bool) -> bool:
     return cache.data_ptr() % 16 == 0 and not any(step % 16 for step in steps)
 
 
-def launch(engine: Engine, call: Call, config: DecodeConfig, results: list[Tensor]) -> tuple[Tensor, Tensor]:
+def launch(engine: Engine, call: Call, config: CallConfig, results: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The two kernels, into ``results`` (out and lse)."""
     out, lse = results
     if out.numel() == 0:
         return out, lse
     q = call.q
-    if q.stride(-1) != 1 or q.data_ptr() % 4 or any(stride % 2 for stride in q.stride()[:3]):
+    unit = 16 if isinstance(config, DecodeSm90Config) else 4  # bytes that queries are loaded by
+    if q.stride(-1) != 1 or q.data_ptr() % unit or any(stride * q.element_size() % unit for stride in q.stride()[:3]):
         q = q.clone(memory_format=torch.contiguous_format)
     h_kv, group = call.caches[0].kv.size(2), call.group
     items = q.size(0) * call.tokens
     rows = call.s_q * group
     row_blocks = -(-rows // config.rows)
-    parts = max(1, engine.device.multiprocessors // row_blocks)
+    parts = parts_of(items * h_kv, engine.device.multiprocessors // row_blocks)
     part_rows = row_blocks * config.rows
     scale = q.size(3) ** -0.5 if call.softmax_scale is None else call.softmax_scale
     shared: dict[str, Tensor | int | float | None] = {
@@ -306,6 +313,17 @@ def launch(engine: Engine, call: Call, config: DecodeConfig, results: list[Tenso
     grid = (items * h_kv, -(-rows // combine.warps), 1)
     engine.run(combine, grid, {**shared, "rows": rows, "part_rows": part_rows})
     return out, lse
+
+
+def parts_of(items: int, most: int) -> int:
+    """Parts of the line of work: as many as run at once; or few less, if items of equal length are cut alike then.
+
+    64 items in 66 parts would nearly all be cut, and merged; in 64 parts none is.
+    """
+    even = (
+        parts for parts in range(most, most - most // 16 - 1, -1) if parts and not (items % parts and parts % items)
+    )
+    return max(1, next(even, most))
 
 
 SOURCE = (

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cutlass_kernels.attention import libraries
-from cutlass_kernels.attention.config import CombineConfig, Config
+from cutlass_kernels.attention.config import AppendConfig, CombineConfig, Config
 from cutlass_kernels.errors import CutlassKernelsError
 from cutlass_kernels.gemm.problem import Device
+from flashmla_ops.cuda.append import quantising
 from flashmla_ops.cuda.attention import NAMES, Cache, Call, choose
+from flashmla_ops.cuda.states import SCHEDULE, merging
 from flashmla_ops.errors import BuildError
 from flashmla_ops.formats import NATIVE, QUANTIZED
 
@@ -36,7 +38,14 @@ def shipped(arch: str) -> list[Config]:
     found: dict[Config, None] = {CombineConfig(name, 512): None for name in NAMES.values()}
     for call in calls():
         found.setdefault(choose(DEVICES[arch], call))
-    return list(found)
+    return [*found, *around()]
+
+
+def around() -> Iterator[Config]:
+    """What appends to caches, merges and makes schedules."""
+    yield from (AppendConfig(16), SCHEDULE)
+    yield from (quantising(name, torch.bfloat16, 16) for name in QUANTIZED)
+    yield from (merging(dtype, True) for dtype in NAMES)
 
 
 def build(archs: Sequence[str]) -> Iterator[str]:

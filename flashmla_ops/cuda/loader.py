@@ -16,7 +16,7 @@ from cutlass_kernels.gemm import abi, heuristics
 from cutlass_kernels.gemm.catalogue import kernels
 from cutlass_kernels.gemm.choose import Choice
 from cutlass_kernels.gemm.problem import Device
-from flashmla_ops.cuda import attention, driver, gemm
+from flashmla_ops.cuda import append, attention, driver, gemm, states
 from flashmla_ops.cuda.attention import Engine
 from flashmla_ops.cuda.driver import Grid, Values
 from flashmla_ops.cuda.launch import Launcher
@@ -29,7 +29,14 @@ PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "grouped_gemm": gemm.grouped_gemm,
 }
 #: Operators of `cutlass_kernels.attention`.
-ATTENTION: dict[str, Callable[..., Any]] = {"decode": attention.decode, "sparse_decode": attention.sparse_decode}
+ATTENTION: dict[str, Callable[..., Any]] = {
+    "decode": attention.decode,
+    "sparse_decode": attention.sparse_decode,
+    "append_": append.append,
+    "append_.two": append.append_two,
+    "merge_states": states.merge_states,
+    "decode_schedule": states.decode_schedule,
+}
 #: What serves each operator on CUDA.
 OPERATORS = dict.fromkeys(PRODUCTS, "CUTLASS or torch") | dict.fromkeys(ATTENTION, "CuTe DSL")
 
@@ -45,9 +52,10 @@ def load() -> bool:
     return True
 
 
-def _on_device(function: Callable[..., Any], by: Callable[[int], Any], first: Tensor, *rest: Any, **named: Any) -> Any:
-    with torch.cuda.device(first.device):
-        return function(by(first.device.index), first, *rest, **named)
+def _on_device(function: Callable[..., Any], by: Callable[[int], Any], first: Any, *rest: Any, **named: Any) -> Any:
+    device = (first if isinstance(first, Tensor) else first[0]).device
+    with torch.cuda.device(device):
+        return function(by(device.index), first, *rest, **named)
 
 
 def device_of(index: int) -> Device:

@@ -9,7 +9,7 @@ With a ``row_format`` other than "native" the cache holds bytes, and rows are qu
     row_format    "native", or a name of `flashmla_ops.formats`
 
 Raises `ArgumentError` for shapes, types and devices that do not fit, and for a slot past the end of the cache before
-anything is written.
+anything is written. A kernel on CUDA skips the row of such a slot instead: nothing waits for the device.
 """
 
 from __future__ import annotations

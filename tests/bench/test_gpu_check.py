@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu_check import __main__, attention, gemms, limits, operators, pack, steps, timing
+from bench.gpu_check import __main__, attention, caches, gemms, limits, operators, pack, steps, timing
 from bench.gpu_check.report import Report, file_name, table
 from cutlass_kernels.build import libraries
 from cutlass_kernels.gemm.catalogue import kernels
@@ -185,7 +185,8 @@ def test_what_is_packed_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("arch", DEVICES)
 def test_attention_cases_cover_what_is_shipped(arch: str) -> None:
     """In one of their types at least; blocks of 32 rows have the code of those of 64."""
-    needed = {config.name.replace("fp16", "bf16") for config in attention.checked(arch)}
+    checked = (*attention.checked(arch), *caches.checked())
+    needed = {config.name.replace("fp16", "bf16") for config in checked}
     wanted = {config.name.replace("fp16", "bf16") for config in shipped(arch) if "_m32_" not in config.name}
     assert needed >= wanted, wanted - needed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,10 +20,15 @@ from cutlass_kernels.attention import libraries
 from cutlass_kernels.attention.config import Config
 from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda.attention import Engine
+from flashmla_ops.cuda.catalogue import DEVICES
 from flashmla_ops.cuda.driver import Grid, Values, pack
 
 #: Parameters whose memory a kernel writes before anything reads it.
-WRITTEN = frozenset({"to.out", "to.lse", "to.out_parts", "to.lse_parts", "to.spans"})
+WRITTEN = frozenset(
+    {"to.out", "to.lse", "to.out_parts", "to.lse_parts", "to.spans", "out", "lse", "sums", "logs", "schedule"}
+)
+#: Those that it writes a part of.
+UPDATED = frozenset({"cache"})
 
 
 def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
@@ -57,9 +62,10 @@ class Emulated:
         self.machine.launch(
             built.entry, grid, (config.threads, 1, 1), pack(built.parameters, addresses), config.shared_bytes
         )
-        for name in WRITTEN & values.keys():
-            array, tensor = self.places[values[name].untyped_storage().data_ptr()]
-            bytes_of(tensor)[:] = array.numpy()
+        for name in (WRITTEN | UPDATED) & values.keys():
+            if isinstance(value := values[name], Tensor):
+                array, tensor = self.places[value.untyped_storage().data_ptr()]
+                bytes_of(tensor)[:] = array.numpy()
 
     def _address(self, name: str, value: Tensor | int | float | None) -> int | float | None:
         if not isinstance(value, Tensor):
@@ -84,6 +90,6 @@ def no_hazards(emulated: Emulated) -> Iterator[Engine]:
     assert not emulated.hazards, "; ".join(map(str, emulated.hazards))
 
 
-def device(multiprocessors: int, shared_memory: int = 166_912) -> Device:
-    """An A100, with fewer multiprocessors: so that small cases are cut into parts."""
-    return Device((8, 0), multiprocessors, shared_memory)
+def device(multiprocessors: int, arch: str = "sm_80") -> Device:
+    """One with few multiprocessors, so that small cases are cut into parts."""
+    return replace(DEVICES[arch], multiprocessors=multiprocessors)
