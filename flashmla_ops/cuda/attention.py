@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from cutlass_kernels.attention.config import CallConfig, Codes, CombineConfig, C
 from cutlass_kernels.attention.magic import magic_of
 from cutlass_kernels.errors import ConfigError, MissingToolError
 from cutlass_kernels.gemm.problem import Device
-from flashmla_ops.cuda.driver import Grid, Values
+from flashmla_ops.cuda.driver import Grid, Launch, Values
 from flashmla_ops.formats import NATIVE, QUANTIZED, Grouped
+from flashmla_ops.ops.check import Result
 from flashmla_ops.ops.decode import DECODE, Decode
 from flashmla_ops.ops.operator import Operator
 from flashmla_ops.ops.sparse import SPARSE_DECODE, SparseDecode
@@ -36,6 +37,9 @@ STAGES = (3, 2)
 ROWS = (64, 32, 16)
 LOG2_E = math.log2(math.e)
 _INT32 = 2**31 - 1
+#: Signatures of calls that an engine remembers; beyond, it begins anew.
+MOST_PLANS = 1024
+A = TypeVar("A", Decode, SparseDecode)
 
 
 class Sorted(Protocol):
@@ -51,9 +55,15 @@ class Engine:
     """Runs kernels on one device. ``chosen`` remembers what served each sort of call, for `explain`."""
 
     device: Device
-    run: Callable[[Config, Grid, Values], None]
+    prepare: Callable[[Config, Grid, Values], Launch]
     chosen: dict[str, str] = field(default_factory=dict)
     last: tuple[object, str] | None = None
+    #: Calls by `signature`.
+    plans: dict[object, Plan] = field(default_factory=dict)
+
+    def run(self, config: Config, grid: Grid, values: Values) -> None:
+        """Launch a kernel once."""
+        self.prepare(config, grid, values)({name: each for name, each in values.items() if isinstance(each, Tensor)})
 
     def remember(self, call: Sorted, served: str) -> None:
         """A line a sort of call; a hundred say enough."""
@@ -67,10 +77,43 @@ class Unserved(Exception):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How calls of one signature are served: all but the addresses of their tensors is known."""
+
+    #: Why it is the float64 definition; empty if kernels serve the call.
+    reason: str
+    config: str = ""
+    #: Parameter, argument of the operator, and what it has to go through.
+    tensors: tuple[tuple[str, str, Callable[[Tensor], Tensor] | None], ...] = ()
+    results: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
+    workspace: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
+    launches: tuple[Launch, ...] = ()
+
+    def __call__(self, a: Any) -> tuple[Tensor, ...]:
+        made = {name: a.q.new_empty(shape, dtype=dtype) for name, shape, dtype in (*self.results, *self.workspace)}
+        for parameter, name, fix in self.tensors:
+            tensor = getattr(a, name)
+            made[parameter] = tensor if fix is None else fix(tensor)
+        for launch in self.launches:
+            launch(made)
+        return tuple(made[name] for name, _, _ in self.results)
+
+
+def signature(operator: Operator[Any], a: Any) -> object:
+    """What a plan depends on: the arguments, with tensors by form and place among 16 bytes."""
+    return operator.name, *[
+        (each.shape, each.stride(), each.dtype, each.get_device(), each.data_ptr() % 16)
+        if isinstance(each, Tensor)
+        else each
+        for each in vars(a).values()
+    ]
+
+
+@dataclass(frozen=True)
 class Cache:
     """One source of a call: its tensors, and how many of the rows that ``index`` names count."""
 
-    name: str
+    fields: tuple[str, ...]  # the arguments of the operator that the tensors are
     kv: Tensor  # [n_pages, page_size, h_kv, d]
     k: Tensor | None
     index: Tensor  # [b, max_pages], or [b, s_q, topk]
@@ -83,16 +126,32 @@ class Cache:
 
     def check(self) -> None:
         """Raises `Unserved` unless rows can be copied 16 bytes at a time."""
-        for name, tensor in ((self.name, self.kv), ("k_cache", self.k)):
+        for name, tensor in zip(self.fields, (self.kv, self.k), strict=False):
             apart = self.codes is not None and self.codes.tail > 0
             if tensor is not None and not in_sixteens(tensor, apart):
                 raise Unserved(f"rows of {name} do not begin at multiples of 16 bytes")
 
-    def values(self, source: str) -> dict[str, Tensor | int | None]:
-        """The parameters of a kernel's source."""
-        index = self.index if self.index.stride(-1) == 1 or self.index.size(-1) <= 1 else self.index.contiguous()
-        if index.dim() == 3 and index.stride(0) != index.size(1) * index.stride(1):
-            index = index.contiguous()  # lines of query tokens, whatever the sequence
+    def tensors(self, source: str) -> Iterator[tuple[str, str, Tensor, Callable[[Tensor], Tensor] | None]]:
+        """Parameter, argument, tensor, and what it has to go through."""
+        index, fix = self.index, None
+        if (index.size(-1) > 1 and index.stride(-1) != 1) or not self.has_lines:
+            fix = torch.Tensor.contiguous
+        for name, field_, tensor, by in (
+            ("kv", self.fields[0], self.kv, None),
+            ("k", self.fields[1], self.k, None),
+            ("index", self.fields[2], index, fix),
+            ("lengths", self.fields[3], self.lengths, torch.Tensor.contiguous),
+        ):
+            if tensor is not None:
+                yield f"{source}.{name}", field_, tensor, by
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether lines of `index` lie at equal distances, whatever the sequence."""
+        return self.index.dim() == 2 or self.index.stride(0) == self.index.size(1) * self.index.stride(1)
+
+    def numbers(self, source: str, index: Tensor) -> dict[str, int | None]:
+        """The parameters of a kernel's source, but for tensors; ``index`` as kernels get it."""
         n_pages, page_size = self.kv.shape[:2]
         magic, shift = magic_of(page_size)
         capacity = index.size(-1) * (page_size if index.dim() == 2 else 1)
@@ -100,10 +159,7 @@ class Cache:
         if self.codes is not None and self.codes.tail:
             kv = (kv[0], self.codes.head, 0, 1)  # a page is one piece: the heads of its rows lie together
         found = {
-            "kv": self.kv,
-            "k": self.k,
-            "index": index,
-            "lengths": None if self.lengths is None else self.lengths.contiguous(),
+            **dict.fromkeys(("k", "lengths")),
             **dict(zip(("kv_page", "kv_row", "kv_head"), kv, strict=False)),
             **dict(zip(("k_page", "k_row", "k_head"), k, strict=False)),
             "index_row": 4 * index.stride(-2),
@@ -170,6 +226,30 @@ class Call:
         """What `str` tells apart, at less cost."""
         return self.op, self.q.dtype, self.q.shape[1:], self.d_v, [(c.kv.shape[2:], c.row_format) for c in self.caches]
 
+    def tensors(self, unit: int) -> tuple[dict[str, Any], list[tuple[str, str, Tensor, Any]]]:
+        """The numbers among a kernel's parameters that tensors have, and the tensors: see `Cache.tensors`.
+
+        ``unit``: bytes that queries are loaded by.
+        """
+        q, fix = self.q, None
+        steps = (q.data_ptr(), *(stride * q.element_size() for stride in q.stride()[:3]))
+        if q.stride(-1) != 1 or any(step % unit for step in steps):
+            fix = partial(torch.clone, memory_format=torch.contiguous_format)
+            q = fix(q)
+        found: list[tuple[str, str, Tensor, Any]] = [("q", "q", q, fix)]
+        numbers: dict[str, Any] = {f"second.{name}": None for name in SOURCE}
+        for source, cache in zip(("first", "second"), self.caches, strict=False):
+            given = list(cache.tensors(source))
+            found += given
+            index, by = next((tensor, by) for parameter, _, tensor, by in given if parameter.endswith(".index"))
+            numbers |= cache.numbers(source, index if by is None else by(index))
+        if self.sink is not None:
+            found.append(("to.sink", "attn_sink", self.sink, torch.Tensor.contiguous))
+        scale = q.size(3) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        numbers |= dict(zip(("q_batch", "q_token", "q_head"), _strides(q), strict=False))
+        numbers |= {"batch": q.size(0) * self.tokens, "s_q": self.s_q, "causal": self.causal, "scale": scale * LOG2_E}
+        return numbers, found
+
     def __str__(self) -> str:
         rows = " and ".join(
             cache.row_format
@@ -184,35 +264,54 @@ class Call:
 def decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
     """``flashmla::decode``."""
     a: Decode = DECODE.bind(*args, **kwargs)
-    caches = [Cache("kv_cache", a.kv_cache, a.k_cache, a.block_table, a.cache_seqlens, a.row_format)]
-    call = Call("decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, a.causal, a.attn_sink, "pages")
-    return serve(engine, DECODE, a, call)
+    return serve(engine, DECODE, a, decode_call)
+
+
+def decode_call(a: Decode) -> Call:
+    fields = ("kv_cache", "k_cache", "block_table", "cache_seqlens")
+    caches = [Cache(fields, a.kv_cache, a.k_cache, a.block_table, a.cache_seqlens, a.row_format)]
+    return Call("decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, a.causal, a.attn_sink, "pages")
 
 
 def sparse_decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
     """``flashmla::sparse_decode``."""
     a: SparseDecode = SPARSE_DECODE.bind(*args, **kwargs)
-    caches = [Cache("kv_cache", a.kv_cache, a.k_cache, a.indices, a.topk_length, a.row_format)]
+    return serve(engine, SPARSE_DECODE, a, sparse_call)
+
+
+def sparse_call(a: SparseDecode) -> Call:
+    fields = ("kv_cache", "k_cache", "indices", "topk_length")
+    caches = [Cache(fields, a.kv_cache, a.k_cache, a.indices, a.topk_length, a.row_format)]
     if a.extra_kv_cache is not None and a.extra_indices is not None:
+        fields = ("extra_kv_cache", "", "extra_indices", "extra_topk_length")
         extra = (a.extra_kv_cache, None, a.extra_indices, a.extra_topk_length, a.extra_row_format)
-        caches.append(Cache("extra_kv_cache", *extra))
-    call = Call("sparse_decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, False, a.attn_sink, "indices")
-    return serve(engine, SPARSE_DECODE, a, call)
+        caches.append(Cache(fields, *extra))
+    return Call("sparse_decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, False, a.attn_sink, "indices")
 
 
-def serve(engine: Engine, operator: Operator[Any], a: Any, call: Call) -> Any:
-    """The results of a call, by a kernel if one takes it."""
+def serve(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A], Call]) -> Any:
+    """The results of a call, by kernels if they take it. What is known of its signature is not found out again."""
+    key = signature(operator, a)
+    if (plan := engine.plans.get(key)) is None:
+        plan = planned(engine, operator, a, call_of)
+        if len(engine.plans) >= MOST_PLANS:
+            engine.plans.clear()
+        engine.plans[key] = plan
+    return operator.reference(*a.values()) if plan.reason else plan(a)
+
+
+def planned(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A], Call]) -> Plan:
+    """Raises what the operator's contract does not allow."""
     results = operator.results(a)
+    call = call_of(a)
     try:
         if getattr(a, "batch_invariant", False):
             raise Unserved("no kernel keeps a sequence's bits whatever else is in the batch")
-        config = choose(engine.device, call)
-        found = launch(engine, call, config, [a.q.new_empty(shape, dtype=dtype) for shape, dtype in results])
+        plan = launches(engine, call, choose(engine.device, call), results)
     except (Unserved, MissingToolError) as reason:
-        engine.remember(call, f"the float64 definition ({reason})")
-        return operator.reference(*a.values())
-    engine.remember(call, config.name)
-    return found
+        plan = Plan(str(reason))
+    engine.remember(call, f"the float64 definition ({plan.reason})" if plan.reason else plan.config)
+    return plan
 
 
 def choose(device: Device, call: Call) -> CallConfig:
@@ -268,51 +367,48 @@ def in_sixteens(cache: Tensor, apart: bool) -> bool:
     return cache.data_ptr() % 16 == 0 and not any(step % 16 for step in steps)
 
 
-def launch(engine: Engine, call: Call, config: CallConfig, results: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The two kernels, into ``results`` (out and lse)."""
-    out, lse = results
-    if out.numel() == 0:
-        return out, lse
-    q = call.q
+def launches(engine: Engine, call: Call, config: CallConfig, results: Sequence[Result]) -> Plan:
+    """The launches of two kernels, into results (out and lse)."""
+    (out_shape, dtype), (lse_shape, lse_dtype) = results
+    made = (("to.out", tuple(out_shape), dtype), ("to.lse", tuple(lse_shape), lse_dtype))
+    if math.prod(out_shape) == 0:
+        return Plan("", config.name, results=made)
     unit = 16 if isinstance(config, DecodeSm90Config) else 4  # bytes that queries are loaded by
-    if q.stride(-1) != 1 or q.data_ptr() % unit or any(stride * q.element_size() % unit for stride in q.stride()[:3]):
-        q = q.clone(memory_format=torch.contiguous_format)
+    numbers, tensors = call.tensors(unit)
     h_kv, group = call.caches[0].kv.size(2), call.group
-    items = q.size(0) * call.tokens
-    rows = call.s_q * group
+    items, rows = call.q.size(0) * call.tokens, call.s_q * group
     row_blocks = -(-rows // config.rows)
     parts = parts_of(items * h_kv, engine.device.multiprocessors // row_blocks)
     part_rows = row_blocks * config.rows
-    scale = q.size(3) ** -0.5 if call.softmax_scale is None else call.softmax_scale
+    workspace = (
+        ("to.out_parts", (parts, 2, part_rows, call.d_v), torch.float32),
+        ("to.lse_parts", (parts, 2, part_rows), torch.float32),
+        ("to.spans", (items * h_kv, 2), torch.int32),
+    )
     shared: dict[str, Tensor | int | float | None] = {
-        "to.out": out,
-        "to.lse": lse,
-        "to.sink": None if call.sink is None else call.sink.contiguous(),
-        "to.out_parts": q.new_empty((parts, 2, part_rows, call.d_v), dtype=torch.float32),
-        "to.lse_parts": q.new_empty((parts, 2, part_rows), dtype=torch.float32),
-        "to.spans": q.new_empty((items * h_kv, 2), dtype=torch.int32),
-        **dict(zip(("to.out_batch", "to.out_token", "to.out_head"), _strides(out), strict=False)),
-        **dict(zip(("to.lse_batch", "to.lse_head", "to.lse_token"), _strides(lse), strict=False)),
+        **{name: call.q.new_empty(0) for name, _, _ in (*made, *workspace)},
+        "to.sink": None,
+        **dict(zip(("to.out_batch", "to.out_token", "to.out_head"), _of_shape(out_shape, dtype), strict=False)),
+        **dict(zip(("to.lse_batch", "to.lse_head", "to.lse_token"), _of_shape(lse_shape, lse_dtype), strict=False)),
         "to.h_kv": h_kv,
         **_divisor("to.tokens", call.tokens),
         **_divisor("to.group", group),
+        **numbers,
+        **{parameter: tensor for parameter, _, tensor, _ in tensors},
     }
-    first, *others = call.caches
-    own: Values = {
-        **first.values("first"),
-        **(others[0].values("second") if others else dict.fromkeys(f"second.{name}" for name in SOURCE)),
-        "q": q,
-        **dict(zip(("q_batch", "q_token", "q_head"), _strides(q), strict=False)),
-        "batch": items,
-        "s_q": call.s_q,
-        "causal": call.causal,
-        "scale": scale * LOG2_E,
-    }
-    engine.run(config, (row_blocks, parts, 1), {**shared, **own})
     combine = CombineConfig(config.dtype, call.d_v)
     grid = (items * h_kv, -(-rows // combine.warps), 1)
-    engine.run(combine, grid, {**shared, "rows": rows, "part_rows": part_rows})
-    return out, lse
+    work = (
+        engine.prepare(config, (row_blocks, parts, 1), shared),
+        engine.prepare(combine, grid, {**shared, "rows": rows, "part_rows": part_rows}),
+    )
+    given = tuple((parameter, name, fix) for parameter, name, _, fix in tensors)
+    return Plan("", config.name, given, made, workspace, work)
+
+
+def _of_shape(shape: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """The strides of a contiguous tensor, in bytes."""
+    return [math.prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape))]
 
 
 def parts_of(items: int, most: int) -> int:

@@ -94,7 +94,7 @@ def cache(
     index = _empty(1, 1, dtype=torch.int32) if source == "pages" else _empty(1, 1, 1, dtype=torch.int32)
     k = _empty(1, 64, h_kv, d_k, dtype=dtype) if d_k else None
     kv = _empty(1, 64, h_kv, d or QUANTIZED[row_format].bytes, dtype=dtype)
-    return Cache("", kv, k, index, None, row_format)
+    return Cache(("",) * 4, kv, k, index, None, row_format)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +22,12 @@ from cutlass_kernels.errors import BuildError, CallError
 Grid = tuple[int, int, int]
 #: A kernel's arguments by the names of its parameters; a tensor stands for its address, None for no address.
 Values = Mapping[str, Tensor | int | float | None]
+#: Launches a kernel with the tensors of its address parameters, by name.
+Launch = Callable[[Values], None]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _BUFFER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+_ADDRESS = struct.Struct("@q")
 
 
 @cache
@@ -41,17 +42,18 @@ def _check(code: int, doing: str, error: type[Exception] = CallError) -> None:
         raise error(f"{doing}: CUDA error {code}: {(text.value or b'unknown').decode()}")
 
 
-@cache
-def _layout(parameters: tuple[tuple[str, str], ...]) -> tuple[struct.Struct, Callable[[Values], tuple[Any, ...]]]:
-    """Each parameter lies at a multiple of its size."""
-    names, codes = zip(*parameters, strict=True)
-    return struct.Struct(f"@{''.join(codes)}"), itemgetter(*names)
-
-
 def pack(parameters: tuple[tuple[str, str], ...], values: Values) -> bytes:
-    """A kernel's parameters as it reads them."""
-    layout, getter = _layout(parameters)
-    return layout.pack(*[value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in getter(values)])
+    """A kernel's parameters as it reads them: each at a multiple of its size."""
+    codes = "".join(code for _, code in parameters)
+    found = (values[name] for name, _ in parameters)
+    return struct.pack(f"@{codes}", *(value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in found))
+
+
+def places(parameters: tuple[tuple[str, str], ...], names: Collection[str]) -> list[tuple[str, int]]:
+    """Where some of the parameters lie in what `pack` gives."""
+    codes = "".join(code for _, code in parameters)
+    ends = [(name, struct.calcsize(f"@{codes[: i + 1]}"), code) for i, (name, code) in enumerate(parameters)]
+    return [(name, end - struct.calcsize(f"@{code}")) for name, end, code in ends if name in names]
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,27 @@ class Function:
             _check(cuda.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared), f"shared memory of {name}", BuildError)
         return cls(built, handle)
 
-    def launch(self, grid: Grid, values: Values, stream: int) -> None:
-        """Returns at once; nothing is allocated and nothing waits. Raises `CallError`."""
-        parameters = pack(self.built.parameters, values)
-        buffer, size = ctypes.create_string_buffer(parameters, len(parameters)), ctypes.c_size_t(len(parameters))
-        extra = (ctypes.c_void_p * 5)(_BUFFER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(size), _END)
-        config = self.built.config
+    def prepare(self, grid: Grid, values: Values, stream: Callable[[], int]) -> Launch:
+        """A launch of which all is known but addresses: those of ``values`` only say which parameters they are.
+
+        It returns at once; nothing is allocated and nothing waits. Raises `CallError`.
+        """
+        addresses = [name for name, value in values.items() if isinstance(value, Tensor)]
+        template = pack(self.built.parameters, {**values, **dict.fromkeys(addresses, 0)})
+        slots = places(self.built.parameters, addresses)
+        config, size = self.built.config, ctypes.c_size_t(len(template))
         block, shared = (config.threads, 1, 1), config.shared_bytes
-        code = _cuda().cuLaunchKernel(self.handle, *grid, *block, shared, ctypes.c_void_p(stream), None, extra)
-        _check(code, f"launching {config.name}")
+        cuda, handle, size_at = _cuda().cuLaunchKernel, self.handle, ctypes.addressof(size)
+
+        def launch(tensors: Values) -> None:
+            buffer = ctypes.create_string_buffer(template, len(template))
+            for name, place in slots:
+                _ADDRESS.pack_into(buffer, place, tensors[name].data_ptr())  # type: ignore[union-attr]
+            extra = (ctypes.c_void_p * 5)(_BUFFER, ctypes.addressof(buffer), _BUFFER_SIZE, size_at, _END)
+            _check(cuda(handle, *grid, *block, shared, ctypes.c_void_p(stream()), None, extra), config.name)
+
+        launch.size = size  # type: ignore[attr-defined]  # lives as long as the launch
+        return launch
 
 
 @cache
@@ -98,4 +112,4 @@ def function(index: int, config: Config) -> Function:
         return Function.load(build(config, arch), capability)
 
 
-__all__ = ["ARCHS", "Function", "Grid", "Values", "function", "pack"]
+__all__ = ["ARCHS", "Function", "Grid", "Launch", "Values", "function", "pack"]

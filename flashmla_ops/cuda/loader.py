@@ -18,7 +18,7 @@ from cutlass_kernels.gemm.choose import Choice
 from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda import append, attention, driver, gemm, states
 from flashmla_ops.cuda.attention import Engine
-from flashmla_ops.cuda.driver import Grid, Values
+from flashmla_ops.cuda.driver import Grid, Launch, Values
 from flashmla_ops.cuda.launch import Launcher
 from flashmla_ops.ops._library import LIBRARY
 
@@ -86,10 +86,13 @@ def engine(index: int) -> Engine:
     """What runs the attention kernels of a CUDA device. They are loaded as they are used, and built if they are not."""
     where = torch.device("cuda", index)
 
-    def run(config: Config, grid: Grid, values: Values) -> None:
-        driver.function(index, config).launch(grid, values, torch.cuda.current_stream(where).cuda_stream)
+    def stream() -> int:
+        return torch.cuda.current_stream(where).cuda_stream
 
-    return Engine(device_of(index), run)
+    def prepare(config: Config, grid: Grid, values: Values) -> Launch:
+        return driver.function(index, config).prepare(grid, values, stream)
+
+    return Engine(device_of(index), prepare)
 
 
 def explain() -> list[str]:

@@ -21,7 +21,7 @@ from cutlass_kernels.attention.config import Config
 from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda.attention import Engine
 from flashmla_ops.cuda.catalogue import DEVICES
-from flashmla_ops.cuda.driver import Grid, Values, pack
+from flashmla_ops.cuda.driver import Grid, Launch, Values, pack
 
 #: Parameters whose memory a kernel writes before anything reads it.
 WRITTEN = frozenset(
@@ -52,7 +52,10 @@ class Emulated:
 
     @property
     def engine(self) -> Engine:
-        return Engine(self.device, self.run)
+        return Engine(self.device, self.prepare)
+
+    def prepare(self, config: Config, grid: Grid, values: Values) -> Launch:
+        return lambda tensors: self.run(config, grid, {**values, **tensors})
 
     def run(self, config: Config, grid: Grid, values: Values) -> None:
         built = libraries.build(config, self.arch)

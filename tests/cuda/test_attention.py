@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +16,12 @@ from cutlass_kernels import emulator
 from cutlass_kernels.attention import libraries
 from flashmla_ops import reference
 from flashmla_ops.cuda import attention
+from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats import NATIVE, QUANTIZED
 from tests import strategies
 from tests.cuda.emulated import Emulated, device, no_hazards
 from tests.ops.test_row_formats import ROUNDED, cache_of, queries
-from tests.support.cases import DecodeCase
+from tests.support.cases import DecodeCase, build
 from tests.support.compare import OFFICIAL_LSE, OFFICIAL_OUT, difference
 from tests.support.oracle import check_decode
 from tests.support.rows import empty_cache, write
@@ -205,3 +208,32 @@ def test_every_code(name: str) -> None:
     expected = row.dequantize(rows).bfloat16().view(n, -1)
     expected[expected.isnan().any(dim=1)] = torch.nan
     assert torch.equal(out.view(n, -1).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_a_call_is_planned_once() -> None:
+    """Calls that differ in addresses and values alone share what was found out; others do not."""
+    emulated = emulated_device("sm_80")
+    engine = emulated.engine
+    case = DecodeCase((70, 3), h_q=3, d=64, d_v=64, strided=False)
+    for seed, table in ((1, slice(None)), (2, slice(None)), (3, slice(0, 2))):
+        inputs = build(replace(case, seed=seed))
+        given = inputs.kwargs(block_table=inputs.block_table[:, table].contiguous())
+        out, _ = attention.decode(engine, **given)
+        expected = reference.decode(**inputs.reference_kwargs())[0]
+        assert difference("out", out, expected.bfloat16(), OFFICIAL_OUT) is None
+    assert len(engine.plans) == 2
+    assert len(emulated.configs) == 6
+
+
+def test_what_no_kernel_takes_runs_by_definition_and_says_why() -> None:
+    engine = emulated_device("sm_80").engine
+    for changes, why in (
+        ({"dtype": "float32"}, "float32"),
+        ({"d": 20, "d_v": 20}, "multiple"),
+        ({"strided": True}, "16 bytes"),
+    ):
+        check_decode(DecodeCase((5,), h_q=2, **{"strided": False, **changes}), partial(attention.decode, engine))
+        assert why in next(reversed(engine.chosen.values()))
+        assert "definition" in next(reversed(engine.chosen.values()))
+    with pytest.raises(ArgumentError, match="d_v"):
+        attention.decode(engine, **build(DecodeCase((5,), strided=False)).kwargs(d_v=577))
