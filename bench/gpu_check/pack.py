@@ -71,7 +71,9 @@ def _carry_attention(archs: Sequence[str], cache: Path) -> None:
         return
     for arch in archs:
         for built in attention_libraries.build_all([(config, arch) for config in attention(arch)], 2):
-            shutil.copytree(built.folder, cache / built.folder.name, dirs_exist_ok=True)
+            # Only the PTX of sm_80 is ever loaded: by devices that are newer than every cubin.
+            unused = shutil.ignore_patterns(*([] if arch == "sm_80" else ["*.ptx"]))
+            shutil.copytree(built.folder, cache / built.folder.name, ignore=unused, dirs_exist_ok=True)
 
 
 def pack(folder: Path, archs: Sequence[str] | None) -> int:
