@@ -50,6 +50,7 @@ class Case:
     sink: bool = False
     topk: int = 0
     extra: str = ""
+    batch_invariant: bool = False
     d: int = D
     d_k: int = 0
     d_v: int = D_V
@@ -63,7 +64,7 @@ class Case:
         rows = self.row_format
         if rows == NATIVE:
             rows = f"{self.d}{f'+{self.d_k}' if self.d_k else ''}/{self.d_v}"
-        options = "".join(f" {name}" for name in ("causal", "sink") if getattr(self, name))
+        options = "".join(f" {name}" for name in ("causal", "sink", "batch_invariant") if getattr(self, name))
         return f"{kind} {rows} {str(self.dtype)[6:]} {shape} page {self.page_size}{options}"
 
     @property
@@ -126,7 +127,7 @@ def chosen(case: Case, table: Tensor, generator: torch.Generator) -> dict[str, A
     slots = table.long().gather(1, (positions // page_size).flatten(1)).view_as(positions) * page_size
     indices = (slots + positions % page_size).int()
     indices[:, :, 5::97] = -1
-    found: dict[str, Any] = {"indices": indices}
+    found: dict[str, Any] = {"indices": indices, "batch_invariant": case.batch_invariant}
     if case.extra:
         owned = torch.ones(len(case.lengths) * 2 + 1, 32, dtype=torch.bool, device=DEVICE)
         found["extra_kv_cache"] = cache(case, case.extra, owned, generator)
@@ -183,6 +184,7 @@ def cases() -> Iterator[Case]:
         for h_q in (8, 128):
             yield Case(lengths, h_q=h_q, row_format=name, causal=True, s_q=2)
             yield Case((300, 7, 65), h_q=h_q, row_format=name, topk=200, s_q=2, sink=True)
+    yield Case((300, 7, 65), h_q=64, topk=200, s_q=2, sink=True, batch_invariant=True)
     for first, second in (("fp8_model1", "fp8_model1"), ("fp8_v41", "fp8_v41"), ("fp8_v41", "fp4_v41")):
         for h_q in (8, 128):
             yield Case((300, 7, 65), h_q=h_q, row_format=first, extra=second, topk=200, s_q=2)

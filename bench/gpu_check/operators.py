@@ -61,11 +61,19 @@ def calls(device: str) -> Iterator[Call]:
         q, cache = normal(2, 1, 16, 96, dtype=dtype), normal(6, 16, 1, 96, dtype=dtype)
         table, lengths = ints(5, 1, 3, 0, 2, 4).view(2, 3), ints(40, 0)
         yield Call(f"decode {kind}", flashmla.decode.default, (q, cache, None, table, lengths, 64))
+        weight = normal(16, 64, 32, dtype=dtype)
+        arguments = (q, cache, None, table, lengths, weight, 64)
+        yield Call(f"decode_up {kind}", flashmla.decode_up.default, arguments, definition=up)
         rows = [normal(n, 4, d, dtype=dtype) for n, d in ((7, 48), (9, 48), (9, 32))]
         bounds = ints(0, 3, 7), ints(0, 4, 9)
         yield Call(f"prefill {kind}", flashmla.prefill.default, (*rows, *bounds, True))
         outs, lses = [normal(3, 4, 24, dtype=dtype) for _ in range(3)], [torch.rand(4, 3, device=device)] * 3
         yield Call(f"merge_states {kind}", flashmla.merge_states.default, (outs, lses))
+
+
+def up(*arguments: Any) -> Any:
+    *cached, weight, d_v = arguments
+    return reference.decode_up(*cached, d_v, weight=weight)
 
 
 def by_groups(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

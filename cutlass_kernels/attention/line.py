@@ -2,8 +2,9 @@
 
 Work is a line of items, each as long as its tiles. The line is cut into as many pieces of equal length as there are
 parts, and a part takes what falls into its piece, whatever the lengths are; blocks of the same part and other query
-rows read the same tiles at the same time. Where a cut goes through an item, the pieces are merged by `combine`. Each
-block finds its piece itself: no schedule is made, and nothing waits for the host.
+rows read the same tiles at the same time. Where a cut goes through an item, the pieces are merged by `combine`; or no
+item is cut, so that its result has the same bits whatever the others are. Each block finds its piece itself: no
+schedule is made, and nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Arguments(NamedTuple):
     batch: Int32  # items of a KV head
     s_q: Int32  # query tokens of an item
     causal: Int32
+    whole: Int32  # whether no item is to be cut
     scale: Float32  # log2(e) times the softmax scale
 
 
@@ -110,7 +112,23 @@ class LineKernel:
                 item = (first + lane) * a.to.h_kv + start // tiles
                 tile = start % tiles
             before += cute.arch.shuffle_sync(upto, 31)
-        return self.cut(total, part + 1, parts) - begin, self.warp_sum(item), self.warp_sum(tile)
+        remaining, item, tile = self.cut(total, part + 1, parts) - begin, self.warp_sum(item), self.warp_sum(tile)
+        if a.whole != 0:
+            remaining, item = self.whole_items(a, part, parts, lane)
+            tile = Int32(0)
+        return remaining, item, tile
+
+    @cute.jit
+    def whole_items(self, a: Arguments, part: Int32, parts: Int32, lane: Int32) -> tuple[Int32, Int32]:
+        """The tiles of a part that has as many items as the others, and its first item."""
+        items = Int64(a.batch) * Int64(a.to.h_kv)
+        begin, end = (Int32(items * Int64(part + i) // Int64(parts)) for i in range(2))
+        total = Int32(0)
+        for first in cutlass.range(0, a.batch, 32, unroll=1):
+            start = (first + lane) * a.to.h_kv
+            low, high = (cutlass.min(cutlass.max(bound - start, 0), a.to.h_kv) for bound in (begin, end))
+            total += self.tiles(a, first + lane) * (high - low)
+        return self.warp_sum(total), begin
 
     @cute.jit
     def lengths(self, a: Arguments, index: Int32) -> tuple[Int32, Int32]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ from flashmla_ops.cuda.driver import Grid, Launch, Values
 from flashmla_ops.formats import NATIVE, QUANTIZED, Grouped
 from flashmla_ops.ops.check import Result
 from flashmla_ops.ops.decode import DECODE, Decode
+from flashmla_ops.ops.decode_up import DECODE_UP, DecodeUp
 from flashmla_ops.ops.operator import Operator
 from flashmla_ops.ops.sparse import SPARSE_DECODE, SparseDecode
 
@@ -39,7 +40,7 @@ LOG2_E = math.log2(math.e)
 _INT32 = 2**31 - 1
 #: Signatures of calls that an engine remembers; beyond, it begins anew.
 MOST_PLANS = 1024
-A = TypeVar("A", Decode, SparseDecode)
+A = TypeVar("A", Decode, DecodeUp, SparseDecode)
 
 
 class Sorted(Protocol):
@@ -88,6 +89,8 @@ class Plan:
     results: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
     workspace: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
     launches: tuple[Launch, ...] = ()
+    #: From the arguments and the results of the launches to those of the operator.
+    finish: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, a: Any) -> tuple[Tensor, ...]:
         made = {name: a.q.new_empty(shape, dtype=dtype) for name, shape, dtype in (*self.results, *self.workspace)}
@@ -96,7 +99,8 @@ class Plan:
             made[parameter] = tensor if fix is None else fix(tensor)
         for launch in self.launches:
             launch(made)
-        return tuple(made[name] for name, _, _ in self.results)
+        found = [made[name] for name, _, _ in self.results]
+        return tuple(found) if self.finish is None else self.finish(a, *found)
 
 
 def signature(operator: Operator[Any], a: Any) -> object:
@@ -206,6 +210,7 @@ class Call:
     causal: bool
     sink: Tensor | None
     source: str  # pages, or indices: then each query token is an item of its own
+    whole: bool  # whether no item may be cut: then its bits are the same whatever else is in the batch
 
     @property
     def tokens(self) -> int:
@@ -248,6 +253,7 @@ class Call:
         scale = q.size(3) ** -0.5 if self.softmax_scale is None else self.softmax_scale
         numbers |= dict(zip(("q_batch", "q_token", "q_head"), _strides(q), strict=False))
         numbers |= {"batch": q.size(0) * self.tokens, "s_q": self.s_q, "causal": self.causal, "scale": scale * LOG2_E}
+        numbers["whole"] = self.whole
         return numbers, found
 
     def __str__(self) -> str:
@@ -270,7 +276,19 @@ def decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
 def decode_call(a: Decode) -> Call:
     fields = ("kv_cache", "k_cache", "block_table", "cache_seqlens")
     caches = [Cache(fields, a.kv_cache, a.k_cache, a.block_table, a.cache_seqlens, a.row_format)]
-    return Call("decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, a.causal, a.attn_sink, "pages")
+    options = (a.qk_start, a.d_v, a.softmax_scale, a.causal, a.attn_sink)
+    return Call("decode", a.q, caches, *options, source="pages", whole=False)
+
+
+def decode_up(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    """``flashmla::decode_up``: `decode`, then a product for each head by torch."""
+    return serve(engine, DECODE_UP, DECODE_UP.bind(*args, **kwargs), decode_call)
+
+
+def project(a: DecodeUp, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What was attended to [b, s_q, h_q, d_v] times the weight of each head [h_q, d_v, d_up]."""
+    heads = torch.bmm(out.flatten(0, 1).transpose(0, 1), a.weight)
+    return heads.transpose(0, 1).unflatten(0, out.shape[:2]).contiguous(), lse
 
 
 def sparse_decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
@@ -286,7 +304,8 @@ def sparse_call(a: SparseDecode) -> Call:
         fields = ("extra_kv_cache", "", "extra_indices", "extra_topk_length")
         extra = (a.extra_kv_cache, None, a.extra_indices, a.extra_topk_length, a.extra_row_format)
         caches.append(Cache(fields, *extra))
-    return Call("sparse_decode", a.q, caches, a.qk_start, a.d_v, a.softmax_scale, False, a.attn_sink, "indices")
+    options = (a.qk_start, a.d_v, a.softmax_scale, False, a.attn_sink)
+    return Call("sparse_decode", a.q, caches, *options, source="indices", whole=a.batch_invariant)
 
 
 def serve(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A], Call]) -> Any:
@@ -302,12 +321,13 @@ def serve(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A], 
 
 def planned(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A], Call]) -> Plan:
     """Raises what the operator's contract does not allow."""
-    results = operator.results(a)
+    results, finish = operator.results(a), None
+    if isinstance(a, DecodeUp):
+        results, finish = (Result([*a.q.shape[:3], a.d_v], a.q.dtype), results[1]), project
     call = call_of(a)
     try:
-        if getattr(a, "batch_invariant", False):
-            raise Unserved("no kernel keeps a sequence's bits whatever else is in the batch")
         plan = launches(engine, call, choose(engine.device, call), results)
+        plan = replace(plan, finish=finish)
     except (Unserved, MissingToolError) as reason:
         plan = Plan(str(reason))
     engine.remember(call, f"the float64 definition ({plan.reason})" if plan.reason else plan.config)
@@ -398,12 +418,13 @@ def launches(engine: Engine, call: Call, config: CallConfig, results: Sequence[R
     }
     combine = CombineConfig(config.dtype, call.d_v)
     grid = (items * h_kv, -(-rows // combine.warps), 1)
-    work = (
-        engine.prepare(config, (row_blocks, parts, 1), shared),
-        engine.prepare(combine, grid, {**shared, "rows": rows, "part_rows": part_rows}),
-    )
+    work = [engine.prepare(config, (row_blocks, parts, 1), shared)]
+    if not call.whole:
+        combine = CombineConfig(config.dtype, call.d_v)
+        grid = (items * h_kv, -(-rows // combine.warps), 1)
+        work.append(engine.prepare(combine, grid, {**shared, "rows": rows, "part_rows": part_rows}))
     given = tuple((parameter, name, fix) for parameter, name, _, fix in tensors)
-    return Plan("", config.name, given, made, workspace, work)
+    return Plan("", config.name, given, made, workspace, tuple(work))
 
 
 def _of_shape(shape: Sequence[int], dtype: torch.dtype) -> list[int]:

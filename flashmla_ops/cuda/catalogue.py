@@ -84,7 +84,8 @@ def call(
     first = caches[0]
     d = first.codes.elements if first.codes else first.kv.size(3) + (0 if first.k is None else first.k.size(3))
     q = _empty(1, tokens, heads, d - qk_start, dtype=dtype)
-    return Call("", q, caches, qk_start, d_v, None, False, None, "pages" if first.index.dim() == 2 else "indices")
+    source = "pages" if first.index.dim() == 2 else "indices"
+    return Call("", q, caches, qk_start, d_v, None, False, None, source, whole=False)
 
 
 def cache(

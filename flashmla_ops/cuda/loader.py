@@ -31,6 +31,7 @@ PRODUCTS: dict[str, Callable[..., Tensor]] = {
 #: Operators of `cutlass_kernels.attention`.
 ATTENTION: dict[str, Callable[..., Any]] = {
     "decode": attention.decode,
+    "decode_up": attention.decode_up,
     "sparse_decode": attention.sparse_decode,
     "append_": append.append,
     "append_.two": append.append_two,

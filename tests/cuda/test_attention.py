@@ -24,8 +24,10 @@ from tests.ops.test_row_formats import ROUNDED, cache_of, queries
 from tests.support.cases import DecodeCase, build
 from tests.support.compare import OFFICIAL_LSE, OFFICIAL_OUT, difference
 from tests.support.oracle import check_decode
+from tests.support.poison import same_bits
 from tests.support.rows import empty_cache, write
 from tests.support.sparse import Rows, SparseCase
+from tests.support.sparse import build as build_sparse
 from tests.support.sparse import check as check_sparse
 
 pytestmark = pytest.mark.skipif(not libraries.can_build(), reason=f"{libraries.DSL} is not installed")
@@ -129,6 +131,7 @@ def sparse_cases(draw: st.DrawFn, names: Sequence[str]) -> SparseCase:
         d_v=512,
         softmax_scale=draw(st.sampled_from([None, 0.125])),
         sink=draw(st.booleans()),
+        batch_invariant=draw(st.booleans()),
         strided=False,
         seed=draw(strategies.SEEDS),
     )
@@ -138,7 +141,8 @@ def check_sparse_case(case: SparseCase, arch: str, multiprocessors: int, landing
     emulated = emulated_device(arch, multiprocessors, landing)
     with no_hazards(emulated) as engine:
         check_sparse(case, lambda **kwargs: attention.sparse_decode(engine, **kwargs))
-    launched(emulated, ("decode", "combine") if case.b else ())
+    kinds = ("decode",) if case.batch_invariant else ("decode", "combine")
+    launched(emulated, kinds if case.b else ())
 
 
 PLACES = (st.sampled_from(ARCHS), st.integers(1, 9), st.sampled_from(["late", "early"]))
@@ -237,3 +241,34 @@ def test_what_no_kernel_takes_runs_by_definition_and_says_why() -> None:
         assert "definition" in next(reversed(engine.chosen.values()))
     with pytest.raises(ArgumentError, match="d_v"):
         attention.decode(engine, **build(DecodeCase((5,), strided=False)).kwargs(d_v=577))
+
+
+def test_decode_up() -> None:
+    emulated = emulated_device("sm_80")
+    inputs = build(DecodeCase((70, 0, 3), s_q=2, h_q=3, d=64, d_v=64, causal=True, sink=True, strided=False))
+    weight = torch.randn(3, 48, 64, generator=torch.Generator().manual_seed(1)).bfloat16().mT
+    with no_hazards(emulated) as engine:
+        out, lse = attention.decode_up(engine, **inputs.kwargs(weight=weight))
+    launched(emulated)
+    expected, expected_lse = reference.decode_up(**inputs.reference_kwargs(weight=weight))
+    assert out.is_contiguous()
+    assert difference("out", out, expected.bfloat16(), replace(ROUNDED, absolute=2e-2)) is None
+    assert difference("lse", lse, expected_lse.float(), OFFICIAL_LSE) is None
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_batch_invariant(arch: str) -> None:
+    """The bits of a sequence are those of a call of its own, however many multiprocessors there are."""
+    case = SparseCase(Rows(200), b=5, s_q=2, h_q=64, sink=True, batch_invariant=True, strided=False)
+    named = build_sparse(case)
+    check_sparse_case(case, arch, 3, "late")
+
+    def of(rows: slice, multiprocessors: int) -> tuple[torch.Tensor, torch.Tensor]:
+        own = {name: named[name][rows] for name in ("q", "indices")}
+        with no_hazards(emulated_device(arch, multiprocessors)) as engine:
+            return attention.sparse_decode(engine, **{**named, **own})
+
+    alone = of(slice(2, 3), 7)
+    for multiprocessors in (1, 4):
+        together = of(slice(None), multiprocessors)
+        assert all(same_bits(one, many[2:3]) for one, many in zip(alone, together, strict=True))
