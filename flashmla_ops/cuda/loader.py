@@ -16,7 +16,7 @@ from cutlass_kernels.gemm import abi, heuristics
 from cutlass_kernels.gemm.catalogue import kernels
 from cutlass_kernels.gemm.choose import Choice
 from cutlass_kernels.gemm.problem import Device
-from flashmla_ops.cuda import append, attention, driver, gemm, states
+from flashmla_ops.cuda import append, attention, driver, gemm, prefill, states
 from flashmla_ops.cuda.attention import Engine
 from flashmla_ops.cuda.driver import Grid, Launch, Values
 from flashmla_ops.cuda.launch import Launcher
@@ -33,13 +33,14 @@ ATTENTION: dict[str, Callable[..., Any]] = {
     "decode": attention.decode,
     "decode_up": attention.decode_up,
     "sparse_decode": attention.sparse_decode,
+    "prefill": prefill.prefill,
     "append_": append.append,
     "append_.two": append.append_two,
     "merge_states": states.merge_states,
     "decode_schedule": states.decode_schedule,
 }
 #: What serves each operator on CUDA.
-OPERATORS = dict.fromkeys(PRODUCTS, "CUTLASS or torch") | dict.fromkeys(ATTENTION, "CuTe DSL")
+OPERATORS = dict.fromkeys(PRODUCTS, "CUTLASS or torch") | dict.fromkeys(ATTENTION, "CuTe DSL") | {"prefill": "torch"}
 
 
 @cache
