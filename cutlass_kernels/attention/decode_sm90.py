@@ -26,7 +26,7 @@ from cutlass_kernels.attention.tiles_sm90 import GROUP, TileCopies
 Value = Any
 #: Registers of a thread that computes, and of one that copies, or that decodes what it copies. A block begins with 168
 #: for each thread, so those of three warpgroups are at most 504 together: for more, a device would wait for ever.
-COPYING, DECODING = (224, 56), (208, 88)
+COPYING, DECODING = (224, 56), (216, 72)
 #: Hardware barriers: of the two warpgroups that compute, and of the second one.
 BOTH, SECOND = 1, 3
 
