@@ -25,7 +25,7 @@ class MemoryFault(EmulatorError):
 
 
 class Deadlock(EmulatorError):
-    """No thread can run and nothing in flight can wake one."""
+    """No thread can run and nothing in flight can wake one: also for registers that setmaxnreg never gets."""
 
 
 class DivergentCollective(EmulatorError):

@@ -21,6 +21,7 @@ LIMITS: tuple[str, ...] = (
     "Unwritten registers hold a fixed pattern, and reading one is not reported.",
     "Values that nobody wrote are followed by lanes, not by bits, and not through wgmma, which reports them at once.",
     "A grid's CTAs beyond what the multiprocessors hold, two each where they fit, run after the first ones have ended.",
+    "A setmaxnreg by fewer registers than a thread needs is not noticed: how many it needs is for ptxas to say.",
     "CTAs of a number of threads that is no multiple of 32 are refused.",
     "Sparse mma, block-scaled and sub-byte types, im2col, cp.reduce, textures, tcgen05 and all of sm_100 are refused.",
     "Host streams and events order nothing: every launch and copy is done when its call returns.",

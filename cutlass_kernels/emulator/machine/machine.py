@@ -10,6 +10,7 @@ import numpy as np
 from cutlass_kernels.emulator.errors import UnsupportedInstruction
 from cutlass_kernels.emulator.layout import Layout
 from cutlass_kernels.emulator.machine.barriers import Barriers, ClusterBarriers
+from cutlass_kernels.emulator.machine.budgets import Budgets
 from cutlass_kernels.emulator.machine.clocks import Ints
 from cutlass_kernels.emulator.machine.context import Context
 from cutlass_kernels.emulator.machine.copies import CopyGroups
@@ -68,6 +69,7 @@ class Machine(Context):
         self.transfers = Transfers(self, self.scheduler, self.mbarriers)
         self.copies = CopyGroups(self, self.mbarriers, self.transfers)
         self.warpgroups = Warpgroups(self)
+        self.budgets = Budgets(self, program.kernel, self.scheduler.push)
         self.sites: set[Site] = set()
         #: How many warps entered each block.
         self.executed: Ints
@@ -126,6 +128,8 @@ class Machine(Context):
         woken = self.mbarriers.unpark() if self._timeouts < _TIMEOUTS else []
         for block, lanes in woken:
             self.program.time_out(self, block, lanes)
+        if not woken:
+            self.budgets.check()
         return bool(woken)
 
     def _overdue(self) -> bool:

@@ -1,11 +1,11 @@
-"""Branches, exits, traps and calls of the few functions that compilers leave in kernels."""
+"""Branches, exits, traps, changes of registers, and calls of the few functions that compilers leave in kernels."""
 
 from __future__ import annotations
 
 from cutlass_kernels.emulator.errors import DeviceTrap
 from cutlass_kernels.emulator.machine.machine import Machine
 from cutlass_kernels.emulator.machine.scheduler import Lanes
-from cutlass_kernels.emulator.ptx.syntax import Instruction, Symbol
+from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Symbol
 from cutlass_kernels.emulator.registry import instruction
 from cutlass_kernels.emulator.steps import Step
 from cutlass_kernels.emulator.translate import Translator
@@ -21,6 +21,15 @@ def _bra(t: Translator, item: Instruction) -> Step:
 @instruction("ret", "exit", kind="control", accepts="uni", control=True)
 def _exit(t: Translator, item: Instruction) -> Step:
     return lambda machine, lanes: machine.exit(lanes)
+
+
+@instruction("setmaxnreg.inc", "setmaxnreg.dec", kind="control", accepts="sync aligned", control=True)
+def _registers(t: Translator, item: Instruction) -> Step:
+    (operand,) = item.operands
+    wanted, following, more = operand.value if isinstance(operand, Immediate) else 0, t.following, "inc" in item.opcode
+    if not (24 <= wanted <= 256 and wanted % 8 == 0):
+        raise t.unsupported(f"setmaxnreg to {wanted} registers, expected a multiple of 8 from 24 to 256,")
+    return lambda machine, lanes: machine.budgets.change(wanted, machine.lanes(lanes), following, more)
 
 
 @instruction("trap", "brkpt", kind="control")

@@ -119,9 +119,9 @@ def _prefetch(t: Translator, item: Instruction) -> Step:
     return lambda machine, lanes: None
 
 
-@instruction("nanosleep", "setmaxnreg", "pmevent", kind="control", accepts="inc dec sync aligned mask")
+@instruction("nanosleep", "pmevent", kind="control", accepts="mask")
 def _nothing(t: Translator, item: Instruction) -> Step:
-    """Time and register budgets, which do not exist here."""
+    """Time, which does not exist here."""
     return lambda machine, lanes: None
 
 

@@ -1,8 +1,8 @@
 """Basic blocks. A block is what all of its threads execute without waiting for one another.
 
 An instruction at which threads may have to wait stands alone in its block, so that a thread can stop there and come
-back: barriers, mbarrier waits, and warp-wide instructions whose member mask is not known before it runs. A block with
-any other warp-wide instruction is entered by whole warps only.
+back: barriers, mbarrier waits, changes of registers, and warp-wide instructions whose member mask is not known before
+it runs. A block with any other warp-wide instruction is entered by whole warps only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from cutlass_kernels.emulator.ptx.syntax import Immediate, Instruction, Kernel, Label
 
 #: Instructions of whole warps: every thread of the warp executes them together.
-_ALIGNED = ("mma", "ldmatrix", "stmatrix", "setmaxnreg", "movmatrix")
+_ALIGNED = ("mma", "ldmatrix", "stmatrix", "movmatrix")
 #: Operand that holds the member mask of the ``.sync`` instructions with one.
 _MASK_OPERAND = {"shfl": 4, "vote": 2, "match": 2, "redux": 2, "elect": 1, "bar.warp": 0}
 _ALL_LANES = (0xFFFFFFFF, -1)
@@ -45,7 +45,7 @@ def is_alone(instruction: Instruction) -> bool:
     """Whether threads may have to stop at the instruction."""
     if is_cta_barrier(instruction):
         return True
-    if instruction.opcode[:2] == ("mbarrier", "try_wait"):
+    if instruction.opcode[:2] == ("mbarrier", "try_wait") or instruction.opcode[0] == "setmaxnreg":
         return True
     position = member_mask(instruction)
     if position is None or instruction.guard is not None:
@@ -88,7 +88,7 @@ def blocks_of(kernel: Kernel) -> tuple[list[Block], dict[int, int]]:
 
 
 def _gathers(instruction: Instruction) -> int:
-    if instruction.opcode[0] == "wgmma":
+    if instruction.opcode[0] in ("wgmma", "setmaxnreg"):
         return 128
     if instruction.opcode[0] in _ALIGNED:
         return 32

@@ -120,7 +120,14 @@ def _kernel(entry: re.Match[str], code: str, lines: list[str]) -> Kernel:
     kernel = Kernel(entry[1], tuple(parameters), line=code.count("\n", 0, entry.start()) + 1)
     kernel.cluster = _triple(r"\.reqnctapercluster\s+([\d,\s]+)", entry[3])
     kernel.max_threads = _triple(r"\.maxntid\s+([\d,\s]+)", entry[3]) or _triple(r"\.reqntid\s+([\d,\s]+)", entry[3])
+    kernel.max_registers = _number(r"\.maxnreg\s+(\d+)", entry[3])
+    kernel.min_blocks = _number(r"\.minnctapersm\s+(\d+)", entry[3])
     return kernel
+
+
+def _number(pattern: str, text: str) -> int | None:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else None
 
 
 def _triple(pattern: str, text: str) -> tuple[int, int, int] | None:

@@ -124,6 +124,8 @@ class Kernel:
     labels: int = 0
     cluster: tuple[int, int, int] | None = None
     max_threads: tuple[int, int, int] | None = None
+    max_registers: int | None = None
+    min_blocks: int | None = None
     line: int = 0
 
     @property

@@ -173,8 +173,8 @@ def test_clusters_need_an_architecture_and_a_grid() -> None:
         launch(kernel("", 0), [], device=Device("sm_90a"), grid=(3, 1, 1), cluster=(2, 1, 1))
 
 
-def test_griddepcontrol_and_register_budgets_do_nothing() -> None:
-    body = """griddepcontrol.wait; griddepcontrol.launch_dependents; setmaxnreg.dec.sync.aligned.u32 40; pmevent 1;
+def test_griddepcontrol_does_nothing() -> None:
+    body = """griddepcontrol.wait; griddepcontrol.launch_dependents; pmevent 1;
         bar.warp.sync -1; cvt.u32.u64 %r1, %d0; st.global.u32 [%d1], %r0;"""
     assert results(body)[0] == list(range(64))
 
