@@ -12,6 +12,8 @@ LIMITS: tuple[str, ...] = (
     "Races in global memory are looked for among at most 512 warps at once; a relaxed read-modify-write acquires.",
     "Values are seen in program order: a missing fence is noticed as a race, never by a stale value.",
     "Of the proxies only the asynchronous one is followed, and only where it reads what the generic one wrote.",
+    "A warpgroup's wait for wgmma ends its product for all four warps; a device may let one warp go on before another.",
+    "A missing wgmma.fence is noticed where registers were written before it, not where they were only read.",
     "Asynchronous work lands all at once, in one of three orders; a device may interleave it in others.",
     "More than 48 mbarriers in one cluster share agents in the race check, which may hide races between them.",
     "Sums of matrix instructions are taken in float32 in our order; a device's rounding inside is undocumented.",

@@ -132,12 +132,14 @@ class CopyGroups:
         words, lanes = context.words(copies.target, copies.size), copies.lanes
         if offsets is None:
             domain, warp = context.domain[lanes], context.warp[lanes]
-            context.order.async_write_done(words, warp[:, None], context.clocks.own(domain, warp)[:, None])
+            context.order.async_write_done(
+                words, warp[:, None], context.clocks.own(domain, warp)[:, None], generic=True
+            )
             return
         for offset in set(offsets.values()):
             mine = np.array([offsets[lane] == offset for lane in lanes.tolist()])
-            agent, clock = self.mbarriers.stamp(offset)
-            context.order.async_write_done(words[mine], agent, clock)
+            agent, clock = self.mbarriers.stamp(offset, generic=True)
+            context.order.async_write_done(words[mine], agent, clock, generic=True)
 
     def _sources(self, source: Array, size: int, wanted: Ints, lanes: Ints) -> Ints:
         """Offsets in global memory; copies of no bytes have none, whatever their address."""

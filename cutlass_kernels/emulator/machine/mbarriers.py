@@ -86,11 +86,14 @@ class MBarriers:
         barrier.pending -= arrivals
         self._settle(offset, barrier)
 
-    def stamp(self, offset: int) -> tuple[int, int]:
-        """Agent and clock of a completion on an mbarrier, which those who wait for it will know."""
+    def stamp(self, offset: int, *, generic: bool = False) -> tuple[int, int]:
+        """Agent and clock of a completion on an mbarrier, which those who wait for it will know.
+
+        ``generic``: through the asynchronous proxy they see it only after a fence.
+        """
         barrier, clocks = self._at(offset), self.context.clocks
         clock = clocks.complete(barrier.domain, barrier.agent)
-        barrier.given[:, clocks.warps + barrier.agent] = clock
+        barrier.given[: 1 if generic else 2, clocks.warps + barrier.agent] = clock
         return clocks.warps + barrier.agent, clock
 
     def test(self, offsets: Ints, wanted: Ints, lanes: Ints, *, parity: bool) -> NDArray[np.bool_]:

@@ -14,7 +14,8 @@ from cutlass_kernels.emulator.machine.clocks import Clocks, Ints
 from cutlass_kernels.emulator.machine.hazards import Hazards
 from cutlass_kernels.emulator.ptx.types import Array
 
-_ATOMIC, _NARROW = 1, 2
+#: How a word was written. cp.async writes through the generic proxy, whoever says that it is done.
+_ATOMIC, _NARROW, _GENERIC_COPY = 1, 2, 4
 
 
 class Races:
@@ -61,7 +62,8 @@ class Races:
         unordered = written & (know[0][agent] < clock)
         if unordered.any():
             self.hazards.add("race", "an asynchronous read of a word that another agent writes", int(unordered.sum()))
-        unfenced = written & ~unordered & (agent < self.clocks.warps) & (know[1][agent] < clock)
+        generic = (agent < self.clocks.warps) | (self.manner[words] == _GENERIC_COPY)
+        unfenced = written & ~unordered & generic & (know[1][agent] < clock)
         if unfenced.any():
             self.hazards.add(
                 "proxy", "asynchronous read of a generic write without fence.proxy.async", int(unfenced.sum())
@@ -88,13 +90,13 @@ class Races:
         self.landing[words] += 1
         self._copies += words.size
 
-    def async_write_done(self, words: Ints, agent: Ints | int, clock: Array | int) -> None:
-        """Copies are over: from now on the words were written by ``agent`` at ``clock``."""
+    def async_write_done(self, words: Ints, agent: Ints | int, clock: Array | int, *, generic: bool = False) -> None:
+        """Copies are over: from now on the words were written by ``agent`` at ``clock``; ``generic``: by cp.async."""
         self.landing[words] = 0
         self._copies -= words.size
         self.writer[words] = agent + 1
         self.written_at[words] = clock
-        self.manner[words] = 0
+        self.manner[words] = _GENERIC_COPY if generic else 0
 
     def _against_writes(
         self, words: Ints, domain: Ints, warp: Ints, what: str, excused: NDArray[np.bool_] | None = None

@@ -105,6 +105,24 @@ def test_copies_that_arrive_on_an_mbarrier(form: str, landing: Landing) -> None:
 
 
 @every_landing
+@pytest.mark.parametrize(("fence", "kinds"), [("fence.proxy.async.shared::cta;", set()), ("", {"proxy"})])
+@pytest.mark.parametrize("wait", ["cp.async.wait_all;", "mbarrier"])
+def test_cp_async_writes_through_the_generic_proxy(fence: str, kinds: set[str], wait: str, landing: Landing) -> None:
+    """The asynchronous one reads what was copied only behind a fence, also one of who waits on an mbarrier for it."""
+    wait = f"cp.async.mbarrier.arrive.noinc.shared.b64 [%r2]; {WAIT}" if wait == "mbarrier" else wait
+    body = f"""{START} @%p1 mbarrier.init.shared::cta.b64 [%r2], 64; bar.sync 0;
+        mad.lo.u32 %r3, %r0, 4, %r1; mad.wide.u32 %d2, %r0, 4, %d0; cp.async.ca.shared.global [%r3], [%d2], 4;
+        {wait} {fence} bar.sync 0; @%p1 cp.async.bulk.global.shared::cta.bulk_group [%d1], [%r1], 256;
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;"""
+    source = samples("u32", 64)
+    device = Device("sm_90a", Options(landing=landing))
+    given, out = device.array(source), device.empty(64, np.uint32)
+    report = launch(kernel(body, 2, shared=SHARED), [given.pointer, out.pointer], device=device, block=(64, 1, 1))
+    np.testing.assert_array_equal(out.numpy(), source)
+    assert {hazard.kind for hazard in report.hazards} == kinds
+
+
+@every_landing
 def test_bulk_copies(landing: Landing) -> None:
     """In by cp.async.bulk on an mbarrier, changed, out by a bulk group."""
     source = samples("u32", 256)
