@@ -61,8 +61,10 @@ class DecodeKernel(LineKernel):
             if thread == 0 and row_block == 0:
                 self.note_span(a, item, tile, part)
 
-            # Copies of the first tiles, on the way while the queries come.
-            cute.arch.sync_threads()
+            # Copies of the first tiles, on the way while the queries come. The other group may still need the tiles
+            # of the item before; a group of its own has ended that item with a barrier.
+            if const_expr(c.down > 1):
+                cute.arch.sync_threads()
             for ahead in range_constexpr(c.stages - 1):
                 self.find(a, item, found, tile + ahead, token)
                 self.copy(a, item, found, tile + ahead, token, chunk, memory + ahead * c.stage_bytes)

@@ -302,7 +302,8 @@ class DecodeSm90Kernel(TileCopies):
         c = self.config
         queries, keys = wg.by_rows(memory + c.queries_at), wg.by_rows(memory + stage * c.stage_bytes)
         full = memory + c.full_at + stage * (8 * c.blocks)
-        return wg.multiply_blocks(queries, keys, c.blocks, full, (uses >> stage) & 1, c.dtype)
+        fences = 1 if c.all_codes else c.blocks  # who decodes rows has a fence behind them
+        return wg.multiply_blocks(queries, keys, c.blocks, full, (uses >> stage) & 1, c.dtype, fences)
 
     @cute.jit
     def softmax_tile(

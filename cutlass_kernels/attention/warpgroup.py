@@ -75,18 +75,21 @@ def _wait_line(label: str, barrier: str, parity: str) -> list[str]:
     ]
 
 
-def multiply_blocks(a: Value, b: Value, blocks: int, barriers: Value, parity: Value, dtype: str) -> list[Value]:
+def multiply_blocks(
+    a: Value, b: Value, blocks: int, barriers: Value, parity: Value, dtype: str, fences: int
+) -> list[Value]:
     """Begin a [64, 64 blocks] times b [64, 64 blocks] transposed; a block of b is waited for on its own mbarrier.
 
-    ``a`` and ``b`` are descriptors by rows. Returns 32 sums: of rows r and r + 8 by turns, two columns each.
+    ``a`` and ``b`` are descriptors by rows. Products read through the asynchronous proxy, and copies (cp.async) write
+    through the generic one, without a fence of their own: one stands behind the waits for the first ``fences`` blocks,
+    at least one, since a is copied. Returns 32 sums: of rows r and r + 8 by turns, two columns each.
     """
     n = BLOCK // 2
     lines = ["{", ".reg .pred ready, keep;", ".reg .b64 left, right;", "setp.ne.b32 keep, 0, 0;"]
     lines += ["wgmma.fence.sync.aligned;"]
     for block in range(blocks):
         lines += _wait_line(f"WAIT{block}", f"[${n + 2}+{8 * block}]", f"${n + 3}")
-        # The copies were made by ordinary accesses, and products read through the asynchronous proxy.
-        lines += ["fence.proxy.async.shared::cta;"]
+        lines += ["fence.proxy.async.shared::cta;"] if block < fences else []
         for step in range(BLOCK // DEPTH):
             at = (block * BLOCK_BYTES + step * 2 * DEPTH) // 16
             lines += [f"add.s64 left, ${n}, {at};", f"add.s64 right, ${n + 1}, {at};"]
