@@ -1,4 +1,4 @@
-"""``flashmla build | info | explain | demo``, or ``python -m flashmla_ops`` with the same words."""
+"""``flashmla build | verify | info | explain | demo``, or ``python -m flashmla_ops`` with the same words."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def _build_cuda(archs: list[str]) -> int:
         print(f"flashmla: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _verify(words: argparse.Namespace) -> int:
+    from flashmla_ops.cuda import verify
+    from flashmla_ops.errors import BuildError
+
+    wanted = [*verify.chosen(words.arch or ("sm_80", "sm_90a"), words.list, words.only)]
+    options = {name: getattr(words, name) for name in ("mutations", "results", "document", "jobs")}
+    try:
+        return verify.command(wanted, **options)
+    except BuildError as error:
+        print(f"flashmla: {error}", file=sys.stderr)
+        return 1
 
 
 def _info() -> int:
@@ -76,6 +89,17 @@ def _demo() -> int:
     return demo()
 
 
+def _add_verify(command: argparse.ArgumentParser, archs: tuple[str, ...]) -> None:
+    command.add_argument("--arch", action="append", choices=archs, help="may be repeated (sm_80 and sm_90a)")
+    lists = ("all", "representatives")
+    command.add_argument("--list", choices=lists, default="all", help="all kernels, or one of each kind (all)")
+    command.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="those whose name has all of these")
+    command.add_argument("--mutations", action="store_true", help="also drop each wait and barrier in turn (slow)")
+    command.add_argument("--jobs", type=int, default=1, help="compilations at once (1)")
+    command.add_argument("--results", type=Path, help="write the results there, as JSON")
+    command.add_argument("--document", type=Path, help="then write the page there (docs/cuda_attention.md)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flashmla", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -85,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     archs = ("sm_80", "sm_86", "sm_89", "sm_90a")
     cuda_help = "the attention kernels of this architecture instead; may be repeated; needs the extra cuda, and no GPU"
     build.add_argument("--cuda", action="append", choices=archs, help=cuda_help)
+    verify = "run the attention kernels for CUDA in the emulator, against float64; needs the extra cuda, and no GPU"
+    _add_verify(commands.add_parser("verify", help=verify, description=verify), archs)
     commands.add_parser("info", help="versions, paths and implementations, one a line")
     commands.add_parser("explain", help="what runs here, and why")
     commands.add_parser("demo", help="run a small MLA model with and without FlashMLA; needs the extra demo")
@@ -93,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _build_cuda(chosen.cuda)
     if chosen.command == "build":
         return _build(chosen.into, chosen.verbose)
+    if chosen.command == "verify":
+        return _verify(chosen)
     return {"info": _info, "explain": _explain, "demo": _demo}[chosen.command]()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Written by the bench and by `verify`: tables without examples.
-GENERATED = {"docs/bench.md", "docs/cuda_verify.md"}
+GENERATED = {"docs/bench.md", "docs/cuda_attention.md", "docs/cuda_verify.md"}
 PAGES = sorted(
     name
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
@@ -84,6 +84,7 @@ ELSEWHERE = {
     "python -m flashmla_ops build": "make test runs it first",
     "python -m cutlass_kernels build": "hours; tests/cutlass_kernels/test_build.py builds some",
     "python -m cutlass_kernels verify": "minutes; .ci/run verifies representatives",
+    "python -m flashmla_ops verify": "minutes; tests/cuda/test_verify.py runs it on the smallest kernel",
     "python -m bench": "minutes, on a quiet machine; tests/bench runs every suite at small sizes",
     "FLASHMLA_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 python -m bench": "as the others of the bench",
     "make": "its steps are looked at",

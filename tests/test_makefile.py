@@ -40,6 +40,7 @@ def verify(folder: Path, *, has_nvcc: bool, install: str) -> tuple[str, str]:
 @pytest.mark.parametrize("has_nvcc", [True, False])
 def test_nvcc_is_installed_where_there_is_none(has_nvcc: bool, tmp_path: Path) -> None:
     said, calls = verify(tmp_path, has_nvcc=has_nvcc, install="touch {found}")
+    assert "-m flashmla_ops verify --list representatives --jobs 2" in calls.splitlines()
     assert calls.splitlines()[-1] == "-m cutlass_kernels verify --list representatives"
     assert ("pip install" in calls) == ("no nvcc here" in said) == (not has_nvcc)
     assert ("nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.*" in calls) == (not has_nvcc)

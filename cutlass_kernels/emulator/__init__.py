@@ -49,7 +49,7 @@ from cutlass_kernels.emulator.errors import (
 )
 from cutlass_kernels.emulator.formats import from_bf16, from_e4m3, to_bf16, to_e4m3
 from cutlass_kernels.emulator.limits import LIMITS
-from cutlass_kernels.emulator.mutation import Mutant, NotClean, Survey, mutate
+from cutlass_kernels.emulator.mutation import Mutant, NotClean, Survey, mutate, survey
 from cutlass_kernels.emulator.options import Landing, Options, Site
 from cutlass_kernels.emulator.registry import opcodes
 from cutlass_kernels.emulator.report import Counters, Hazard, LaunchReport, Report
@@ -86,6 +86,7 @@ __all__ = [
     "mutate",
     "opcodes",
     "run",
+    "survey",
     "to_bf16",
     "to_e4m3",
 ]

@@ -67,31 +67,42 @@ def mutate(
     landings: Sequence[Landing] = ("late", "early"),
     ptx: str | None = None,
 ) -> Survey:
-    """Run ``call`` once for each synchronising instruction that it executes, without that instruction.
+    """Run ``call`` once for each synchronising instruction that it executes, without that instruction; see `survey`."""
+
+    def attempt(chosen: Options) -> Report[Result]:
+        return run(library, call, arch=arch, options=chosen, memory=memory, ptx=ptx)
+
+    return survey(attempt, accept, options=options, landings=landings)
+
+
+def survey(
+    attempt: Callable[[Options], Report[Result]],
+    accept: Callable[[Result], bool],
+    *,
+    options: Options | None = None,
+    landings: Sequence[Landing] = ("late", "early"),
+    kernel: str | None = None,
+) -> Survey:
+    """What is noticed of the instructions of ``kernel`` (None: of all) that ``attempt`` executes, each left out.
 
     ``accept`` judges a result. Each mutant runs under each of ``landings`` until it is noticed. Raises `NotClean` if
     the unchanged kernel is not accepted or shows hazards under one of them.
     """
     base = options or Options()
-
-    def attempt(landing: Landing, drop: frozenset[Site]) -> Report[Result]:
-        chosen = dataclasses.replace(base, landing=landing, drop=drop)
-        return run(library, call, arch=arch, options=chosen, memory=memory, ptx=ptx)
-
     sites: set[Site] = set()
     for landing in landings:
-        report = attempt(landing, frozenset())
+        report = attempt(dataclasses.replace(base, landing=landing))
         if report.hazards:
             raise NotClean(f"with landing {landing!r}: {report.hazards[0]}")
         if not accept(report.result):
             raise NotClean(f"with landing {landing!r} the result is rejected")
-        sites.update(site for launch in report.launches for site in launch.sites)
+        sites.update(site for launch in report.launches for site in launch.sites if kernel in (None, site.kernel))
 
     def judge(*left_out: Site) -> str | None:
         for landing in landings:
             try:
-                report = attempt(landing, frozenset(left_out))
-            except Exception as error:  # Also what ``call`` raises on a result that makes no sense to it.
+                report = attempt(dataclasses.replace(base, landing=landing, drop=frozenset(left_out)))
+            except Exception as error:  # Also what ``attempt`` raises on a result that makes no sense to it.
                 return type(error).__name__
             if report.hazards:
                 return f"hazard: {report.hazards[0].kind}"
