@@ -416,8 +416,6 @@ def launches(engine: Engine, call: Call, config: CallConfig, results: Sequence[R
         **numbers,
         **{parameter: tensor for parameter, _, tensor, _ in tensors},
     }
-    combine = CombineConfig(config.dtype, call.d_v)
-    grid = (items * h_kv, -(-rows // combine.warps), 1)
     work = [engine.prepare(config, (row_blocks, parts, 1), shared)]
     if not call.whole:
         combine = CombineConfig(config.dtype, call.d_v)
