@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench.gpu_check.operators import TOLERANCE, attempt
 from bench.gpu_check.report import Report, Row
-from cutlass_kernels.attention.config import AppendConfig, Config
+from cutlass_kernels.attention.around_config import AppendConfig
+from cutlass_kernels.attention.config import Config
 from flashmla_ops import reference
 from flashmla_ops.cuda import loader
 from flashmla_ops.cuda.append import WIDTHS, quantising

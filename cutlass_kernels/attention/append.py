@@ -14,7 +14,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, const_expr, cute, range_constexpr
 
 from cutlass_kernels.attention import ptx
-from cutlass_kernels.attention.config import AppendConfig
+from cutlass_kernels.attention.around_config import AppendConfig
 from cutlass_kernels.attention.encode import Encoder
 
 #: Slots that a thread loads at once, and accesses of a copy.

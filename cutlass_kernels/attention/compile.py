@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cutlass_kernels.attention import elf
-from cutlass_kernels.attention.config import CONFIGS, Config
+from cutlass_kernels.attention.around_config import AppendConfig, MergeConfig, ScheduleConfig
+from cutlass_kernels.attention.config import CombineConfig, Config, DecodeConfig, DecodeSm90Config
 
+CONFIGS: dict[str, type[Config]] = {
+    config.kind: config
+    for config in (DecodeConfig, DecodeSm90Config, CombineConfig, AppendConfig, MergeConfig, ScheduleConfig)
+}
 #: Codes of `struct` for the types of parameters.
 CODES = {"Int64": "q", "Int32": "i", "Float32": "f"}
 

@@ -107,7 +107,7 @@ class DecodeKernel(LineKernel):
             number, tile = self.take_up_place(memory, thread, number, tile)
             self.take_up(memory, thread, top, norm)
             item = self.item(a, number, tile, remaining)
-            whole = tile == 0 and item.last == self.tiles_of(item)
+            whole = tile == 0 and item.last == self.tiles_of(item.length, item.second_length)
             slot = part * 2 if tile > 0 else part * 2 + 1
             part_row = Int64(slot) * (row_blocks * c.rows)
             ptx.barrier(down + 1, GROUP)  # factors of the last tile have been read

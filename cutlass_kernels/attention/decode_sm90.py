@@ -1,9 +1,9 @@
 """``flashmla::decode`` for the tensor cores of sm_90a: wgmma, with a warpgroup that copies and two that compute.
 
-The line of work and the partial results are those of `decode`; `combine` serves both. A block has 64
-query rows and goes through tiles of 64 tokens, by two: the first warpgroup computes the weights of the first tile of a
-pair, the second one those of the second tile. Each of them has half of the value's columns and adds both tiles to them,
-so weights go from one to the other through shared memory, with the maxima that they are relative to. While one computes
+The line of work and the partial results are those of `decode`; `combine` serves both. A block has 64 query rows and
+goes through tiles of 64 tokens, by two: the first warpgroup computes the weights of the first tile of a pair, the
+second one those of the second tile. Each of them has half of the value's columns and adds both tiles to them, so
+weights go from one to the other through shared memory, with the maxima that they are relative to. While one computes
 weights, the products of the other keep the tensor cores busy. The third warpgroup copies what both have done with
 (`tiles_sm90`); mbarriers say what is there and what is free.
 
@@ -27,6 +27,8 @@ Value = Any
 #: Registers of a thread that computes, and of one that copies, or that decodes what it copies. A block begins with 168
 #: for each thread, so those of three warpgroups are at most 504 together: for more, a device would wait for ever.
 COPYING, DECODING = (224, 56), (216, 72)
+#: A smaller scale counts as this one, which makes scores equal too: 0 times the -inf of a masked score would be NaN.
+LEAST_SCALE = 2.0**-100
 #: Hardware barriers: of the two warpgroups that compute, and of the second one.
 BOTH, SECOND = 1, 3
 
@@ -151,7 +153,7 @@ class DecodeSm90Kernel(TileCopies):
         """Write this thread's columns of its two rows: results, or what `combine` is to merge."""
         c, to = self.config, a.to
         row_blocks, _, _ = cute.arch.grid_dim()
-        whole = tile == 0 and item.last == self.tiles_of(item)
+        whole = tile == 0 and item.last == self.tiles_of(item.length, item.second_length)
         slot = part * 2 if tile > 0 else part * 2 + 1
         column = Int64(role * self.half + lane % 4 * 2)
         for i in range_constexpr(2):
@@ -330,7 +332,7 @@ class DecodeSm90Kernel(TileCopies):
         for at in range_constexpr(32):
             found[at] = scores[at]
         first = first + lane % 4 * 2
-        size = ptx.maximum(scale, -scale)
+        size = ptx.maximum(ptx.maximum(scale, -scale), Float32(LEAST_SCALE))
         if every != 0x1010 or first + 57 >= limit[0] or scale < 0.0:
             sign = Float32(-1.0) if scale < 0.0 else Float32(1.0)
             for j in range_constexpr(8):

@@ -8,7 +8,7 @@ from typing import Any
 from cutlass import Float32, Uint32
 
 from cutlass_kernels.attention import ptx
-from cutlass_kernels.attention.config import ELEMENT_BYTES
+from cutlass_kernels.attention.around_config import ELEMENT_BYTES
 
 Value = Any
 SIGN = 0x80000000

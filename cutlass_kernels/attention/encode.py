@@ -13,7 +13,8 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, const_expr, cute, range_constexpr
 
 from cutlass_kernels.attention import elements, ptx
-from cutlass_kernels.attention.config import ELEMENT_BYTES, AppendConfig, Codes
+from cutlass_kernels.attention.around_config import ELEMENT_BYTES, AppendConfig
+from cutlass_kernels.attention.config import Codes
 
 #: Bits of float32: infinity, the canonical NaN and the least normal number.
 INFINITY, NAN, LEAST = 0x7F800000, 0x7FC00000, 0x00800000

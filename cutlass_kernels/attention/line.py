@@ -145,19 +145,19 @@ class LineKernel:
         return (length + (self.config.tile - 1)) // self.config.tile
 
     @cute.jit
+    def tiles_of(self, length: Int32, second: Int32) -> Int32:
+        """Tiles of an item with so many rows of each source: at least one, which writes the result of an empty one."""
+        tiles = self.in_tiles(length) + self.in_tiles(second)
+        return tiles if tiles > 0 else Int32(1)
+
+    @cute.jit
     def tiles(self, a: Arguments, index: Int32) -> Int32:
-        """Tiles of an item, at least one, which writes the result of an empty one; 0 past the last item."""
+        """Tiles of an item; 0 past the last one."""
         tiles = Int32(0)
         if index < a.batch:
             length, second = self.lengths(a, index)
-            tiles = self.in_tiles(length) + self.in_tiles(second)
-            tiles = tiles if tiles > 0 else Int32(1)
+            tiles = self.tiles_of(length, second)
         return tiles
-
-    @cute.jit
-    def tiles_of(self, item: Item) -> Int32:
-        tiles = item.tiles + self.in_tiles(item.second_length)
-        return tiles if tiles > 0 else Int32(1)
 
     @cute.jit
     def item(self, a: Arguments, number: Int32, tile: Int32, remaining: Int32) -> Item:
@@ -165,8 +165,7 @@ class LineKernel:
         sequence = ptx.divide(index, a.to.tokens_magic, a.to.tokens_shift)
         length, second = self.lengths(a, index)
         token, head, tiles = index - sequence * a.to.tokens, number - index * a.to.h_kv, self.in_tiles(length)
-        every = tiles + self.in_tiles(second)
-        every = every if every > 0 else Int32(1)
+        every = self.tiles_of(length, second)
         last = tile + remaining if tile + remaining < every else every
         return Item(number, sequence, token, head, length, second, tiles, last)
 
@@ -174,7 +173,7 @@ class LineKernel:
     def note_span(self, a: Arguments, item: Item, tile: Int32, part: Int32) -> None:
         if tile == 0:
             ptx.store(a.to.spans + Int64(item.number) * 8, [part], "b32")
-        if item.last == self.tiles_of(item):
+        if item.last == self.tiles_of(item.length, item.second_length):
             ptx.store(a.to.spans + Int64(item.number) * 8, [part], "b32", 4)
 
     def cut(self, total: Value, part: Value, parts: Value) -> Value:

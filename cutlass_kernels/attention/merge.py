@@ -14,7 +14,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute, range_constexpr
 
 from cutlass_kernels.attention import elements, ptx
-from cutlass_kernels.attention.config import ELEMENT_BYTES, MergeConfig
+from cutlass_kernels.attention.around_config import ELEMENT_BYTES, MergeConfig
 
 LOG2_E = math.log2(math.e)
 #: log2 of what is below every positive float64: a part of less weight has none.

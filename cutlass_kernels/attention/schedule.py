@@ -12,7 +12,8 @@ import cutlass
 from cutlass import Int32, Int64, Uint32, cute, range_constexpr
 
 from cutlass_kernels.attention import ptx
-from cutlass_kernels.attention.config import WARP, ScheduleConfig
+from cutlass_kernels.attention.around_config import ScheduleConfig
+from cutlass_kernels.attention.config import WARP
 
 Value = Any
 

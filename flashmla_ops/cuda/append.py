@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_kernels.attention.config import AppendConfig
-from flashmla_ops.cuda.attention import Engine, codes_of
+from cutlass_kernels.attention.around_config import AppendConfig
+from flashmla_ops.cuda.attention import codes_of
 from flashmla_ops.cuda.driver import Values
-from flashmla_ops.cuda.served import ELEMENTS, Sort, are_multiples, divisor, in_int32, served, strides_of
+from flashmla_ops.cuda.engine import Engine
+from flashmla_ops.cuda.served import ELEMENTS, are_multiples, divisor, in_int32, served, strides_of
 from flashmla_ops.formats import NATIVE, QUANTIZED, row_bytes, row_tail
 from flashmla_ops.ops.append import APPEND, APPEND_TWO, Append, AppendTwo
+from flashmla_ops.ops.check import dtype_name
 
 #: Bytes of an access in a copy, the best first.
 WIDTHS = (16, 8, 4, 2)
@@ -30,7 +32,7 @@ def append(engine: Engine, *args: Any, **kwargs: Any) -> None:
     def launch(_: list[Tensor]) -> str:
         return write(engine, a.kv_cache, a.rows, a.slot_mapping, a.row_format)
 
-    served(engine, APPEND, a, Sort("append_", a.rows.dtype, ("to", a.row_format)), a.rows, launch)
+    served(engine, APPEND, a, f"append_ {dtype_name(a.rows.dtype)} to {a.row_format}", a.rows, launch)
 
 
 def append_two(engine: Engine, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +44,7 @@ def append_two(engine: Engine, *args: Any, **kwargs: Any) -> None:
         second = write(engine, a.k_cache, a.k_rows, a.slot_mapping, NATIVE)
         return f"{first} and {second}"
 
-    served(engine, APPEND_TWO, a, Sort("append_.two", a.rows.dtype, ("to", NATIVE)), a.rows, launch)
+    served(engine, APPEND_TWO, a, f"append_.two {dtype_name(a.rows.dtype)}", a.rows, launch)
 
 
 def write(engine: Engine, cache: Tensor, rows: Tensor, slot_mapping: Tensor, row_format: str) -> str:

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cutlass_kernels.attention.config import CallConfig, Codes, CombineConfig, Config, DecodeConfig, DecodeSm90Config
+from cutlass_kernels.attention.config import CallConfig, Codes, CombineConfig, DecodeConfig, DecodeSm90Config
 from cutlass_kernels.attention.magic import magic_of
 from cutlass_kernels.errors import ConfigError, MissingToolError
 from cutlass_kernels.gemm.problem import Device
-from flashmla_ops.cuda.driver import Grid, Launch, Values
+from flashmla_ops.cuda.engine import Engine, Plan, Unserved, signature
+from flashmla_ops.cuda.served import INT32, divisor, strides_of
 from flashmla_ops.formats import NATIVE, QUANTIZED, Grouped
-from flashmla_ops.ops.check import Result
+from flashmla_ops.ops.check import Result, dtype_name
 from flashmla_ops.ops.decode import DECODE, Decode
 from flashmla_ops.ops.decode_up import DECODE_UP, DecodeUp
 from flashmla_ops.ops.operator import Operator
@@ -37,80 +38,9 @@ STAGES = (3, 2)
 #: Query rows of a block, the largest first.
 ROWS = (64, 32, 16)
 LOG2_E = math.log2(math.e)
-_INT32 = 2**31 - 1
 #: Signatures of calls that an engine remembers; beyond, it begins anew.
 MOST_PLANS = 1024
 A = TypeVar("A", Decode, DecodeUp, SparseDecode)
-
-
-class Sorted(Protocol):
-    """A call, as `explain` has it by `str`."""
-
-    @property
-    def sort(self) -> object:
-        """What `str` tells apart, at less cost."""
-
-
-@dataclass
-class Engine:
-    """Runs kernels on one device. ``chosen`` remembers what served each sort of call, for `explain`."""
-
-    device: Device
-    prepare: Callable[[Config, Grid, Values], Launch]
-    chosen: dict[str, str] = field(default_factory=dict)
-    last: tuple[object, str] | None = None
-    #: Calls by `signature`.
-    plans: dict[object, Plan] = field(default_factory=dict)
-
-    def run(self, config: Config, grid: Grid, values: Values) -> None:
-        """Launch a kernel once."""
-        self.prepare(config, grid, values)({name: each for name, each in values.items() if isinstance(each, Tensor)})
-
-    def remember(self, call: Sorted, served: str) -> None:
-        """A line a sort of call; a hundred say enough."""
-        if self.last != (call.sort, served) and len(self.chosen) < 100:
-            self.chosen[str(call)] = served
-            self.last = (call.sort, served)
-
-
-class Unserved(Exception):
-    """No kernel takes a call; the message says what is in the way."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How calls of one signature are served: all but the addresses of their tensors is known."""
-
-    #: Why it is the float64 definition; empty if kernels serve the call.
-    reason: str
-    config: str = ""
-    #: Parameter, argument of the operator, and what it has to go through.
-    tensors: tuple[tuple[str, str, Callable[[Tensor], Tensor] | None], ...] = ()
-    results: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
-    workspace: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
-    launches: tuple[Launch, ...] = ()
-    #: From the arguments and the results of the launches to those of the operator.
-    finish: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-
-    def __call__(self, a: Any) -> tuple[Tensor, ...]:
-        made = {name: a.q.new_empty(shape, dtype=dtype) for name, shape, dtype in (*self.results, *self.workspace)}
-        for parameter, name, fix in self.tensors:
-            tensor = getattr(a, name)
-            made[parameter] = tensor if fix is None else fix(tensor)
-        for launch in self.launches:
-            launch(made)
-        found = [made[name] for name, _, _ in self.results]
-        return tuple(found) if self.finish is None else self.finish(a, *found)
-
-
-def signature(operator: Operator[Any], a: Any) -> object:
-    """What a plan depends on: the arguments, with tensors by form and place among 16 bytes."""
-    return operator.name, *[
-        (each.shape, each.stride(), each.dtype, each.get_device(), each.data_ptr() % 16)
-        if isinstance(each, Tensor)
-        else each
-        for each in vars(a).values()
-    ]
 
 
 @dataclass(frozen=True)
@@ -159,7 +89,7 @@ class Cache:
         n_pages, page_size = self.kv.shape[:2]
         magic, shift = magic_of(page_size)
         capacity = index.size(-1) * (page_size if index.dim() == 2 else 1)
-        kv, k = _strides(self.kv), (0, 0, 0, 0) if self.k is None else _strides(self.k)
+        kv, k = strides_of(self.kv), (0, 0, 0, 0) if self.k is None else strides_of(self.k)
         if self.codes is not None and self.codes.tail:
             kv = (kv[0], self.codes.head, 0, 1)  # a page is one piece: the heads of its rows lie together
         found = {
@@ -171,7 +101,7 @@ class Cache:
             "page_size": page_size,
             "page_magic": magic,
             "page_shift": shift,
-            "capacity": min(capacity, _INT32),
+            "capacity": min(capacity, INT32),
         }
         return {f"{source}.{name}": value for name, value in found.items()}
 
@@ -226,11 +156,6 @@ class Call:
     def group(self) -> int:
         return self.q.size(2) // self.caches[0].kv.size(2)
 
-    @property
-    def sort(self) -> object:
-        """What `str` tells apart, at less cost."""
-        return self.op, self.q.dtype, self.q.shape[1:], self.d_v, [(c.kv.shape[2:], c.row_format) for c in self.caches]
-
     def tensors(self, unit: int) -> tuple[dict[str, Any], list[tuple[str, str, Tensor, Any]]]:
         """The numbers among a kernel's parameters that tensors have, and the tensors: see `Cache.tensors`.
 
@@ -251,7 +176,7 @@ class Call:
         if self.sink is not None:
             found.append(("to.sink", "attn_sink", self.sink, torch.Tensor.contiguous))
         scale = q.size(3) ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        numbers |= dict(zip(("q_batch", "q_token", "q_head"), _strides(q), strict=False))
+        numbers |= dict(zip(("q_batch", "q_token", "q_head"), strides_of(q), strict=False))
         numbers |= {"batch": q.size(0) * self.tokens, "s_q": self.s_q, "causal": self.causal, "scale": scale * LOG2_E}
         numbers["whole"] = self.whole
         return numbers, found
@@ -264,7 +189,7 @@ class Call:
             for cache in self.caches
         )
         heads = f"h_q {self.q.size(2)} h_kv {self.caches[0].kv.size(2)}"
-        return f"{self.op} {str(self.q.dtype)[6:]} s_q {self.q.size(1)} {heads} rows {rows} d_v {self.d_v}"
+        return f"{self.op} {dtype_name(self.q.dtype)} s_q {self.q.size(1)} {heads} rows {rows} d_v {self.d_v}"
 
 
 def decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
@@ -330,7 +255,7 @@ def planned(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A]
         plan = replace(plan, finish=finish)
     except (Unserved, MissingToolError) as reason:
         plan = Plan(str(reason))
-    engine.remember(call, f"the float64 definition ({plan.reason})" if plan.reason else plan.config)
+    engine.remember(str(call), f"the float64 definition ({plan.reason})" if plan.reason else plan.config)
     return plan
 
 
@@ -411,13 +336,13 @@ def launches(engine: Engine, call: Call, config: CallConfig, results: Sequence[R
         **dict(zip(("to.out_batch", "to.out_token", "to.out_head"), _of_shape(out_shape, dtype), strict=False)),
         **dict(zip(("to.lse_batch", "to.lse_head", "to.lse_token"), _of_shape(lse_shape, lse_dtype), strict=False)),
         "to.h_kv": h_kv,
-        **_divisor("to.tokens", call.tokens),
-        **_divisor("to.group", group),
+        **divisor("to.tokens", call.tokens),
+        **divisor("to.group", group),
         **numbers,
         **{parameter: tensor for parameter, _, tensor, _ in tensors},
     }
     work = [engine.prepare(config, (row_blocks, parts, 1), shared)]
-    if not call.whole:
+    if not call.whole and parts > 1:  # something may be cut
         combine = CombineConfig(config.dtype, call.d_v)
         grid = (items * h_kv, -(-rows // combine.warps), 1)
         work.append(engine.prepare(combine, grid, {**shared, "rows": rows, "part_rows": part_rows}))
@@ -445,14 +370,3 @@ SOURCE = (
     *("kv", "k", "index", "lengths", "kv_page", "kv_row", "kv_head", "k_page", "k_row", "k_head", "index_row"),
     *("n_pages", "page_size", "page_magic", "page_shift", "capacity"),
 )
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """In bytes."""
-    return tuple(stride * tensor.element_size() for stride in tensor.stride())
-
-
-def _divisor(name: str, value: int) -> dict[str, int]:
-    """A number that a kernel divides by."""
-    magic, shift = magic_of(max(value, 1))
-    return {name: value, f"{name}_magic": magic, f"{name}_shift": shift}

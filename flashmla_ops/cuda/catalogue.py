@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cutlass_kernels.attention import libraries
-from cutlass_kernels.attention.config import AppendConfig, CombineConfig, Config
+from cutlass_kernels.attention.around_config import AppendConfig
+from cutlass_kernels.attention.config import CombineConfig, Config
 from cutlass_kernels.errors import CutlassKernelsError
 from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda.append import quantising

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cutlass_kernels.attention.config import Config
-from cutlass_kernels.attention.libraries import ARCHS, Built, arch_of, build
+from cutlass_kernels.attention.libraries import Built, arch_of, build
 from cutlass_kernels.errors import BuildError, CallError
 
 Grid = tuple[int, int, int]
@@ -87,16 +87,15 @@ class Function:
         slots = places(self.built.parameters, addresses)
         config, size = self.built.config, ctypes.c_size_t(len(template))
         block, shared = (config.threads, 1, 1), config.shared_bytes
-        cuda, handle, size_at = _cuda().cuLaunchKernel, self.handle, ctypes.addressof(size)
+        cuda, handle = _cuda().cuLaunchKernel, self.handle
 
         def launch(tensors: Values) -> None:
             buffer = ctypes.create_string_buffer(template, len(template))
             for name, place in slots:
                 _ADDRESS.pack_into(buffer, place, tensors[name].data_ptr())  # type: ignore[union-attr]
-            extra = (ctypes.c_void_p * 5)(_BUFFER, ctypes.addressof(buffer), _BUFFER_SIZE, size_at, _END)
+            extra = (ctypes.c_void_p * 5)(_BUFFER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(size), _END)
             _check(cuda(handle, *grid, *block, shared, ctypes.c_void_p(stream()), None, extra), config.name)
 
-        launch.size = size  # type: ignore[attr-defined]  # lives as long as the launch
         return launch
 
 
@@ -110,6 +109,3 @@ def function(index: int, config: Config) -> Function:
     with torch.cuda.device(index):
         torch.cuda.current_stream()  # the context is there
         return Function.load(build(config, arch), capability)
-
-
-__all__ = ["ARCHS", "Function", "Grid", "Launch", "Values", "function", "pack"]

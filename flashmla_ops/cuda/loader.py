@@ -17,8 +17,8 @@ from cutlass_kernels.gemm.catalogue import kernels
 from cutlass_kernels.gemm.choose import Choice
 from cutlass_kernels.gemm.problem import Device
 from flashmla_ops.cuda import append, attention, driver, gemm, prefill, states
-from flashmla_ops.cuda.attention import Engine
 from flashmla_ops.cuda.driver import Grid, Launch, Values
+from flashmla_ops.cuda.engine import Engine
 from flashmla_ops.cuda.launch import Launcher
 from flashmla_ops.ops._library import LIBRARY
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from flashmla_ops import reference
-from flashmla_ops.cuda.attention import Engine, Unserved
-from flashmla_ops.cuda.served import Sort, served
+from flashmla_ops.cuda.engine import Engine, Unserved
+from flashmla_ops.cuda.served import served
+from flashmla_ops.ops.check import dtype_name
 from flashmla_ops.ops.prefill import PREFILL, Prefill
 
 #: Elements of a head at most, and what they are a multiple of: the kernel's.
@@ -41,8 +42,8 @@ def prefill(engine: Engine, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             lse.fill_(torch.inf)
         return "torch's flash attention"
 
-    sort = Sort("prefill", a.q.dtype, (f"h_q {a.q.size(1)} h_kv {a.k.size(1)} d_qk {d_qk} d_v {d_v}",))
-    out, lse = served(engine, PREFILL, a, sort, a.q, launch)
+    call = f"prefill {dtype_name(a.q.dtype)} h_q {a.q.size(1)} h_kv {a.k.size(1)} d_qk {d_qk} d_v {d_v}"
+    out, lse = served(engine, PREFILL, a, call, a.q, launch)
     return out, lse
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from cutlass_kernels.attention.magic import magic_of
 from cutlass_kernels.errors import MissingToolError
-from flashmla_ops.cuda.attention import Engine, Unserved
+from flashmla_ops.cuda.engine import Engine, Unserved
 from flashmla_ops.ops.operator import Operator
 
 #: Names of element types, as configurations have them.
@@ -19,24 +18,8 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"
 INT32 = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Sort:
-    """A sort of call: an operator, a type, and what else `explain` tells apart."""
-
-    op: str
-    dtype: torch.dtype
-    facts: tuple[object, ...]
-
-    @property
-    def sort(self) -> object:
-        return self
-
-    def __str__(self) -> str:
-        return " ".join([self.op, str(self.dtype)[6:], *map(str, self.facts)])
-
-
 def served(
-    engine: Engine, operator: Operator[Any], a: Any, call: Sort, like: Tensor, launch: Callable[[list[Tensor]], str]
+    engine: Engine, operator: Operator[Any], a: Any, call: str, like: Tensor, launch: Callable[[list[Tensor]], str]
 ) -> list[Tensor]:
     """The results of a call. ``launch`` fills them and names its kernel, or raises `Unserved`.
 

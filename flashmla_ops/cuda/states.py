@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_kernels.attention.config import MergeConfig, ScheduleConfig
-from flashmla_ops.cuda.attention import Engine
+from cutlass_kernels.attention.around_config import MergeConfig, ScheduleConfig
 from flashmla_ops.cuda.driver import Values
-from flashmla_ops.cuda.served import ELEMENTS, Sort, are_multiples, divisor, in_int32, served, strides_of
+from flashmla_ops.cuda.engine import Engine
+from flashmla_ops.cuda.served import ELEMENTS, are_multiples, divisor, in_int32, served, strides_of
+from flashmla_ops.ops.check import dtype_name
 from flashmla_ops.ops.merge import MERGE_STATES, MergeStates
 from flashmla_ops.ops.schedule import DECODE_SCHEDULE, DecodeSchedule
 from flashmla_ops.reference.schedule import HEADER, MIN_UNITS, UNIT, row_block
@@ -25,7 +26,7 @@ def merge_states(engine: Engine, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
     """``flashmla::merge_states``."""
     a: MergeStates = MERGE_STATES.bind(*args, **kwargs)
     first = a.outs[0]
-    call = Sort("merge_states", first.dtype, (len(a.outs), "parts"))
+    call = f"merge_states {dtype_name(first.dtype)} {len(a.outs)} parts"
 
     def launch(results: list[Tensor]) -> str:
         return merge(engine, a.outs, a.lses, *results)
@@ -105,6 +106,5 @@ def decode_schedule(engine: Engine, *args: Any, **kwargs: Any) -> Tensor:
         engine.run(SCHEDULE, (1, 1, 1), values)
         return SCHEDULE.name
 
-    call = Sort("decode_schedule", a.cache_seqlens.dtype, ())
-    (schedule,) = served(engine, DECODE_SCHEDULE, a, call, a.cache_seqlens, launch)
+    (schedule,) = served(engine, DECODE_SCHEDULE, a, "decode_schedule", a.cache_seqlens, launch)
     return schedule

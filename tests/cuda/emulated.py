@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flashmla_ops.cuda.attention import Engine
+from flashmla_ops.cuda.engine import Engine
 from flashmla_ops.cuda.verify.emulated import Emulated, bytes_of, device
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cutlass_kernels import emulator
 from cutlass_kernels.attention import libraries
-from cutlass_kernels.attention.config import AppendConfig
+from cutlass_kernels.attention.around_config import AppendConfig
 from flashmla_ops import reference
 from flashmla_ops.cuda import append as on_cuda
 from flashmla_ops.cuda.served import ELEMENTS

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.cuda import prefill
-from flashmla_ops.cuda.attention import Engine
 from flashmla_ops.cuda.catalogue import DEVICES
+from flashmla_ops.cuda.engine import Engine
 from tests.support.compare import OFFICIAL_LSE, OFFICIAL_OUT, difference
 
 NO_KERNEL = Engine(DEVICES["sm_80"], lambda *_: pytest.fail("a kernel of ours"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutlass_kernels import emulator
 from cutlass_kernels.attention import libraries
-from cutlass_kernels.attention.config import ELEMENT_BYTES, MergeConfig, ScheduleConfig
+from cutlass_kernels.attention.around_config import ELEMENT_BYTES, MergeConfig, ScheduleConfig
 from cutlass_kernels.gemm.problem import Device
 from flashmla_ops import reference
 from flashmla_ops.cuda import states

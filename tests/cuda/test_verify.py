@@ -13,7 +13,8 @@ import pytest
 
 from cutlass_kernels import emulator
 from cutlass_kernels.attention import libraries
-from cutlass_kernels.attention.config import AppendConfig, CallConfig, Config, DecodeConfig
+from cutlass_kernels.attention.around_config import AppendConfig
+from cutlass_kernels.attention.config import CallConfig, Config, DecodeConfig
 from flashmla_ops.__main__ import main
 from flashmla_ops.cuda import verify
 from flashmla_ops.cuda.catalogue import shipped

@@ -17,9 +17,9 @@ from cutlass_kernels import emulator
 from cutlass_kernels.attention import libraries
 from cutlass_kernels.attention.config import Config
 from cutlass_kernels.gemm.problem import Device
-from flashmla_ops.cuda.attention import Engine
 from flashmla_ops.cuda.catalogue import DEVICES
 from flashmla_ops.cuda.driver import Grid, Launch, Values, pack
+from flashmla_ops.cuda.engine import Engine
 
 #: Parameters whose memory a kernel writes before anything reads it.
 WRITTEN = frozenset(

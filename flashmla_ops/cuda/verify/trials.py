@@ -12,18 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlass_kernels.attention.config import (
-    AppendConfig,
-    CallConfig,
-    CombineConfig,
-    Config,
-    DecodeConfig,
-    MergeConfig,
-    ScheduleConfig,
-)
+from cutlass_kernels.attention.around_config import AppendConfig, MergeConfig, ScheduleConfig
+from cutlass_kernels.attention.config import CallConfig, CombineConfig, Config, DecodeConfig
 from flashmla_ops import reference
 from flashmla_ops.cuda import append, attention, states
-from flashmla_ops.cuda.attention import Engine
+from flashmla_ops.cuda.engine import Engine
 from flashmla_ops.cuda.served import ELEMENTS
 from flashmla_ops.cuda.verify import memory
 from flashmla_ops.formats import NATIVE, QUANTIZED
