@@ -43,6 +43,7 @@ _TYPES: dict[Any, str] = {
     Static: "int",
     bool: "bool",
     str: "str",
+    float: "float",
     float | None: "float?",
     torch.dtype: "ScalarType",
     torch.dtype | None: "ScalarType?",

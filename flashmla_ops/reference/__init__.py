@@ -3,6 +3,7 @@
 from flashmla_ops.reference.attention import attend_masked, decode, decode_up, merge_states, prefill
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
+from flashmla_ops.reference.pages import choose_pages, page_mass, summarize
 from flashmla_ops.reference.schedule import decode_schedule
 from flashmla_ops.reference.sparse import Source, sparse_attention
 
@@ -11,6 +12,7 @@ __all__ = [
     "append",
     "attend_masked",
     "bmm",
+    "choose_pages",
     "decode",
     "decode_schedule",
     "decode_up",
@@ -18,6 +20,8 @@ __all__ = [
     "gemm",
     "grouped_gemm",
     "merge_states",
+    "page_mass",
     "prefill",
     "sparse_attention",
+    "summarize",
 ]

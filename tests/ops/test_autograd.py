@@ -127,7 +127,7 @@ def test_without_gradients_tensors_that_require_one_are_served(name: str, argume
 @pytest.mark.parametrize(("name", "argument"), MUTATED)
 def test_a_mutation_raises_the_version(name: str, argument: str) -> None:
     arguments = CALLS[name].arguments()
-    tensor, base = arguments[argument], torch.zeros(2, *arguments[argument].shape)
+    tensor, base = arguments[argument], arguments[argument].new_zeros(2, *arguments[argument].shape)
     for given, counted in ((tensor, tensor), (base[1], base)):
         before = {key: x._version for key, x in arguments.items() if isinstance(x, Tensor)}
         version = counted._version
@@ -147,7 +147,7 @@ def test_a_mutation_raises_the_version_when_compiled(name: str, argument: str, b
     assert {key for key, version in before.items() if arguments[key]._version > version} == set(CALLS[name].mutated)
 
 
-@pytest.mark.parametrize(("name", "argument"), MUTATED)
+@pytest.mark.parametrize(("name", "argument"), [x for x in MUTATED if x[1] != "summaries"])  # those are bytes
 def test_a_backward_learns_of_a_mutation(name: str, argument: str) -> None:
     arguments = CALLS[name].arguments()
     weight = torch.ones_like(arguments[argument], requires_grad=True)

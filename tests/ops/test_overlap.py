@@ -70,7 +70,8 @@ def test_a_written_tensor_that_overlaps_another(name: str, argument: str, other:
     arguments = CALLS[name].arguments()
     written, read = arguments[argument], arguments[other]
     memory = torch.zeros(max(4 * written.numel(), read.numel() * read.itemsize) + 4, dtype=torch.uint8)
-    arguments[argument] = memory[4 : 4 + 4 * written.numel()].view(torch.float32).view(written.shape)
+    n_bytes = written.numel() * written.itemsize
+    arguments[argument] = memory[4 : 4 + n_bytes].view(written.dtype).view(written.shape)
     arguments[other] = memory[: read.numel() * read.itemsize].view(read.dtype).view(read.shape)
     mutual = {argument, other} <= set(CALLS[name].mutated)
     if mutual:  # the later of the two is named

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.ops._library import operator
+from flashmla_ops.sparsity.summaries import summary_bytes
 
 INT = torch.int32
 
@@ -99,6 +100,29 @@ def _grouped_gemm() -> dict[str, Any]:
     return {"a": torch.randn(7, 8), "weight": torch.randn(3, 16, 8), "offsets": offsets}
 
 
+def _summarize() -> dict[str, Any]:
+    cache = {"kv_cache": torch.randn(3, 4, 2, 40), "k_cache": torch.randn(3, 4, 2, 8)}
+    summaries = torch.zeros(3, 2, summary_bytes("codes", 4, 16), dtype=torch.uint8)
+    return {"summaries": summaries, **cache, "slot_mapping": torch.tensor([3, -1, 11]), "kind": "codes", "qk_start": 32}
+
+
+def _page_mass() -> dict[str, Any]:
+    named = _decode()
+    cached = {name: named[name] for name in ("kv_cache", "k_cache", "block_table", "cache_seqlens")}
+    summaries = torch.zeros(5, 2, summary_bytes("codes", 4, 48), dtype=torch.uint8)
+    return {"q": named["q"], **cached, "summaries": summaries, "kind": "codes", "sink_pages": 0, "local_pages": 1}
+
+
+def _choose_pages() -> dict[str, Any]:
+    tables = {
+        "block_table": torch.tensor([[0, 3, 4], [2, 1, 0]], dtype=INT),
+        "cache_seqlens": torch.tensor([11, 4], dtype=INT),
+    }
+    masses = {"mass": torch.randn(2, 6, 1, 3), "slack": torch.zeros(2, 6, 1, 3)}
+    steps = {"page_size": 4, "h_kv": 2, "page_step": 2, "head_step": 1, "sink_pages": 0, "local_pages": 1}
+    return masses | tables | {"rule": "certified", "limit": 0.9} | steps
+
+
 def _with_out(arguments: Callable[[], dict[str, Any]], *shapes: tuple[str, tuple[int, ...]]) -> Callable[[], Any]:
     return lambda: arguments() | {name: torch.zeros(shape) for name, shape in shapes}
 
@@ -127,6 +151,9 @@ CALLS = {
     "bmm.out": Call(_with_out(_bmm, ("out", (3, 4, 16))), ("a", "weight", "out"), ("out",)),
     "grouped_gemm": Call(_grouped_gemm, ("a", "weight")),
     "grouped_gemm.out": Call(_with_out(_grouped_gemm, ("out", (7, 16))), ("a", "weight", "out"), ("out",)),
+    "summarize_": Call(_summarize, ("kv_cache", "k_cache"), ("summaries",)),
+    "page_mass": Call(_page_mass, ("q", "kv_cache", "k_cache")),
+    "choose_pages": Call(_choose_pages, ("mass", "slack")),
     "quantize_rows": Call(lambda: {"rows": torch.randn(2, 576)}, ("rows",)),
     "dequantize_rows": Call(lambda: {"rows": torch.zeros(2, 656, dtype=torch.uint8)}),
 }
