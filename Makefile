@@ -17,7 +17,7 @@ PYTEST = $(if $(filter 1,$(WORKERS)),,OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive)
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 # The extras of pyproject.toml that development needs, as requirements.
 EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	wanted = [r for e in ("transformers", "cutlass", "cuda", "demo", "bench", "dev") for r in project["optional-dependencies"][e]]; \
+	wanted = [r for e in ("transformers", "cutlass", "cuda", "demo", "serve", "bench", "dev") for r in project["optional-dependencies"][e]]; \
 	print("\n".join(wanted + [r for r in project["dependencies"] if not r.startswith("torch")]))
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.hpp' '*.cc' '*.cu' '*.cuh')
 

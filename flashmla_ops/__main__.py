@@ -1,4 +1,4 @@
-"""``flashmla build | verify | info | explain | demo``, or ``python -m flashmla_ops`` with the same words."""
+"""``flashmla build | verify | info | explain | demo | serve``, or ``python -m flashmla_ops`` with the same words."""
 
 from __future__ import annotations
 
@@ -89,6 +89,15 @@ def _demo() -> int:
     return demo()
 
 
+def _serve(words: list[str]) -> int:
+    try:
+        from flashmla_ops.integrations.transformers import serving
+    except ModuleNotFoundError as error:
+        print(f"flashmla: {error.name} is not installed: pip install 'flashmla-ops[serve]'", file=sys.stderr)
+        return 1
+    return serving.command(words)
+
+
 def _add_verify(command: argparse.ArgumentParser, archs: tuple[str, ...]) -> None:
     command.add_argument("--arch", action="append", choices=archs, help="may be repeated (sm_80 and sm_90a)")
     lists = ("all", "representatives")
@@ -114,7 +123,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, paths and implementations, one a line")
     commands.add_parser("explain", help="what runs here, and why")
     commands.add_parser("demo", help="run a small MLA model with and without FlashMLA; needs the extra demo")
-    chosen = parser.parse_args(arguments)
+    serve = "transformers' OpenAI-compatible server with FlashMLA, and its command line; needs the extra serve"
+    commands.add_parser("serve", help=serve, add_help=False)
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.command == "serve":
+        return _serve(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if chosen.command == "build" and chosen.cuda:
         return _build_cuda(chosen.cuda)
     if chosen.command == "build":

@@ -85,6 +85,7 @@ ELSEWHERE = {
     "python -m cutlass_kernels build": "hours; tests/cutlass_kernels/test_build.py builds some",
     "python -m cutlass_kernels verify": "minutes; .ci/run verifies representatives",
     "python -m flashmla_ops verify": "minutes; tests/cuda/test_verify.py runs it on the smallest kernel",
+    "python -m flashmla_ops serve": "until it is stopped; tests/integrations/test_serving.py talks to a server",
     "python -m bench": "minutes, on a quiet machine; tests/bench runs every suite at small sizes",
     "FLASHMLA_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 python -m bench": "as the others of the bench",
     "make": "its steps are looked at",

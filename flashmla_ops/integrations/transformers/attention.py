@@ -25,6 +25,7 @@ from flashmla_ops.integrations.transformers.masks import (
     tokens_mask,
 )
 from flashmla_ops.integrations.transformers.projection import obstacle
+from flashmla_ops.integrations.transformers.ragged import PAGED, attend_ragged, is_ragged, write
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
     Rows,
@@ -38,6 +39,7 @@ from flashmla_ops.integrations.transformers.rows import (
     token_pages,
 )
 from flashmla_ops.integrations.transformers.served import Served, attend_with_weights, is_causal, wants_weights
+from flashmla_ops.nn.prefix import Expand
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
 #: own flash-attention kernels.
@@ -52,7 +54,7 @@ class AbsorbedMLA(Served):
 
     def expand_kv(self, latent: Tensor, rope: Tensor | Pages) -> tuple[Tensor, Tensor | Pages]:
         """Hand the cache on as it is, unless another attention was chosen since `enable`."""
-        if self.config._attn_implementation == ABSORBED_ATTENTION:
+        if self.config._attn_implementation in (ABSORBED_ATTENTION, PAGED + ABSORBED_ATTENTION):
             return latent, rope
         return self.expanded(latent, rope)
 
@@ -80,7 +82,7 @@ def absorbed_attention(
     hooked, for long ones a mask that is not plainly causal) runs transformers' own SDPA on the expanded cache; where
     that is so for every call, a `FallbackWarning` says it once for each model. Returns ``out [b, s_q, h_q, d_v]`` and,
     where ``output_attentions`` was asked of the call or of the configuration, the weights ``[b, h_q, s_q, s_kv]``,
-    which take attention on expanded heads, written out; otherwise None.
+    which take attention on expanded heads, written out; otherwise None. Continuous batches have no mask.
 
     Raises `UnsupportedModelError` unless `enable` was called, and `ArgumentError` for a mask whose length is not the
     cache's.
@@ -89,6 +91,9 @@ def absorbed_attention(
         raise UnsupportedModelError(
             f"attention '{ABSORBED_ATTENTION}' needs latents: call flashmla_ops.integrations.transformers.enable(model)"
         )
+    if is_ragged(module, kwargs):
+        assert isinstance(value, Tensor)
+        return _ragged(module, query, key, value, scaling, kwargs), None
     rows = _latent_rows(key, value)
     if attention_mask is not None:
         check_mask(attention_mask, rows.s_kv)
@@ -185,6 +190,13 @@ def _prefilled(
     module: MLAModule, query: Tensor, rows: Rows, mask: Tensor, scaling: float | None
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     """The new tokens are in the cache already, behind the prefix of each sequence."""
+    expand = _expansion(module)
+    options = {"expand": expand, "softmax_scale": scaling, "levels": module.levels}
+    return prefill_behind(query.transpose(1, 2), rows, mask[:, 0, 0, 0] - 1, expand, **options)
+
+
+def _expansion(module: MLAModule) -> Expand:
+    """Rows ``[n, 1, ...]``, of one tensor or two, to every head's keys and values, by the model's own code."""
 
     def expand(latents: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         if rope is None:
@@ -192,8 +204,25 @@ def _prefilled(
         keys, values = module.expanded(latents.transpose(0, 1)[None], rope.transpose(0, 1)[None])
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
+    return expand
+
+
+def _ragged(
+    module: MLAModule, query: Tensor, latent: Tensor, rope: Tensor, scaling: float | None, kwargs: dict[str, Any]
+) -> Tensor:  # [1, t, h_q, d_v]
+    """The t new tokens of all sequences of a continuous batch."""
+    if (latents := getattr(kwargs["cache"], "latents", None)) is None:
+        raise UnsupportedModelError("continuous batching of MLA needs pages of latents: call enable(model)")
+    batch = write(module.layer_idx, latent, rope, (latents, kwargs["cache"].rotary), kwargs)
+
+    def attend(q: Tensor, rows: Rows) -> Tensor:
+        return _absorbed(module, q.transpose(1, 2), rows, None, scaling)
+
+    expand = _expansion(module)
+    keys, values = expand(latent[0].transpose(0, 1), rope[0].transpose(0, 1))
     options = {"expand": expand, "softmax_scale": scaling, "levels": module.levels}
-    return prefill_behind(query.transpose(1, 2), rows, mask[:, 0, 0, 0] - 1, expand, **options)
+    absorbs = not obstacle(module.kv_b_proj)
+    return attend_ragged(query[0].transpose(0, 1), keys, values, batch, attend if absorbs else None, **options)[None]
 
 
 def _attend_tokens(

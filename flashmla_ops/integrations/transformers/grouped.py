@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES, is_prefix, mask_for_sdpa, tokens_mask
+from flashmla_ops.integrations.transformers.ragged import attend_ragged, is_ragged, write
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
     Rows,
@@ -57,7 +58,7 @@ def grouped_attention(
     the scores, or None, which means what it means to ``sdpa``: one query sees all, and of more each sees the cache's
     first tokens up to its own. A gradient, dropout, float64 and attention that is not causal run transformers' own
     SDPA. Returns ``out [b, s_q, h_q, d_v]`` and, where ``output_attentions`` was asked for, the weights
-    ``[b, h_q, s_q, s_kv]``.
+    ``[b, h_q, s_q, s_kv]``. Continuous batches, which come with a paged cache of transformers, have no mask.
 
     Raises `UnsupportedModelError` unless the module is enabled or a `FlashMLALayer`, and for softcaps, sinks and
     biases; `ArgumentError` for a mask whose length is not the cache's.
@@ -70,6 +71,9 @@ def grouped_attention(
     for name in UNSERVED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"layer {module.layer_idx} attends with {name}, which no operator takes yet")
+    if is_ragged(module, kwargs):
+        assert isinstance(value, Tensor)
+        return _ragged(module, query, key, value, scaling, kwargs), None
     rows = paged_rows(key, value) if isinstance(value, Pages) else contiguous_rows(value, key)
     if attention_mask is not None:
         check_mask(attention_mask, rows.s_kv)
@@ -154,6 +158,23 @@ def _prefilled_behind(q: Tensor, rows: Rows, prefix_lens: Tensor, d_v: int, opti
         return keys, values
 
     return prefill_behind(q, rows, prefix_lens, split, qk_start=d_v, **options)
+
+
+def _ragged(
+    module: Served, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]
+) -> Tensor:  # [1, t, h_q, d_v]
+    """The t new tokens of all sequences of a continuous batch."""
+    assert module.layer_idx is not None
+    caches = kwargs["cache"].value_cache, kwargs["cache"].key_cache
+    batch = write(module.layer_idx, value, key, caches, kwargs)
+    options: dict[str, Any] = {"softmax_scale": scaling, "levels": module.levels}
+    d_v = value.shape[-1]
+
+    def attend(q: Tensor, rows: Rows) -> Tensor:
+        return _listed(module, q, rows, None, d_v, scaling)
+
+    q, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend_ragged(q, keys, values, batch, attend, qk_start=d_v, **options)[None]
 
 
 def _masked(

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers import configs
 from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION, absorbed_attention
+from flashmla_ops.integrations.transformers.batching import batch_latents, unbatch_latents
 from flashmla_ops.integrations.transformers.families import (
     GROUPED_MODEL_TYPES,
     MLA,
@@ -19,6 +20,7 @@ from flashmla_ops.integrations.transformers.families import (
 )
 from flashmla_ops.integrations.transformers.grouped import GROUPED_ATTENTION, grouped_attention
 from flashmla_ops.integrations.transformers.masks import absorbed_mask, grouped_mask
+from flashmla_ops.integrations.transformers.ragged import PAGED
 from flashmla_ops.integrations.transformers.served import Served
 from flashmla_ops.integrations.transformers.specialise import mixin_of, restore, specialise
 from flashmla_ops.ops.check import FLOATS
@@ -30,6 +32,9 @@ AttentionInterface.register(ABSORBED_ATTENTION, absorbed_attention)
 AttentionMaskInterface.register(ABSORBED_ATTENTION, absorbed_mask)
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
 AttentionMaskInterface.register(GROUPED_ATTENTION, grouped_mask)
+# Continuous batches have no masks, so that none is registered under these names.
+AttentionInterface.register(PAGED + ABSORBED_ATTENTION, absorbed_attention)
+AttentionInterface.register(PAGED + GROUPED_ATTENTION, grouped_attention)
 
 
 def enable(model: nn.Module) -> int:
@@ -60,6 +65,8 @@ def enable(model: nn.Module) -> int:
             specialise(module, family.mixin)
             module.told_fallbacks = told
     configs.choose(model, {module.config.model_type for _, module in modules}, family.attention)
+    if family is MLA:
+        batch_latents(model)
     return len(modules)
 
 
@@ -77,6 +84,7 @@ def disable(model: nn.Module) -> None:
         if mixin_of(module) in (family.mixin, None):  # and not those of a `FlashMLALayer`, which stays one
             restore(module, family.mixin)
             del module.told_fallbacks
+    unbatch_latents(model)
     configs.reunite(model, family.attention)
 
 

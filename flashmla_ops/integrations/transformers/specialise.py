@@ -2,12 +2,13 @@
 
 The object's class is exchanged for a subclass of it, made once from the mixin and the class, that has the name of the
 class: what finds modules by the name of their class still finds them. Nothing is stored in the object, so that its
-attributes and ``state_dict`` are what they were. A copy or a pickle names the mixin and the class, both of which can be
-imported, and makes the subclass again.
+attributes and ``state_dict`` are what they were. A copy or a pickle names the mixins and the class, all of which can be
+imported, and makes the subclass again. An object may have several mixins, which go in any order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from flashmla_ops.errors import UnsupportedModelError
@@ -22,7 +23,7 @@ class Specialised:
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) not in _origins:  # a subclass that somebody else made of ours
             return super().__reduce_ex__(protocol)
-        return _new, _origins[type(self)], self.__getstate__()
+        return _new, _parts(type(self)), self.__getstate__()
 
 
 def specialise(thing: object, mixin: type[Specialised]) -> None:
@@ -38,11 +39,11 @@ def restore(thing: object, mixin: type[Specialised]) -> None:
     """
     if not isinstance(thing, mixin):
         return
-    made_of, original = _origins.get(type(thing), (None, None))
-    if made_of is not mixin or original is None:
+    mixins, original = _parts(type(thing))
+    if mixin not in mixins:
         found = f"{type(thing).__module__}.{type(thing).__qualname__}"
         raise UnsupportedModelError(f"its class was exchanged for {found} since it was enabled: undo that first")
-    thing.__class__ = original
+    thing.__class__ = _class_of([each for each in mixins if each is not mixin], original)
 
 
 def mixin_of(thing: object) -> type[Specialised] | None:
@@ -59,5 +60,20 @@ def subclass(mixin: type[Specialised], original: type) -> type:
     return _subclasses[mixin, original]
 
 
-def _new(mixin: type[Specialised], original: type) -> Any:
-    return object.__new__(subclass(mixin, original))
+def _new(mixins: tuple[type[Specialised], ...], original: type) -> Any:
+    return object.__new__(_class_of(mixins, original))
+
+
+def _class_of(mixins: Sequence[type[Specialised]], original: type) -> type:
+    for mixin in reversed(mixins):
+        original = subclass(mixin, original)
+    return original
+
+
+def _parts(kind: type) -> tuple[tuple[type[Specialised], ...], type]:
+    """The mixins that made a class, the last one first, and the class that they were added to."""
+    mixins = []
+    while kind in _origins:
+        mixin, kind = _origins[kind]
+        mixins.append(mixin)
+    return tuple(mixins), kind

@@ -1,0 +1,122 @@
+"""Attention of continuous batching: sequences with any number of new tokens each, one after another, over pages.
+
+transformers' ``generate_batch`` and server keep keys and values in a `PagedAttentionCache`. Attention functions get all
+new tokens as one row of tokens, the slots where these are to be written, and the slots of all tokens that each sequence
+then has. The slots say which pages a sequence has, so the operators read the cache where it lies; transformers' own
+"paged" functions copy what every sequence has cached at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils.import_utils import is_tracing
+
+from flashmla_ops.errors import UnsupportedModelError
+from flashmla_ops.integrations.transformers.rows import Rows
+from flashmla_ops.nn.prefix import prefill_with_prefix
+
+#: Transformers' prefix of the names of attention functions that take continuous batches.
+PAGED = "paged|"
+
+#: Queries ``[n, 1, h_q, d_qk]`` of n sequences, and the sequences: outputs ``[n, 1, h_q, d_v]``.
+Attend = Callable[[Tensor, Rows], Tensor]
+
+
+class Batch(NamedTuple):
+    """Sequences, and their rows in a cache that has the new ones already."""
+
+    bounds: Tensor  # [b + 1] int32: the new tokens of sequence i are those from bounds[i] on
+    rows: Rows  # cache_seqlens count the new tokens too
+
+    def prefix_lens(self) -> Tensor:  # [b] int32
+        return self.rows.cache_seqlens - self.bounds.diff()
+
+    def some(self, sequences: Tensor, lengths: Tensor | None = None) -> Rows:
+        """The rows of these sequences, which may repeat, up to ``lengths`` or all."""
+        lengths = self.rows.cache_seqlens[sequences] if lengths is None else lengths
+        return self.rows._replace(block_table=self.rows.block_table[sequences], cache_seqlens=lengths)
+
+
+def is_ragged(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention function was called with the arguments of continuous batching.
+
+    Raises `UnsupportedModelError` where it was not, while the model is set to it: such a forward has no mask.
+    """
+    ragged = kwargs.get("read_index") is not None
+    if not ragged and module.config._attn_implementation.startswith(PAGED):
+        raise UnsupportedModelError("a forward without a paged cache, while the model serves continuous batches")
+    return ragged
+
+
+def write(
+    layer_idx: int,
+    first: Tensor,  # [1, h_kv, t, d]: values, or latents, of the new tokens
+    second: Tensor,  # [1, h_kv, t, d_k]: keys, or rotary keys
+    caches: tuple[list[Tensor], list[Tensor]],  # of the same two, a tensor [slots, h_kv, ...] for each layer of a group
+    kwargs: dict[str, Any],
+) -> Batch:
+    """Write the new tokens' rows into a `PagedAttentionCache`."""
+    cache = kwargs["cache"]
+    group, place = cache.layer_index_to_group_indices[layer_idx]
+    written = kwargs["write_index"][group]
+    kv_cache, k_cache = (tensors[place].unflatten(0, (-1, cache.block_size)) for tensors in caches)
+    new = (states[0].transpose(0, 1) for states in (first, second))
+    torch.ops.flashmla.append_.two(kv_cache, k_cache, *new, written)
+    read = kwargs["read_index"][group]
+    # Where nothing was cached before, no slots are said to be read: what was written is all that there is.
+    slots = read if read.numel() else written
+    bounds_k, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
+    pages = torch.arange(0, max(1, longest), cache.block_size, device=slots.device)
+    # What stands behind a sequence's last page does not matter, only that it can be looked up.
+    at = (bounds_k[:-1, None] + pages).clamp(max=slots.shape[0] - 1)
+    block_table = (slots[at] // cache.block_size).to(torch.int32)
+    return Batch(kwargs["cu_seq_lens_q"], Rows(kv_cache, k_cache, block_table, bounds_k.diff(), longest))
+
+
+def attend_ragged(
+    q: Tensor,  # [t, h_q, d_qk]
+    keys: Tensor,  # [t, h_kv, d_qk] of the new tokens
+    values: Tensor,  # [t, h_kv, d_v]
+    batch: Batch,
+    attend: Attend | None,
+    **options: Any,
+) -> Tensor:  # [t, h_q, d_v]
+    """Each new token attends to its sequence up to itself. Tokens behind the last bound, which pad, get 0.
+
+    Sequences with one new token, as most have, go through ``attend`` together; the others, or without ``attend`` all,
+    prefill behind what they have cached, with the ``options`` of `prefill_with_prefix`. Lengths are read on the host
+    for that. A traced graph reads none: there each token is a sequence of its own, over the pages of its sequence.
+    """
+    if attend is not None and is_tracing(q):
+        return _one_by_one(q, batch, attend)
+    bounds: list[int] = batch.bounds.tolist()
+    counts = [stop - start for start, stop in pairwise(bounds)]
+    singles = [i for i, count in enumerate(counts) if count == 1 and attend is not None]
+    others = [i for i, count in enumerate(counts) if count > 1 or (count == 1 and attend is None)]
+    out = values.new_zeros(*q.shape[:2], values.shape[2])
+    if singles and attend is not None:
+        sequences = torch.tensor(singles, device=q.device)
+        tokens = batch.bounds[sequences].long()
+        out[tokens] = attend(q[tokens][:, None], batch.some(sequences))[:, 0]
+    if others:
+        sequences = torch.tensor(others, device=q.device)
+        tokens = torch.cat([torch.arange(bounds[i], bounds[i + 1], device=q.device) for i in others])
+        cu_seqlens = torch.tensor([0, *(counts[i] for i in others)], device=q.device).cumsum(0, dtype=torch.int32)
+        kv_cache, k_cache, block_table, _, _ = batch.some(sequences)
+        new, cached = (q[tokens], keys[tokens], values[tokens], cu_seqlens), (kv_cache, k_cache, block_table)
+        out[tokens] = prefill_with_prefix(*new, *cached, batch.prefix_lens()[sequences], **options)[0]
+    return out
+
+
+def _one_by_one(q: Tensor, batch: Batch, attend: Attend) -> Tensor:
+    tokens = torch.arange(q.shape[0], device=q.device)
+    found = torch.searchsorted(batch.bounds[1:].contiguous(), tokens, right=True)
+    sequences = found.clamp(max=batch.bounds.shape[0] - 2)
+    lengths = tokens - batch.bounds[sequences] + batch.prefix_lens()[sequences] + 1
+    lengths = torch.where(found == sequences, lengths, 0).to(torch.int32)
+    return attend(q[:, None], batch.some(sequences, lengths))[:, 0]
