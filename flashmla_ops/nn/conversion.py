@@ -6,10 +6,18 @@ from torch import nn
 
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.transformers.hook import is_enabled, nothing_served, served_modules
-from flashmla_ops.nn.layer import FlashMLALayer, why_unconvertible
+from flashmla_ops.nn.layer import FlashMLALayer, chosen_sparsity, why_unconvertible
+from flashmla_ops.sparsity import DynamicSparsity
 
 
-def convert(model: nn.Module, *, layers: int = 3, threshold: float | None = None, preallocate: bool = False) -> int:
+def convert(
+    model: nn.Module,
+    *,
+    layers: int = 3,
+    threshold: float | None = None,
+    sparsity: DynamicSparsity | None = None,
+    preallocate: bool = False,
+) -> int:
     """Put `FlashMLALayer.from_attention` of every attention of ``model`` in its place; returns how many.
 
     Weights, ``state_dict`` and tokens stay what they were. Options are those of `FlashMLALayer`; calling it again
@@ -24,9 +32,10 @@ def convert(model: nn.Module, *, layers: int = 3, threshold: float | None = None
         if not isinstance(module, FlashMLALayer) and (reason := why_unconvertible(module)):
             raise UnsupportedModelError(f"{name}{reason}")
     told: set[str] = set()
+    chosen = chosen_sparsity(threshold, sparsity)
     converted = {
         id(module): FlashMLALayer.from_attention(
-            module, layers=layers, threshold=threshold, preallocate=preallocate, told=told
+            module, layers=layers, sparsity=chosen, preallocate=preallocate, told=told
         )
         for _, module in modules
     }

@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
 from flashmla_ops.integrations.transformers.attention import AbsorbedMLA
 from flashmla_ops.integrations.transformers.configs import copy_for
 from flashmla_ops.integrations.transformers.families import MLA, family_of, unserved
 from flashmla_ops.integrations.transformers.growing import preallocate_layer
-from flashmla_ops.integrations.transformers.served import Served
+from flashmla_ops.integrations.transformers.served import Served, cache_among
 from flashmla_ops.integrations.transformers.specialise import subclass
 from flashmla_ops.nn.fresh import fresh_attention
+from flashmla_ops.sparsity import DynamicSparsity
 
 OP = "FlashMLALayer"
 
@@ -38,7 +38,9 @@ class FlashMLALayer(Served, nn.Module):
 
     ``layers`` is how much of the kernels' hierarchy is used, for the same numbers: 1, whole rows of scores; 2, blocks;
     3, blocks, and sequences cut into parallel parts. With ``preallocate`` a cache that grows (`DynamicCache`) gets room
-    ahead, so that a step writes its rows there and does not copy what the cache holds.
+    ahead, so that a step writes its rows there and does not copy what the cache holds. With ``threshold`` decoding
+    skips the pages that every query head of a KV head is estimated to give less than this share of its softmax (0.01 to
+    0.05, say); `sparsity` has a report, and `DynamicSparsity` other ways to choose.
     """
 
     tells_gradients: ClassVar[bool] = True
@@ -57,6 +59,7 @@ class FlashMLALayer(Served, nn.Module):
         head_dim: int | None = None,
         layers: int = 3,
         threshold: float | None = None,
+        sparsity: DynamicSparsity | None = None,
         preallocate: bool = False,
         bias: bool = False,
         layer_idx: int | None = None,
@@ -72,8 +75,8 @@ class FlashMLALayer(Served, nn.Module):
         meaning to MLA, as ``q_lora_rank`` and what follows are to Llama's. ``layer_idx`` is the layer's place in the
         cache; None finds it at the first forward with a cache, which has to be an empty one.
 
-        Raises `ArgumentError` for sizes that do not fit, ``layers`` other than 1, 2 and 3, and any ``threshold``:
-        dynamic sparsity is not there yet.
+        Raises `ArgumentError` for sizes that do not fit, ``layers`` other than 1, 2 and 3, a ``threshold`` outside
+        [0, 1], and a ``sparsity`` beside it.
         """
         sizes = {
             "embed_dim": embed_dim,
@@ -87,7 +90,7 @@ class FlashMLALayer(Served, nn.Module):
             "v_head_dim": v_head_dim,
         }
         attention = fresh_attention(sizes, bias, layer_idx)
-        self._adopt(attention, layers, threshold, preallocate, set())
+        self._adopt(attention, layers, chosen_sparsity(threshold, sparsity), preallocate, set())
         self.replaced = ()
 
     @classmethod
@@ -97,6 +100,7 @@ class FlashMLALayer(Served, nn.Module):
         *,
         layers: int = 3,
         threshold: float | None = None,
+        sparsity: DynamicSparsity | None = None,
         preallocate: bool = False,
         told: set[str] | None = None,
     ) -> FlashMLALayer:
@@ -114,17 +118,17 @@ class FlashMLALayer(Served, nn.Module):
         if reason := why_unconvertible(attention):
             raise UnsupportedModelError(f"{type(attention).__name__}{reason}")
         layer = cls.__new__(cls)
-        layer._adopt(attention, layers, threshold, preallocate, set() if told is None else told)
+        chosen = chosen_sparsity(threshold, sparsity)
+        layer._adopt(attention, layers, chosen, preallocate, set() if told is None else told)
         layer.replaced = replaced
         return layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the attention that this layer was made of: its arguments, its results."""
-        values = (*args, *kwargs.values())
-        cache = next((value for value in values if isinstance(value, Cache)), None)
+        cache = cache_among(args, kwargs)
         if cache is not None:
             if self.layer_idx is None:
-                states = next(value for value in values if isinstance(value, Tensor))
+                states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 self.layer_idx = _place_in(cache, states.shape[1])
             if self.preallocate and not torch.compiler.is_compiling():
                 preallocate_layer(cache, self.layer_idx)
@@ -137,23 +141,37 @@ class FlashMLALayer(Served, nn.Module):
         return "FlashMLALayer"
 
     def _adopt(
-        self, attention: nn.Module, layers: int, threshold: float | None, preallocate: bool, told: set[str]
+        self,
+        attention: nn.Module,
+        layers: int,
+        sparsity: DynamicSparsity | None,
+        preallocate: bool,
+        told: set[str],
     ) -> None:
         """Become a layer that has the attributes of ``attention``: the same parameters, buffers, modules and hooks."""
         if layers not in (1, 2, 3):
             raise ArgumentError(OP, "layers", "1, 2 or 3", layers)
-        if threshold is not None:
-            raise ArgumentError(OP, "threshold", "None, because dynamic sparsity is not there yet", threshold)
         family = family_of(attention)
         vars(self).update(vars(attention))
         self.__class__ = subclass(_LatentLayer if family is MLA else FlashMLALayer, type(attention))
         self.config = copy_for(attention.config, family.attention)
-        self.levels, self.preallocate, self.told_fallbacks = layers, preallocate, told
+        self.levels, self.preallocate, self.told_fallbacks, self.sparsity = layers, preallocate, told, sparsity
         self.adopted = (attention,)
 
 
 class _LatentLayer(FlashMLALayer, AbsorbedMLA):
     """A layer of MLA."""
+
+
+def chosen_sparsity(threshold: float | None, sparsity: DynamicSparsity | None) -> DynamicSparsity | None:
+    """What ``threshold`` stands for, or ``sparsity``. Raises `ArgumentError` where both are given."""
+    if threshold is None:
+        return sparsity
+    if sparsity is not None:
+        raise ArgumentError(OP, "threshold", "None beside a sparsity", threshold)
+    if not 0.0 <= threshold <= 1.0:
+        raise ArgumentError(OP, "threshold", "None or a number in [0, 1]", threshold)
+    return DynamicSparsity(mode="estimate", tau=threshold)
 
 
 def why_unconvertible(attention: nn.Module) -> str:

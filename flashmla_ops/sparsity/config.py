@@ -57,9 +57,9 @@ class DynamicSparsity:
     local_pages: int = 2
     min_context: int = 1024
     page_size: int = 64
-    mask: Tensor | PageMask | None = None
+    mask: Tensor | PageMask | None = field(default=None, repr=False, compare=False)
     #: What was counted for each layer that attended.
-    tallies: dict[int, Tally] = field(default_factory=dict, repr=False)
+    tallies: dict[int, Tally] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

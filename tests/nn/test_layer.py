@@ -438,7 +438,7 @@ def test_attention_that_is_not_transformers_own() -> None:
 @pytest.mark.parametrize(
     ("argument", "options"),
     [
-        ("threshold", {"threshold": 0.01}),
+        ("threshold", {"threshold": 1.01}),
         ("layers", {"layers": 4}),
         ("embed_dim", {"embed_dim": 0}),
         ("num_heads", {"num_heads": 3}),
@@ -452,10 +452,10 @@ def test_options_that_do_not_fit(argument: str, options: dict[str, Any]) -> None
         FlashMLALayer(**{"embed_dim": 64, "num_heads": 4} | options)
 
 
-def test_dynamic_sparsity_is_not_there_yet() -> None:
+def test_a_threshold_out_of_range_converts_nothing() -> None:
     model = tiny("llama")
-    with pytest.raises(ArgumentError, match=r"dynamic sparsity is not there yet, got 0\.05"):
-        convert(model, threshold=0.05)
+    with pytest.raises(ArgumentError, match=r"a number in \[0, 1\], got -0\.05"):
+        convert(model, threshold=-0.05)
     assert not is_converted(model)
 
 

@@ -9,7 +9,7 @@ expanded heads: the new tokens' own, and the cached prefix's, chunk by chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from flashmla_ops.integrations.transformers.masks import (
     mask_for_sdpa,
     prefix_mask,
     tokens_mask,
+    without_needless,
 )
 from flashmla_ops.integrations.transformers.projection import obstacle
 from flashmla_ops.integrations.transformers.ragged import PAGED, attend_ragged, is_ragged, write
@@ -38,8 +39,16 @@ from flashmla_ops.integrations.transformers.rows import (
     prefill_behind,
     token_pages,
 )
-from flashmla_ops.integrations.transformers.served import Served, attend_with_weights, is_causal, wants_weights
+from flashmla_ops.integrations.transformers.served import (
+    SUMMARIZED,
+    Served,
+    attend_with_weights,
+    is_causal,
+    wants_weights,
+)
+from flashmla_ops.integrations.transformers.summarized import cached_in_pages
 from flashmla_ops.nn.prefix import Expand
+from flashmla_ops.sparsity.select import record, select, share_lost
 
 #: The name of this attention in transformers' registries. transformers takes any name with "flash" in it for one of its
 #: own flash-attention kernels.
@@ -51,6 +60,8 @@ MLAModule = Any
 
 class AbsorbedMLA(Served):
     """Methods that the attention modules of an enabled model get beside their own."""
+
+    keys_first: ClassVar[bool] = True
 
     def expand_kv(self, latent: Tensor, rope: Tensor | Pages) -> tuple[Tensor, Tensor | Pages]:
         """Hand the cache on as it is, unless another attention was chosen since `enable`."""
@@ -94,6 +105,7 @@ def absorbed_attention(
     if is_ragged(module, kwargs):
         assert isinstance(value, Tensor)
         return _ragged(module, query, key, value, scaling, kwargs), None
+    layer = kwargs.pop(SUMMARIZED, None)
     rows = _latent_rows(key, value)
     if attention_mask is not None:
         check_mask(attention_mask, rows.s_kv)
@@ -101,11 +113,13 @@ def absorbed_attention(
         keys, values, mask = _expanded(module, query, key, value, attention_mask)
         causal = is_causal(module, kwargs)
         return attend_with_weights(module, query, keys, values, mask, dropout, scaling, causal)
+    if layer is not None:
+        attention_mask = without_needless(attention_mask)
     if attention_mask is None and query.shape[2] > 1 and is_causal(module, kwargs):
         # Each query sees the cache's first tokens up to its own: what no mask means to SDPA, and when it is left out.
         attention_mask = prefix_mask(query.shape[0], query.shape[2], 0, query.device)
     if _can_absorb(module, query, rows, attention_mask, dropout):
-        return _absorbed(module, query, rows, attention_mask, scaling), None
+        return _absorbed(module, query, rows, attention_mask, scaling, layer), None
     if attention_mask is not None and _can_prefill(module, query, rows, attention_mask, dropout):
         return _prefilled(module, query, rows, attention_mask, scaling), None
     keys, values, mask = _expanded(module, query, key, value, attention_mask)
@@ -153,7 +167,7 @@ def _needs_gradient(module: MLAModule, query: Tensor, rows: Rows) -> bool:
 
 
 def _absorbed(
-    module: MLAModule, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None
+    module: MLAModule, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None, layer: Any
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     w_uk, w_uv = up_projections(module)
     q = absorb_query(query, w_uk)
@@ -171,18 +185,16 @@ def _absorbed(
         return _attend_tokens(q, rows, mask, up, scaling, module.levels)
     seqlens = rows.cache_seqlens if mask is None else mask[:, 0, -1, 0].contiguous()
     out: Tensor
-    out, _ = torch.ops.flashmla.decode_up(
-        q,
-        rows.kv_cache,
-        rows.k_cache,
-        rows.block_table,
-        seqlens,
-        up,
-        d_c,
-        softmax_scale=scaling,
-        causal=True,
-        levels=module.levels,
-    )
+    options = {"softmax_scale": scaling, "causal": True, "levels": module.levels}
+    if (cached := cached_in_pages(layer, rows, seqlens)) is not None:
+        sparsity = layer.sparsity
+        chosen = select(q, cached, sparsity, 0, scaling)
+        heads = (chosen.heads.kv_cache, chosen.heads.k_cache)
+        out, lse = torch.ops.flashmla.decode_up(q, *heads, chosen.pages, chosen.lengths, up, d_c, **options)
+        record(sparsity.tally(module.layer_idx), q, cached, sparsity, chosen, share_lost(chosen, lse), d_c)
+        return out
+    caches = (rows.kv_cache, rows.k_cache, rows.block_table, seqlens)
+    out, _ = torch.ops.flashmla.decode_up(q, *caches, up, d_c, **options)
     return out
 
 

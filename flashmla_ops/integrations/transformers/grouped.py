@@ -15,7 +15,13 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import UnsupportedModelError
-from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES, is_prefix, mask_for_sdpa, tokens_mask
+from flashmla_ops.integrations.transformers.masks import (
+    MAX_ABSORBED_QUERIES,
+    is_prefix,
+    mask_for_sdpa,
+    tokens_mask,
+    without_needless,
+)
 from flashmla_ops.integrations.transformers.ragged import attend_ragged, is_ragged, write
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
@@ -29,7 +35,15 @@ from flashmla_ops.integrations.transformers.rows import (
     prefill_behind,
     token_pages,
 )
-from flashmla_ops.integrations.transformers.served import Served, attend_with_weights, is_causal, wants_weights
+from flashmla_ops.integrations.transformers.served import (
+    SUMMARIZED,
+    Served,
+    attend_with_weights,
+    is_causal,
+    wants_weights,
+)
+from flashmla_ops.integrations.transformers.summarized import cached_in_pages
+from flashmla_ops.sparsity import attend
 
 #: The name of this attention in transformers' registries.
 GROUPED_ATTENTION = "grouped_rows"
@@ -74,6 +88,7 @@ def grouped_attention(
     if is_ragged(module, kwargs):
         assert isinstance(value, Tensor)
         return _ragged(module, query, key, value, scaling, kwargs), None
+    layer = kwargs.pop(SUMMARIZED, None)
     rows = paged_rows(key, value) if isinstance(value, Pages) else contiguous_rows(value, key)
     if attention_mask is not None:
         check_mask(attention_mask, rows.s_kv)
@@ -91,9 +106,11 @@ def grouped_attention(
         return out, None
     q = query.transpose(1, 2)
     d_v = rows.kv_cache.shape[-1] - (query.shape[-1] if rows.k_cache is None else 0)
+    if layer is not None:
+        attention_mask = without_needless(attention_mask)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         return _masked(module, q, key, value, rows, attention_mask, d_v, scaling), None
-    return _listed(module, q, rows, attention_mask, d_v, scaling), None
+    return _listed(module, q, rows, attention_mask, d_v, scaling, layer), None
 
 
 def _runs_elsewhere(
@@ -112,9 +129,9 @@ def _runs_elsewhere(
 
 
 def _listed(
-    module: Served, q: Tensor, rows: Rows, mask: Tensor | None, d_v: int, scaling: float | None
+    module: Served, q: Tensor, rows: Rows, mask: Tensor | None, d_v: int, scaling: float | None, layer: Any = None
 ) -> Tensor:  # [b, s_q, h_q, d_v]
-    """Under no mask, or one that lists what each query sees."""
+    """Under no mask, or one that lists what each query sees. ``layer``: of a cache that has summaries."""
     b, s_q, h_q, d_qk = q.shape
     options: dict[str, Any] = {"softmax_scale": scaling, "levels": module.levels}
     if mask is not None and not is_prefix(mask):
@@ -130,6 +147,9 @@ def _listed(
         seqlens = mask[:, 0, -1, 0].contiguous()
     else:
         seqlens = rows.cache_seqlens if s_q == 1 else torch.full_like(rows.cache_seqlens, s_q)
+    if (cached := cached_in_pages(layer, rows, seqlens)) is not None:
+        sparsity = layer.sparsity
+        return attend(q, cached, sparsity, d_v, d_v, scaling, sparsity.tally(module.layer_idx))[0]
     out, _ = torch.ops.flashmla.decode(
         q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, d_v, d_v, causal=True, **options
     )

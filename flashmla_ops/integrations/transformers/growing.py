@@ -35,13 +35,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
 
+    def room_for(self, tokens: int) -> int:
+        """How many tokens a new room has that is to hold so many."""
+        return max(tokens + tokens // 2, LEAST_ROOM)
+
     def _append(self, which: int, cached: Tensor, new: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (cached.requires_grad or new.requires_grad):
             return torch.cat([cached, new], dim=-2)  # writing in place would change what a backward saved
         start, end = cached.shape[-2], cached.shape[-2] + new.shape[-2]
         room = self.room[which]
         if room is None or room.shape[-2] < end or not _begins(cached, room) or room.dtype != new.dtype:
-            room = new.new_empty((*new.shape[:-2], max(end + end // 2, LEAST_ROOM), new.shape[-1]))
+            room = new.new_empty((*new.shape[:-2], self.room_for(end), new.shape[-1]))
             room[..., :start, :] = cached
             self.room[which] = room
         room[..., start:end, :] = new

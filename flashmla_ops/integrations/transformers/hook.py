@@ -24,6 +24,7 @@ from flashmla_ops.integrations.transformers.ragged import PAGED
 from flashmla_ops.integrations.transformers.served import Served
 from flashmla_ops.integrations.transformers.specialise import mixin_of, restore, specialise
 from flashmla_ops.ops.check import FLOATS
+from flashmla_ops.sparsity import DynamicSparsity
 
 #: The types of models that `enable` takes.
 SUPPORTED_MODEL_TYPES = MLA_MODEL_TYPES + GROUPED_MODEL_TYPES
@@ -37,7 +38,7 @@ AttentionInterface.register(PAGED + ABSORBED_ATTENTION, absorbed_attention)
 AttentionInterface.register(PAGED + GROUPED_ATTENTION, grouped_attention)
 
 
-def enable(model: nn.Module) -> int:
+def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None) -> int:
     """Let ``model`` attend through `torch.ops.flashmla.*`, in place, on its own cache.
 
     MLA attends through `flashmla::decode_up` where queries are short, absorbed; prefill expands the cache chunk by
@@ -46,7 +47,11 @@ def enable(model: nn.Module) -> int:
     weights later needs no second call. Padded and compiled prefill of MLA, and any forward that needs a gradient, runs
     transformers' SDPA: call the model under ``torch.no_grad()``, as ``generate`` does. An enabled model has a copy of
     its configuration, so that another model built on the same object stays as it is; it can be copied, pickled and
-    saved. Calling it again changes nothing, except that it takes back the choice of another attention.
+    saved. Calling it again changes the sparsity, and takes back the choice of another attention.
+
+    With ``sparsity``, decoding (at most 64 tokens a sequence, without padding) attends to chosen pages of a
+    `DynamicCache`, a `PagedLatentCache` or a `StaticPagedLatentCache`; prefill and other caches are dense.
+    ``sparsity.report()`` says what was skipped.
 
     Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if
     it has no attention that is known to be exact, or one that is not.
@@ -64,6 +69,8 @@ def enable(model: nn.Module) -> int:
         if not isinstance(module, Served):
             specialise(module, family.mixin)
             module.told_fallbacks = told
+        if sparsity is not None or mixin_of(module) is family.mixin:  # and not to None that of a `FlashMLALayer`
+            module.sparsity = sparsity
     configs.choose(model, {module.config.model_type for _, module in modules}, family.attention)
     if family is MLA:
         batch_latents(model)
@@ -83,7 +90,7 @@ def disable(model: nn.Module) -> None:
     for module in modules:
         if mixin_of(module) in (family.mixin, None):  # and not those of a `FlashMLALayer`, which stays one
             restore(module, family.mixin)
-            del module.told_fallbacks
+            del module.told_fallbacks, module.sparsity
     unbatch_latents(model)
     configs.reunite(model, family.attention)
 

@@ -107,6 +107,13 @@ def boolean_mask(mask: Tensor, s_kv: int) -> Tensor:
     return seen.scatter(-1, places, torch.ones_like(live))[..., :s_kv]
 
 
+def without_needless(mask: Tensor | None) -> Tensor | None:
+    """None for a mask, boolean or added, that hides nothing from a single query. Not asked while tracing."""
+    if mask is None or mask.dtype == torch.int32 or mask.shape[2] != 1 or is_tracing(mask):
+        return mask
+    return None if bool((mask if mask.dtype == torch.bool else mask == 0).all()) else mask
+
+
 def mask_for_sdpa(mask: Tensor | None, s_q: int, s_kv: int) -> Tensor | None:
     """A mask that SDPA understands. Where there is no prefix its own causal mask will do: None."""
     if mask is None or mask.dtype != torch.int32:

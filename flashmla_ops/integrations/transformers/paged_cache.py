@@ -20,6 +20,7 @@ from flashmla_ops.errors import ArgumentError, UnsupportedModelError
 from flashmla_ops.integrations.transformers.families import MLA, family_of
 from flashmla_ops.integrations.transformers.hook import all_served, served_modules
 from flashmla_ops.integrations.transformers.rows import Pages
+from flashmla_ops.integrations.transformers.summarized import Summarizing
 from flashmla_ops.kv_cache import KVPool, Sequence, as_cache
 
 DEFAULT_PAGES = 256
@@ -119,7 +120,7 @@ class PagedSequences:
         self._step = None
 
 
-class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
+class PagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc]
     """The rows of one layer of a `PagedLatentCache`."""
 
     is_croppable = True
@@ -134,6 +135,8 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.slab = add_slab(self.sequences.pool, key_states, value_states)
+        self.qk_start = key_start(self.layout, key_states, value_states)
+        self.make_summaries()
         self.is_initialized = True
 
     def update(
@@ -149,6 +152,7 @@ class PagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         b, _, n, _ = key_states.shape
         view, slots = self.sequences.extend(b, self.length + n)
         append_rows(self.slab, self.layout(key_states, value_states), slots)
+        self.summarize(slots)
         self.length += n
         return self.slab, view
 
@@ -260,7 +264,7 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
             self.block_table.copy_(step.block_table)
 
 
-class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
+class StaticPagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc]
     """The rows of one layer of a `StaticPagedLatentCache`."""
 
     is_compileable = True
@@ -278,8 +282,12 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pool, self.block_table = self.cache.reserve(key_states.shape[0], key_states.device)
         self.slab = add_slab(pool, key_states, value_states)
+        self.qk_start = key_start(self.layout, key_states, value_states)
+        self.make_summaries()
         self.cumulative_length = self.cumulative_length.to(key_states.device)
         mark_static(self.slab, self.cumulative_length)
+        if self.summaries is not None:
+            mark_static(self.summaries)
         self.is_initialized = True
 
     def update(
@@ -304,6 +312,7 @@ class StaticPagedLatentLayer(CacheLayerMixin):  # type: ignore[misc]
         # A compiled step cannot look: a token past the end gets a slot past the end, which append_ refuses by name.
         slots = torch.where(inside.flatten(), slots, self.block_table.numel() * self.cache.page_size)
         append_rows(self.slab, self.layout(key_states, value_states), slots)
+        self.summarize(slots)
         self.cumulative_length.add_(n)
         seqlens = self.cumulative_length.to(torch.int32).expand(b).contiguous()
         return self.slab, Pages(self.block_table, seqlens, self.max_cache_len)
@@ -356,6 +365,12 @@ def keys_first(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor
 
 def values_first(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
     return value_states, key_states
+
+
+def key_start(layout: RowLayout, key_states: Tensor, value_states: Tensor) -> int:
+    """Where keys begin in a row."""
+    first, _ = layout(key_states, value_states)
+    return 0 if first is key_states else first.shape[-1]
 
 
 def add_slab(pool: KVPool, key_states: Tensor, value_states: Tensor) -> Tensor:

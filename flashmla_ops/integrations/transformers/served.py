@@ -7,10 +7,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import FallbackWarning
 from flashmla_ops.integrations.transformers.specialise import Specialised
+from flashmla_ops.integrations.transformers.summarized import summarized_layer
+from flashmla_ops.sparsity import DynamicSparsity
+
+#: The argument by which an attention function gets the layer of a cache that has summaries.
+SUMMARIZED = "summarized_layer"
 
 
 class Served(Specialised):
@@ -24,6 +30,20 @@ class Served(Specialised):
     tells_gradients: ClassVar[bool] = False
     #: The reasons for falling back that were told already, one set for all modules of a model.
     told_fallbacks: set[str]
+    #: How decoding chooses the pages that it attends to; None: all.
+    sparsity: DynamicSparsity | None = None
+    #: Whether a row of the cache begins with what transformers has as keys, as the latents of MLA are, not values.
+    keys_first: ClassVar[bool] = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, which hands the layer of a cache that has summaries to the attention function."""
+        if self.sparsity is not None and (cache := cache_among(args, kwargs)) is not None:
+            layer = summarized_layer(cache, self.layer_idx, self.sparsity, keys_first=self.keys_first)
+            if layer is None:
+                self.tell_fallback(f"a {type(cache).__name__} has no summaries, so that attention is dense")
+            else:
+                kwargs[SUMMARIZED] = layer
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def tell_fallback(self, reason: str) -> None:
         """Warn once for a model and a reason. Not while a graph is traced, in which warning would be a step."""
@@ -40,6 +60,11 @@ class Served(Specialised):
     def tell_gradient(self) -> None:
         if self.tells_gradients:
             self.tell_fallback("a gradient is required, and the operators have no backward yet")
+
+
+def cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache that a forward was given."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
