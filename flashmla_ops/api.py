@@ -205,7 +205,6 @@ def flash_attn_varlen_func(
     Raises:
         ArgumentError: a shape, dtype or bound does not fit; ``dropout_p`` or ``deterministic`` is given, which the
             official function refuses too.
-        NotDifferentiableError: a gradient is required: there is no backward yet.
     """
     op = "flash_attn_varlen_func"
     if dropout_p != 0.0:

@@ -23,6 +23,7 @@ OPERATORS = (
     "append_",
     "merge_states",
     "prefill",
+    "prefill_backward",
     "gemm",
     "bmm",
     "grouped_gemm",

@@ -29,12 +29,13 @@ class ArgumentError(FlashMLAError, ValueError):
 
 
 class NotDifferentiableError(FlashMLAError):
-    """A gradient is required of an operator that has no backward."""
+    """A gradient is required of an operator that has none: no backward at all, or not ``when`` ("with softcap")."""
 
-    def __init__(self, op: str, argument: str) -> None:
+    def __init__(self, op: str, argument: str, when: str = "") -> None:
         self.op, self.argument = op, argument
         super().__init__(
-            f"flashmla::{op}: argument '{argument}' requires a gradient, but the operator has no backward;"
+            f"flashmla::{op}: argument '{argument}' requires a gradient, but the operator has"
+            f" {f'no gradient for it {when}' if when else 'no backward'};"
             " call it under torch.no_grad() or detach the argument"
         )
 

@@ -58,9 +58,8 @@ class Library:
 def kernels_of(isa: str, *flags: str) -> Library:
     """The library of one instruction set. Its largest unit comes first, since the others fit beside it."""
     flags = (f"-DFLASHMLA_ISA={isa}", *flags)
-    units = (
-        Unit(f"{name}.cpp", flags, f"{name}_{isa}") for name in ("kernels_products", "kernels_attention", "kernels")
-    )
+    names = ("kernels_products", "kernels_attention", "kernels_backward", "kernels")
+    units = (Unit(f"{name}.cpp", flags, f"{name}_{isa}") for name in names)
     return Library(f"flashmla_cpu_{isa}", tuple(units))
 
 
@@ -86,12 +85,16 @@ CORE_UNITS = (
         Unit(f"{name}.cpp")
         for name in ("isas", "dispatch", "decode", "decode_up", "sparse", "prefill", "append", "gemm")
     ),
+    Unit("prefill_backward.cpp"),
     Unit("append_quantized.cpp", ("-O3",)),
 )
 #: Units that register the kernels with torch, by the stable ABI of the oldest torch that we support.
 BINDING_UNITS = tuple(
     Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
-    for name in ("torch_attention", "torch_gemm", "torch_attend_masked", "torch_decode_up", "torch_sparse")
+    for name in (
+        *("torch_attention", "torch_backward", "torch_gemm", "torch_attend_masked"),
+        *("torch_decode_up", "torch_sparse"),
+    )
 )
 #: The core without them is reached through ctypes.
 CTYPES = Library("flashmla_cpu_ctypes", CORE_UNITS)

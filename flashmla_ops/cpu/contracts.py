@@ -33,6 +33,7 @@ from flashmla_ops.ops.gemm import BMM, GEMM
 from flashmla_ops.ops.merge import MERGE_STATES
 from flashmla_ops.ops.operator import Operator
 from flashmla_ops.ops.prefill import PREFILL
+from flashmla_ops.ops.prefill_backward import PREFILL_BACKWARD
 from flashmla_ops.ops.schedule import DECODE_SCHEDULE
 from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL
 
@@ -40,7 +41,7 @@ from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL
 NAME = "flashmla/contracts.h"
 #: The operators that the binding implements.
 OPERATORS: tuple[Operator[Any], ...] = (
-    *(DECODE, DECODE_UP, DECODE_SCHEDULE, PREFILL, APPEND, APPEND_TWO),
+    *(DECODE, DECODE_UP, DECODE_SCHEDULE, PREFILL, PREFILL_BACKWARD, APPEND, APPEND_TWO),
     *(SPARSE_DECODE, SPARSE_PREFILL, MERGE_STATES, GEMM, BMM, ATTEND_MASKED),
 )
 #: Functions that C++ has by hand.
@@ -63,6 +64,7 @@ _TYPES: dict[Any, str] = {
     int: "int64_t",
     bool: "bool",
     str: "std::string_view",
+    list[int]: "const std::vector<int64_t>&",
     float | None: "std::optional<double>",
     torch.dtype: "ScalarType",
     torch.dtype | None: "std::optional<ScalarType>",

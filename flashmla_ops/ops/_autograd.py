@@ -1,18 +1,20 @@
 """The rules that autograd gets for our operators, for all of them in one place: kernels at two dispatch keys of torch.
 
-At the Autograd key an operator without a backward refuses a gradient. Nowhere below would do: under `torch.func` and
-`torch.autograd.forward_ad` kernels see plain tensors, without the wrapper or the tangent that asks for a derivative,
-and the derivative of what they return would be zero. At the ADInplaceOrView key the version of every tensor that an
-operator writes to goes up, which is how a backward learns that a tensor saved for it has changed.
+At the Autograd key an operator with a backward (`_backward`) is differentiated where a gradient is asked for, and one
+without refuses. Nowhere below would do: under `torch.func` and `torch.autograd.forward_ad` kernels see plain tensors,
+without the wrapper or the tangent that asks for a derivative, and the derivative of what they return would be zero. At
+the ADInplaceOrView key the version of every tensor that an operator writes to goes up, which is how a backward learns
+that a tensor saved for it has changed.
 
 Every call passes here, so both are C++ (`cpu/csrc/autograd.cpp`) where that could be compiled. `complete` registers the
-same in Python for operators that have no such kernel.
+same in Python for operators that have no such kernel. C++ differentiates nothing itself: it hands such a call to the
+kernel in Python, which it finds at an operator of its own, with the same schema (`twin`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,30 +22,53 @@ from torch.autograd import forward_ad
 
 from flashmla_ops.errors import FlashMLAError, NotDifferentiableError
 
+if TYPE_CHECKING:
+    from flashmla_ops.ops._backward import Differentiation, Last
+
 
 def raise_refusal(op: str, argument: str) -> None:
     """The implementation of ``flashmla::_refuse_gradient``, by which C++ raises an exception of Python's."""
     raise NotDifferentiableError(op, argument)
 
 
-def complete(library: torch.library.Library, operators: list[torch._ops.OpOverload]) -> None:
-    """Register the kernels of both keys for those of ``operators`` that have none yet."""
-    for op in operators:
-        name = op.name()
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"):
-            library.impl(name, _autograd(op), "Autograd", with_keyset=True)
+def twin(name: str) -> str:
+    """The operator by which C++ reaches the kernel that differentiates operator ``name``."""
+    return f"_differentiated_{name}"
+
+
+def complete(
+    library: torch.library.Library,
+    operators: Mapping[str, torch._ops.OpOverload],
+    backwards: Mapping[str, Differentiation | Last],
+) -> None:
+    """Register the kernels of both keys for those of ``operators`` that have none yet.
+
+    ``backwards``: how those of them are differentiated that can be.
+    """
+    for name, op in operators.items():
+        kernel, backward = _autograd(op, backwards.get(name)), backwards.get(name)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "Autograd"):
+            library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+        if backward is not None:
+            library.impl(twin(name), kernel, "Autograd", with_keyset=True)
         mutable = op._schema.is_mutable
-        if mutable and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "ADInplaceOrView"):
-            library.impl(name, _mutation(op), "ADInplaceOrView", with_keyset=True)
+        if mutable and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "ADInplaceOrView"):
+            library.impl(op.name(), _mutation(op), "ADInplaceOrView", with_keyset=True)
 
 
-def _autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def _autograd(op: torch._ops.OpOverload, backward: Differentiation | Last | None) -> Callable[..., Any]:
     name = op._schema.name.removeprefix("flashmla::")
+    differentiated = None if backward is None else backward.kernel(op)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = [argument for argument, tensor in _tensors(op, args, kwargs) if _requires_grad(tensor)]
         for argument, tensor in _tensors(op, args, kwargs):
-            if _differentiated(tensor):
-                raise NotDifferentiableError(name, argument)
+            if _has_tangent(tensor):
+                raise NotDifferentiableError(name, argument, "" if backward is None else "in forward mode")
+        if asked and differentiated is not None:
+            return differentiated(keys, asked, *args, **kwargs)
+        if asked:
+            raise NotDifferentiableError(name, asked[0])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
 
@@ -66,10 +91,12 @@ def _mutation(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return kernel
 
 
-def _differentiated(tensor: Tensor) -> bool:
-    """Whether a gradient could be asked for, or the tensor is a dual number with a tangent."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return True
+def _requires_grad(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether it is a dual number, whose derivative is taken forward."""
     return torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from flashmla_ops.ops import _autocast, _autograd, _docs
+
+if TYPE_CHECKING:
+    from flashmla_ops.ops._backward import Differentiation, Last
 
 NAMESPACE = "flashmla"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 (lives as long as the process)
@@ -17,12 +20,13 @@ Function = Callable[..., Any]
 
 
 class Defined(NamedTuple):
-    """An operator's implementations in Python; `complete` binds the last two when all operators are defined."""
+    """An operator's implementations in Python; `complete` binds the last three when all operators are defined."""
 
     fake: Function
     reference: Function
     vmap: Function | None
     autocast: _autocast.Rule | None
+    backward: Differentiation | Last | None = None
 
 
 #: Every operator, as "append_" and "append_.two".
@@ -33,7 +37,12 @@ LIBRARY.impl("_refuse_gradient", _autograd.raise_refusal, "CompositeImplicitAuto
 
 
 def define(
-    schema: str, *, fake: Function, reference: Function, vmap: Function | None, autocast: _autocast.Rule | None
+    schema: str,
+    *,
+    fake: Function,
+    reference: Function,
+    vmap: Function | None = None,
+    autocast: _autocast.Rule | None = None,
 ) -> None:
     """Define an operator: its schema, its fake, the reference that runs where no kernel is registered, and its rules.
 
@@ -48,15 +57,23 @@ def define(
     DEFINED[name] = Defined(fake, reference, vmap, autocast)
 
 
+def differentiate(schema: str, backward: Differentiation | Last) -> None:
+    """State how an operator that is defined is differentiated."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(_autograd.twin(schema))
+    DEFINED[name] = DEFINED[name]._replace(backward=backward)
+
+
 def complete() -> None:
     """Bind to every operator what depends on all of them, and what the compiled kernels, loaded by now, did not."""
     operators = {name: operator(name) for name in DEFINED}
-    _autograd.complete(LIBRARY, list(operators.values()))
-    for name, (_, _, vmap, autocast) in DEFINED.items():
-        if vmap is not None:
-            torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
-        if autocast is not None:
-            _autocast.register(LIBRARY, operators[name], autocast)
+    backwards = {name: defined.backward for name, defined in DEFINED.items() if defined.backward is not None}
+    _autograd.complete(LIBRARY, operators, backwards)
+    for name, defined in DEFINED.items():
+        if defined.vmap is not None:
+            torch.library.register_vmap(f"{NAMESPACE}::{name}", defined.vmap, lib=LIBRARY)
+        if defined.autocast is not None:
+            _autocast.register(LIBRARY, operators[name], defined.autocast)
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{__package__}."):
             _docs.document(module)

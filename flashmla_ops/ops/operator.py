@@ -13,8 +13,9 @@
 
 From this come the schema ``double(Tensor x, SymInt factor=2) -> Tensor``, the fake (the contract, then empty results),
 and the reference as the implementation of every device that has no kernel (the contract, what depends on values, then
-the function given). A backward is refused for all of them in one place (`_autograd`). The rule for vmap and the one for
-autocast get the arguments by name. ``with_out`` adds the overload that writes into given tensors.
+the function given). A gradient comes from the operator that is stated as the backward (`_backward`), or is refused, for
+all of them in one place (`_autograd`). The rules for vmap and autocast get the arguments by name. ``with_out`` adds the
+overload that writes into given tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.ops import _autocast
-from flashmla_ops.ops._library import define
+from flashmla_ops.ops._backward import Differentiation, Last
+from flashmla_ops.ops._library import define, differentiate
 from flashmla_ops.ops.check import Check, Result, dtype_name
 
 #: An integer on which a graph is specialised. One without this may be symbolic.
@@ -93,15 +95,15 @@ class Operator(Generic[A]):
         self._reference, self._values = reference, values
         self.check = Check(name.partition(".")[0])
         self.fields = tuple(field.name for field in dataclasses.fields(arguments))
-        inputs = ", ".join(_declared(arguments, mutates))
+        self._inputs = ", ".join(_declared(arguments, mutates))
+        self._schema = f"{name}({self._inputs}) -> {_returned(returns)}"
         define(
-            f"{name}({inputs}) -> {_returned(returns)}",
+            self._schema,
             fake=self.fake,
             reference=self.reference,
             vmap=None if vmap is None else self._mapped(vmap),
             autocast=None if autocast is None else self._cast(autocast),
         )
-        self._inputs = inputs
 
     def bind(self, *args: Any, **kwargs: Any) -> A:
         return self.arguments(*args, **kwargs)
@@ -128,6 +130,14 @@ class Operator(Generic[A]):
             return None
         parts = [computed] if len(results) == 1 else computed
         return _unpacked([part.to(r.dtype).contiguous() for part, r in zip(parts, results, strict=True)])
+
+    def differentiated_by(self, backward: Operator[Any], *, ignores: tuple[str, ...] = ()) -> None:
+        """State the operator that computes its gradients (`_backward` says from what, and of what).
+
+        ``ignores`` names arguments that change no result but for rounding.
+        """
+        differentiate(self._schema, Differentiation(self, backward, ignores))
+        differentiate(backward._schema, Last(backward))
 
     def with_out(self, *, contiguous_rows: tuple[str, ...] = (), in_place: str = "") -> Operator[A]:
         """Define the ``.out`` overload: it writes into tensors given by keyword, and returns nothing.
@@ -157,7 +167,7 @@ class Operator(Generic[A]):
 
         outs = ", ".join(f"Tensor({letter}!) {name}" for letter, name in zip("abc", self.returns, strict=False))
         schema = f"{self.name}.out({self._inputs}, *, {outs}) -> ()"
-        define(schema, fake=fake, reference=by_functional, vmap=None, autocast=None)
+        define(schema, fake=fake, reference=by_functional)
         return self
 
     def _mapped(self, rule: Vmap[A]) -> Callable[..., tuple[Any, Any]]:

@@ -35,7 +35,7 @@ from flashmla_ops.ops.operator import Arguments, Operator, Static
 
 
 @dataclass
-class Prefill(Arguments):
+class Sequences(Arguments):
     """Queries, keys and values of all sequences, and where each sequence lies."""
 
     q: Tensor  # [t_q, h_q, d_qk]
@@ -43,6 +43,12 @@ class Prefill(Arguments):
     v: Tensor  # [t_k, h_kv, d_v], d_v contiguous
     cu_seqlens_q: Tensor  # [b + 1] int32 or int64
     cu_seqlens_k: Tensor  # [b + 1] int32 or int64
+
+
+@dataclass
+class Prefill(Sequences):
+    """How their queries attend."""
+
     causal: bool = False
     softmax_scale: float | None = None
     levels: Static = 3
@@ -50,9 +56,15 @@ class Prefill(Arguments):
 
 def contract(check: Check, a: Prefill) -> tuple[Result, Result]:
     check.require("levels", a.levels in (1, 2, 3), "1, 2 or 3", a.levels)
+    check_sequences(check, a)
+    t_q, h_q, _ = a.q.shape
+    return Result([t_q, h_q, a.v.size(2)], a.q.dtype), Result([h_q, t_q], torch.float32)
+
+
+def check_sequences(check: Check, a: Sequences) -> None:
     check.dims("q", a.q, "[t_q, h_q, d_qk]")
     check.floating("q", a.q)
-    t_q, h_q, d_qk = a.q.shape
+    _, h_q, d_qk = a.q.shape
     check.require("q", d_qk >= 1, "d_qk of at least 1", d_qk)
     check_keys(check, "k", a.k, a.q, "[t_k, h_kv, d_qk]")
     check_keys(check, "v", a.v, a.q, "[t_k, h_kv, d_v]")
@@ -66,7 +78,6 @@ def contract(check: Check, a: Prefill) -> tuple[Result, Result]:
     check_boundaries(check, "cu_seqlens_q", a.cu_seqlens_q, a.q)
     check_boundaries(check, "cu_seqlens_k", a.cu_seqlens_k, a.q)
     check.size("cu_seqlens_k", a.cu_seqlens_k, 0, a.cu_seqlens_q.size(0), " elements, as cu_seqlens_q")
-    return Result([t_q, h_q, a.v.size(2)], a.q.dtype), Result([h_q, t_q], torch.float32)
 
 
 def check_keys(check: Check, name: str, tensor: Tensor, q: Tensor, shape: str) -> None:
@@ -84,7 +95,7 @@ def check_boundaries(check: Check, name: str, tensor: Tensor, q: Tensor) -> None
     check.require(name, tensor.size(0) >= 1, "at least 1 element", tensor.size(0))
 
 
-def check_values(check: Check, a: Prefill) -> None:
+def check_values(check: Check, a: Sequences) -> None:
     check_bounds(check.op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0))
     check_bounds(check.op, "cu_seqlens_k", a.cu_seqlens_k, a.k.size(0))
 

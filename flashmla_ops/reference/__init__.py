@@ -1,6 +1,7 @@
 """The float64 definitions of the operators: the specification that kernels are compared with."""
 
 from flashmla_ops.reference.attention import attend_masked, decode, decode_up, merge_states, prefill
+from flashmla_ops.reference.backward import prefill_backward
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.pages import choose_pages, page_mass, summarize
@@ -22,6 +23,7 @@ __all__ = [
     "merge_states",
     "page_mass",
     "prefill",
+    "prefill_backward",
     "sparse_attention",
     "summarize",
 ]

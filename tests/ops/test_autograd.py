@@ -1,7 +1,8 @@
-"""Autograd's view of the operators: derivatives that none has are refused, however asked for; mutations are counted."""
+"""Autograd's view of the operators: gradients that they state, others refused, however asked for; mutations counted."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 from flashmla_ops.errors import NotDifferentiableError
 from flashmla_ops.ops import _autograd
 from flashmla_ops.ops._library import DEFINED, operator
-from tests.support.calls import CALLS, DIFFERENTIABLE, MUTATED, get, replaced, run
+from tests.support.calls import CALLS, DIFFERENTIABLE, MUTATED, WITH_GRADIENT, get, replaced, run
 
 Function = Callable[[Tensor], Tensor]
 
@@ -58,6 +59,7 @@ WAYS: dict[str, Callable[[Function, Tensor], Any]] = {
     "functional_call": of_a_module,
     "grad_of_grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(lambda z: (y * z).sum())(x).sum() + f(y))(x),
     "grad_compiled": lambda f, x: torch.compile(torch.func.grad(f), backend="aot_eager")(x),
+    "grad_of_its_grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).sum())(x),
     "vmap_of_grad": lambda f, x: torch.vmap(torch.func.grad(f))(torch.stack([x, x])),
 }
 
@@ -83,11 +85,66 @@ def test_a_derivative_is_refused(name: str, argument: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "grad_compiled"])
-@pytest.mark.parametrize(("name", "argument"), [("gemm", "a"), ("decode", "q"), ("merge_states", "outs[1]")])
+@pytest.mark.parametrize(("name", "argument"), [("gemm", "a"), ("decode_up", "q"), ("merge_states", "outs[1]")])
 def test_however_it_is_asked_for(name: str, argument: str, way: str) -> None:
     function, x = scalar_of(name, argument)
     with pytest.raises(NotDifferentiableError, match=f"argument '{argument.partition('[')[0]}"):
         WAYS[way](function, x)
+
+
+@pytest.mark.parametrize(("name", "argument"), WITH_GRADIENT)
+@pytest.mark.parametrize("way", ["jvp", "dual", "dual_without_grad", "hessian", "grad_of_its_grad"])
+def test_a_derivative_that_is_no_gradient_is_refused(name: str, argument: str, way: str) -> None:
+    function, x = scalar_of(name, argument)
+    with pytest.raises(NotDifferentiableError, match=r"no gradient for it|no backward"):
+        WAYS[way](function, x)
+
+
+@pytest.mark.parametrize(("name", "argument"), WITH_GRADIENT)
+def test_a_second_backward_is_refused(name: str, argument: str) -> None:
+    function, x = scalar_of(name, argument)
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    with pytest.raises(NotDifferentiableError, match="a second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(("name", "argument"), WITH_GRADIENT)
+def test_every_way_to_a_gradient_finds_the_same(name: str, argument: str) -> None:
+    function, x = scalar_of(name, argument)
+    leaf = x.clone().requires_grad_()
+    function(leaf).backward()
+    assert leaf.grad is not None
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    leaf_of_compiled = x.clone().requires_grad_()
+    compiled(leaf_of_compiled).backward()
+    found = {
+        "compiled": leaf_of_compiled.grad,
+        "grad": torch.func.grad(function)(x),
+        "vjp": torch.func.vjp(function, x)[1](torch.ones(()))[0],
+        "jacrev": torch.func.jacrev(function)(x),
+        "functional_call": of_a_module(function, x)["x"],
+        "grad_compiled": WAYS["grad_compiled"](function, x),
+        "vmap_of_grad": WAYS["vmap_of_grad"](function, x)[1],
+    }
+    for way, gradient in found.items():
+        torch.testing.assert_close(gradient, leaf.grad, msg=lambda text, way=way: f"{way}: {text}")
+
+
+def test_a_call_without_gradients_takes_no_more_steps_in_python() -> None:
+    """Than one of an operator that has none."""
+
+    def calls(name: str) -> int:
+        arguments, op, events = CALLS[name].arguments(), operator(name), []
+        op(**arguments)
+        sys.setprofile(lambda frame, event, _: events.append(frame) if event == "call" else None)
+        try:
+            op(**arguments)
+        finally:
+            sys.setprofile(None)
+        return len(events)
+
+    assert {calls(name) for name in sorted({name for name, _ in WITH_GRADIENT})} == {calls("attend_masked")}
 
 
 def test_a_derivative_is_refused_when_compiled() -> None:
@@ -115,7 +172,7 @@ def test_what_asks_for_no_derivative_of_it_runs_as_ever(name: str) -> None:
         assert torch.equal(torch.func.grad(beside)(x), 2 * x)
 
 
-@pytest.mark.parametrize(("name", "argument"), DIFFERENTIABLE)
+@pytest.mark.parametrize(("name", "argument"), [*DIFFERENTIABLE, *WITH_GRADIENT])
 def test_without_gradients_tensors_that_require_one_are_served(name: str, argument: str) -> None:
     function, x = scalar_of(name, argument)
     expected = function(x.clone())
@@ -183,7 +240,7 @@ def in_python() -> Iterator[torch._ops.OpOverload]:
     library.define("add_(Tensor(a!) a, Tensor[] others) -> ()")
     library.impl("add_", lambda a, others: [a.add_(x) for x in others] and None, "CompositeExplicitAutograd")
     op = torch.ops.flashmla_test.add_.default
-    _autograd.complete(library, [op])
+    _autograd.complete(library, {"add_": op}, {})
     yield op
     library._destroy()
 

@@ -17,11 +17,14 @@ INT = torch.int32
 
 @dataclass(frozen=True)
 class Call:
-    """``differentiable``: the floating inputs of which a gradient could be asked for. ``mutated``: what is written."""
+    """``with_gradient``: the inputs that have a gradient, and ``differentiable``: those of which one is refused. (But a
+    backward refuses a gradient only when it is taken.) ``mutated``: what is written.
+    """
 
     arguments: Callable[[], dict[str, Any]]
     differentiable: tuple[str, ...] = ()
     mutated: tuple[str, ...] = ()
+    with_gradient: tuple[str, ...] = ()
 
 
 def _decode() -> dict[str, Any]:
@@ -70,6 +73,12 @@ def _prefill() -> dict[str, Any]:
     bounds = torch.tensor([0, 3, 7], dtype=INT)
     q, k, v = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 8)
     return {"q": q, "k": k, "v": v, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "causal": True}
+
+
+def _prefill_backward() -> dict[str, Any]:
+    named = _prefill()
+    out, lse = torch.ops.flashmla.prefill(**named)
+    return named | {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
 
 
 def _append() -> dict[str, Any]:
@@ -141,7 +150,8 @@ CALLS = {
     ),
     "sparse_decode": Call(_sparse_decode, ("q", "kv_cache", "k_cache", "attn_sink", "extra_kv_cache")),
     "sparse_prefill": Call(_sparse_prefill, ("q", "kv", "attn_sink")),
-    "prefill": Call(_prefill, ("q", "k", "v")),
+    "prefill": Call(_prefill, with_gradient=("q", "k", "v")),
+    "prefill_backward": Call(_prefill_backward),
     "append_": Call(_append, ("kv_cache", "rows"), ("kv_cache",)),
     "append_.two": Call(_append_two, ("kv_cache", "k_cache", "rows", "k_rows"), ("kv_cache", "k_cache")),
     "merge_states": Call(_merge, ("outs[1]", "lses[0]")),
@@ -158,7 +168,8 @@ CALLS = {
     "dequantize_rows": Call(lambda: {"rows": torch.zeros(2, 656, dtype=torch.uint8)}),
 }
 
-#: Every operator with each of its differentiable arguments.
+#: Every operator with each of its arguments that have a gradient, and with each of which one is refused.
+WITH_GRADIENT = [(name, argument) for name, call in CALLS.items() for argument in call.with_gradient]
 DIFFERENTIABLE = [(name, argument) for name, call in CALLS.items() for argument in call.differentiable]
 #: Every operator with each argument that it writes.
 MUTATED = [(name, argument) for name, call in CALLS.items() for argument in call.mutated]

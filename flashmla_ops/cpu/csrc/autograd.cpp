@@ -1,6 +1,6 @@
-// The operators' kernels at torch's Autograd and ADInplaceOrView keys, for all operators alike: the first refuses a
-// gradient, the second tells autograd of what was mutated. flashmla_ops/ops/_autograd.py says why, and holds the same
-// in Python for where this is not compiled.
+// The operators' kernels at torch's Autograd and ADInplaceOrView keys, for all operators alike: the first hands a call
+// that is differentiated to the kernel in Python, or refuses a gradient, and the second tells autograd of what was
+// mutated. flashmla_ops/ops/_autograd.py says why, and holds the same in Python for where this is not compiled.
 //
 // It knows more of torch than the stable ABI, and is a library of its own that fits one version.
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -49,13 +49,27 @@ struct Differentiated {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+// The operator that differentiates `op`, where it has a backward: _autograd.py's `twin`.
+std::optional<c10::OperatorHandle> twin(const c10::OperatorHandle& op) {
+  const c10::OperatorName& name = op.operator_name();
+  const std::string own = name.name.substr(name.name.find("::") + 2);
+  return c10::Dispatcher::singleton().findSchema(
+      {std::string(kNamespace) + "::_differentiated_" + own, name.overload_name});
+}
+
 void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   const Differentiated differentiated;
   if (differentiated.backward || differentiated.forward) {
     const auto& arguments = op.schema().arguments();
     const auto values = torch::jit::last(*stack, arguments.size());
     for (size_t i = 0; i < arguments.size(); i++) {
-      if (const auto found = differentiated.find(arguments[i].name(), values[i])) refuse(op, *found);
+      const auto found = differentiated.find(arguments[i].name(), values[i]);
+      if (!found) continue;
+      if (const auto differentiates = twin(op)) {
+        return differentiates->redispatchBoxed(keys & (c10::autograd_dispatch_keyset | c10::after_autograd_keyset),
+                                               stack);
+      }
+      refuse(op, *found);
     }
   }
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
@@ -84,7 +98,7 @@ void mutation(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* st
 torch::Library implementations(c10::DispatchKey key) {
   torch::Library library(torch::Library::IMPL, kNamespace, key, __FILE__, __LINE__);
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
-    if (name.getNamespace() != kNamespace) continue;
+    if (name.getNamespace() != kNamespace || name.name.find("::_") != std::string::npos) continue;
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), name.overload_name.c_str());
     if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) continue;  // it calls others
     if (key == c10::DispatchKey::Autograd) {

@@ -1,10 +1,10 @@
 // The attention operators on the CPU, through torch's stable ABI. Schemas, contracts and fakes are stated in Python
 // (flashmla_ops/ops).
-#include <cmath>
 #include <tuple>
 
 #include "flashmla/append_quantized.h"
 #include "flashmla/torch_decode.h"
+#include "flashmla/torch_prefill.h"
 
 namespace {
 
@@ -43,42 +43,13 @@ Tensor decode_schedule(const DecodeScheduleArguments& a) {
   return schedule;
 }
 
-// cu_seqlens as the C interface takes them: int64 ones are converted.
-struct Boundaries {
-  std::vector<int32_t> converted;
-  const int32_t* data;
-  int64_t stride;
-
-  Boundaries(const Check& check, const char* name, const Tensor& tensor) {
-    if (tensor.scalar_type() == ScalarType::Int) {
-      data = tensor.const_data_ptr<int32_t>(), stride = tensor.stride(0);
-      return;
-    }
-    const int64_t* given = tensor.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < tensor.size(0); i++) {
-      const int64_t value = given[i * tensor.stride(0)];
-      if (value != int32_t(value)) check.fail(name, "values that int32 holds", text(value, " at [", i, "]"));
-      converted.push_back(int32_t(value));
-    }
-    data = converted.data(), stride = 1;
-  }
-};
-
 std::tuple<Tensor, Tensor> prefill(const PrefillArguments& a) {
   const auto results = check(a);
   const Boundaries bounds_q(Check{a.kOp}, "cu_seqlens_q", a.cu_seqlens_q);
   const Boundaries bounds_k(Check{a.kOp}, "cu_seqlens_k", a.cu_seqlens_k);
   const Tensor out = new_tensor(results[0]), lse = new_tensor(results[1]);
-  FlashmlaPrefill call{};
-  call.dtype = dtype_of(a.q), call.causal = a.causal, call.levels = int32_t(a.levels);
-  call.b = a.cu_seqlens_q.size(0) - 1, call.h_q = a.q.size(1), call.h_kv = a.k.size(1);
-  call.d_qk = a.q.size(2), call.d_v = a.v.size(2), call.t_q = a.q.size(0), call.t_k = a.k.size(0);
-  call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
-  call.q = a.q.const_data_ptr(), call.k = a.k.const_data_ptr(), call.v = a.v.const_data_ptr();
-  for (int i = 0; i < 3; i++) call.q_stride[i] = a.q.stride(i);
-  for (int i = 0; i < 2; i++) call.k_stride[i] = a.k.stride(i), call.v_stride[i] = a.v.stride(i);
-  call.cu_seqlens_q = bounds_q.data, call.cu_seqlens_q_stride = bounds_q.stride;
-  call.cu_seqlens_k = bounds_k.data, call.cu_seqlens_k_stride = bounds_k.stride;
+  FlashmlaPrefill call = prefill_call(a, bounds_q, bounds_k);
+  call.levels = int32_t(a.levels);
   call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "flashmla/dtypes.h"
 #include "flashmla/rows.h"
 #include "flashmla/softmax.h"
 

@@ -91,6 +91,23 @@ struct FlashmlaPrefill {
   float* lse;  // [h_q, t_q], contiguous
 };
 
+// What the gradients of attention are computed from, beside its arguments, and where those of queries go. Strides of
+// tensors that are read are of all their dimensions.
+struct FlashmlaGradients {
+  const void *out, *dout;  // [b, s_q, h_q, d_v]: what attention returned, and the gradient with respect to it
+  int64_t out_stride[4], dout_stride[4];
+  const float *lse, *dlse;  // [b, h_q, s_q], likewise; dlse may be null
+  int64_t lse_stride[3], dlse_stride[3];
+  void* dq;  // [b, s_q, h_q, d_qk], last dimension contiguous; null: not wanted
+  int64_t dq_stride[3];
+};
+
+struct FlashmlaPrefillBackward {
+  FlashmlaPrefill attention;    // but for its results
+  FlashmlaGradients gradients;  // b counts as 1 in all strides
+  void *dk, *dv;                // [t_k, h_kv, d_qk], [t_k, h_kv, d_v], contiguous; either null: not wanted
+};
+
 // rows [n, h_kv, d] are written to slots of a cache; bytes, not elements: the copy knows no dtype.
 struct FlashmlaAppend {
   char* cache;
@@ -178,6 +195,8 @@ FLASHMLA_EXPORT int flashmla_decode(const FlashmlaDecode* call, const int32_t* s
 FLASHMLA_EXPORT int flashmla_decode_up(const FlashmlaDecode* attention, const FlashmlaUp* up, const int32_t* schedule,
                                        int64_t schedule_numel, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_prefill_backward(const FlashmlaPrefillBackward* call, const FlashmlaRuntime* runtime,
+                                              char* message);
 FLASHMLA_EXPORT int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);

@@ -41,6 +41,19 @@ struct AttentionKernels {
   void (*merge)(const FlashmlaMerge& call, int64_t begin, int64_t end);
 };
 
+struct BackwardKernels {
+  // The most that any item of at most item.rows rows needs.
+  int64_t (*backward_scratch_bytes)(const FlashmlaDecode& call, const Item& item);
+  // Gradients through an item's attention to the tokens [begin, end), which are all that it sees. Writes those of its
+  // queries, and adds those of a token's row (value and key, then the rest of the key) to row t of `rows` [.., stride],
+  // where t is the token, or its slot if the item has slots. Null: not wanted. False as of `attend`.
+  bool (*backward)(const FlashmlaDecode& call, const FlashmlaGradients& gradients, const Item& item, int64_t begin,
+                   int64_t end, float* rows, int64_t stride, char* scratch);
+  // Writes d elements of row i < n to to + i * to_stride: the sum of all parts, which lie `stride` floats a row.
+  void (*sum_rows)(FlashmlaDType dtype, const float* const* parts, int64_t n_parts, int64_t n, int64_t stride,
+                   int64_t d, void* to, int64_t to_stride);
+};
+
 struct ProductKernels {
   // Rows [row, row + rows) of a, as gemm_run wants them: at most gemm_rows at a time.
   int64_t (*gemm_rows)(const FlashmlaGemm& call);
@@ -54,7 +67,7 @@ struct ProductKernels {
   void (*bmm_run)(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch);
 };
 
-struct Kernels : AttentionKernels, ProductKernels {
+struct Kernels : AttentionKernels, BackwardKernels, ProductKernels {
   const char* name;
 };
 

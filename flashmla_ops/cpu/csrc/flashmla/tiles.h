@@ -89,12 +89,11 @@ inline __attribute__((always_inline)) void stepped(int units, Each each, Body bo
   }
 }
 
-// scores[m][n] (+)= sum over k < units of keys[m][k] * queries[k][n]; each(): see `stepped`.
+// out[m][n] (+)= sum over k < units of rows[m][k] * columns[k][n]; each(): see `stepped`. Strides count elements.
 template <class Mac, int M, int N, class Each>
-inline __attribute__((always_inline)) void score_tile(Cursor<typename Mac::Unit, M> keys,
-                                                      const typename Mac::Unit* queries,  // [units, N * W]
-                                                      float* scores,                      // [M, N * W]
-                                                      int units, bool first, Each each) {
+inline __attribute__((always_inline)) void
+product_tile(Cursor<typename Mac::Unit, M> rows, const typename Mac::Unit* columns, int64_t columns_stride, float* out,
+             int64_t out_stride, int units, bool first, Each each) {
   using Isa = typename Mac::Isa;
   using F = typename Isa::F;
   constexpr int W = Isa::W;
@@ -102,21 +101,31 @@ inline __attribute__((always_inline)) void score_tile(Cursor<typename Mac::Unit,
 #pragma GCC unroll 32
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) c[m][n] = first ? F{} : Isa::load(scores + (m * N + n) * W);
+    for (int n = 0; n < N; n++) c[m][n] = first ? F{} : Isa::load(out + m * out_stride + n * W);
   stepped<Isa>(units, each, [&](int k) __attribute__((always_inline)) {
-    typename Mac::V q[N];
+    typename Mac::V column[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) q[n] = Isa::load(queries + (k * N + n) * W);
+    for (int n = 0; n < N; n++) column[n] = Isa::load(columns + k * columns_stride + n * W);
 #pragma GCC unroll 32
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) c[m][n] = Mac::template mac<N == 1>(c[m][n], q[n], keys.row(m));
-    keys.advance();
+      for (int n = 0; n < N; n++) c[m][n] = Mac::template mac<N == 1>(c[m][n], column[n], rows.row(m));
+    rows.advance();
   });
 #pragma GCC unroll 32
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) Isa::store(scores + (m * N + n) * W, c[m][n]);
+    for (int n = 0; n < N; n++) Isa::store(out + m * out_stride + n * W, c[m][n]);
+}
+
+// The scores of M keys with N vectors of queries, which lie packed.
+template <class Mac, int M, int N, class Each>
+inline __attribute__((always_inline)) void score_tile(Cursor<typename Mac::Unit, M> keys,
+                                                      const typename Mac::Unit* queries,  // [units, N * W]
+                                                      float* scores,                      // [M, N * W]
+                                                      int units, bool first, Each each) {
+  constexpr int kWidth = N * Mac::Isa::W;
+  product_tile<Mac, M, N>(keys, queries, kWidth, scores, kWidth, units, first, each);
 }
 
 // o[m][n] = o[m][n] * rescale[m] + sum over t < units of weights[t][m] * values(t, n); o counts as 0 where `first`.

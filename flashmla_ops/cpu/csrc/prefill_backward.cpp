@@ -1,0 +1,206 @@
+// Gradients through dense attention over sequences that lie one after another.
+//
+// A unit of work is a run of items (blocks of query rows) of one KV head of one sequence. A thread computes it alone:
+// it writes the gradients of its queries, and adds those of all keys and values up in memory of its own. Where a head
+// is one unit these are the result; where there are fewer heads than threads need, its items are several units, whose
+// gradients of keys and values are summed in the order of units. So results depend on the number of threads, but not on
+// which thread is faster.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "flashmla/arena.h"
+#include "flashmla/dispatch.h"
+#include "flashmla/prefill.h"
+#include "flashmla/schedule.h"
+
+namespace flashmla {
+namespace {
+
+thread_local Arena work_arena, sum_arena;
+
+constexpr int64_t kUnitsPerThread = 4;  // about so many even out what threads do
+constexpr int64_t kSummedTokens = 256;  // whose gradients are summed at a time
+
+class PrefillBackward {
+public:
+  PrefillBackward(const FlashmlaPrefillBackward& call, int64_t num_threads)
+      : call_(call), attention_(call.attention), kernels_(kernels()), threads_(num_threads) {
+    group_ = attention_.h_q / attention_.h_kv;
+    row_floats_ = attention_.d_v + attention_.d_qk;
+    for (int64_t i = 0; i < attention_.b; i++) {
+      sequences_.push_back(sequence_of(attention_, i));
+      gradients_.push_back(gradients_of(i));
+    }
+    double all = 0;
+    for (int64_t i = 0; i < attention_.b; i++) all += cost(i) * double(attention_.h_kv);
+    const double most = std::max(all / double(threads_ * kUnitsPerThread), 1.0);
+    for (int64_t i = 0; i < attention_.b; i++) {
+      const int64_t parts = std::clamp<int64_t>(int64_t(cost(i) / most), 1, FLASHMLA_MAX_PARTS);
+      for (int64_t head = 0; head < attention_.h_kv; head++) add_units(i, head, std::min(parts, threads_));
+    }
+    std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
+  }
+
+  bool run(const FlashmlaRuntime& runtime) {
+    if (summed_floats_) {
+      sums_ = reinterpret_cast<float*>(sum_arena.reserve(size_t(summed_floats_) * sizeof(float)));
+      if (sums_ == nullptr) return false;
+    }
+    in_parallel(runtime, int64_t(units_.size()), &PrefillBackward::compute);
+    if (!out_of_memory_) in_parallel(runtime, int64_t(sums_of_.size()), &PrefillBackward::sum);
+    return !out_of_memory_;
+  }
+
+private:
+  struct Unit {
+    int64_t sequence, head, row, end;  // query rows
+    double cost;
+    int64_t sums;  // where its gradients of keys and values are, in sums_; or -1: it is the only one of its head
+  };
+  // Tokens [begin, end) of a head whose gradients are those of `parts` units together, from `sums` on.
+  struct Sum {
+    int64_t sequence, head, begin, end, parts, sums;
+  };
+
+  FlashmlaGradients gradients_of(int64_t i) const {
+    const int64_t begin = bound(attention_.cu_seqlens_q, attention_.cu_seqlens_q_stride, i);
+    const int64_t size = attention_.dtype == FLASHMLA_F32 ? 4 : 2;
+    FlashmlaGradients one = call_.gradients;
+    one.out = static_cast<const char*>(one.out) + begin * one.out_stride[1] * size;
+    one.dout = static_cast<const char*>(one.dout) + begin * one.dout_stride[1] * size;
+    one.lse += begin * one.lse_stride[2];
+    if (one.dlse) one.dlse += begin * one.dlse_stride[2];
+    if (one.dq) one.dq = static_cast<char*>(one.dq) + begin * one.dq_stride[1] * size;
+    return one;
+  }
+
+  bool wants_rows() const { return call_.dk || call_.dv; }
+  int64_t rows(int64_t i) const { return sequences_[size_t(i)].s_q * group_; }
+  Item item(int64_t i, int64_t head, int64_t row) const {
+    return {0, head, row, std::min(Schedule::kMaxRows, rows(i) - row), length_of(attention_, i)};
+  }
+  double cost(int64_t i) const { return cost(i, 0, rows(i)); }
+  double cost(int64_t i, int64_t row, int64_t end) const {
+    double tokens = 0;
+    for (; row < end; row += Schedule::kMaxRows) tokens += double(tokens_of(sequences_[size_t(i)], item(i, 0, row)));
+    return tokens;
+  }
+
+  // Cuts a head's items into at most so many units of about the same cost.
+  void add_units(int64_t i, int64_t head, int64_t parts) {
+    const int64_t length = length_of(attention_, i), floats = length * row_floats_;
+    const double all = cost(i);
+    const size_t first = units_.size();
+    double before = 0;
+    int64_t begin = 0;
+    for (int64_t row = 0; row < rows(i); row += Schedule::kMaxRows) {
+      const int64_t end = std::min(row + Schedule::kMaxRows, rows(i));
+      before += cost(i, row, end);
+      const int64_t made = int64_t(units_.size() - first);
+      if (end < rows(i) && before < all * double(made + 1) / double(parts)) continue;
+      units_.push_back({i, head, begin, end, cost(i, begin, end), -1});
+      begin = end;
+    }
+    const int64_t made = int64_t(units_.size() - first);
+    if (made == 0) units_.push_back({i, head, 0, 0, 0, -1});  // keys that no query sees: their gradients are zeros
+    if (made <= 1 || !wants_rows()) return;
+    for (int64_t part = 0; part < made; part++) units_[first + size_t(part)].sums = summed_floats_ + part * floats;
+    for (int64_t token = 0; token < length; token += kSummedTokens) {
+      sums_of_.push_back({i, head, token, std::min(token + kSummedTokens, length), made, summed_floats_});
+    }
+    summed_floats_ += made * floats;
+  }
+
+  // Threads take the indices [0, n) one at a time.
+  void in_parallel(const FlashmlaRuntime& runtime, int64_t n, void (PrefillBackward::*work)(int64_t)) {
+    next_ = 0, n_ = n, work_ = work;
+    if (n == 0) return;
+    if (std::min(threads_, n) == 1) return take();
+    runtime.parallel(
+        std::min(threads_, n),
+        [](int64_t begin, int64_t end, void* self) {
+          for (int64_t i = begin; i < end; i++) static_cast<PrefillBackward*>(self)->take();
+        },
+        this);
+  }
+  void take() {
+    for (int64_t i = next_++; i < n_ && !out_of_memory_; i = next_++) (this->*work_)(i);
+  }
+
+  void compute(int64_t index) {
+    const Unit& unit = units_[size_t(index)];
+    const FlashmlaDecode& one = sequences_[size_t(unit.sequence)];
+    const int64_t floats = wants_rows() ? length_of(attention_, unit.sequence) * row_floats_ : 0;
+    const size_t own = unit.sums < 0 ? size_t(floats + 16) / 16 * 16 * sizeof(float) : 0;
+    const size_t scratch = size_t(kernels_.backward_scratch_bytes(one, {0, 0, 0, Schedule::kMaxRows, 0}));
+    char* memory = work_arena.reserve(own + scratch);
+    if (memory == nullptr) {
+      out_of_memory_ = true;
+      return;
+    }
+    float* sums = unit.sums < 0 ? reinterpret_cast<float*>(memory) : sums_ + unit.sums;
+    std::memset(sums, 0, size_t(floats) * sizeof(float));
+    for (int64_t row = unit.row; row < unit.end; row += Schedule::kMaxRows) {
+      const Item here = item(unit.sequence, unit.head, row);
+      kernels_.backward(one, gradients_[size_t(unit.sequence)], here, 0, tokens_of(one, here),
+                        wants_rows() ? sums : nullptr, row_floats_, memory + own);
+    }
+    if (wants_rows() && unit.sums < 0) {
+      write({unit.sequence, unit.head, 0, length_of(attention_, unit.sequence), 1, 0}, sums);
+    }
+  }
+  void sum(int64_t index) { write(sums_of_[size_t(index)], sums_ + sums_of_[size_t(index)].sums); }
+
+  // A row of gradients is that of a value, then that of a key.
+  void write(const Sum& sum, const float* sums) const {
+    const int64_t h_kv = attention_.h_kv, d_v = attention_.d_v, d_qk = attention_.d_qk;
+    const int64_t size = attention_.dtype == FLASHMLA_F32 ? 4 : 2, n = sum.end - sum.begin;
+    const int64_t floats = length_of(attention_, sum.sequence) * row_floats_;
+    const int64_t token = bound(attention_.cu_seqlens_k, attention_.cu_seqlens_k_stride, sum.sequence) + sum.begin;
+    const float* parts[FLASHMLA_MAX_PARTS];
+    for (int64_t p = 0; p < sum.parts; p++) parts[p] = sums + p * floats + sum.begin * row_floats_;
+    if (call_.dv) {
+      char* dv = static_cast<char*>(call_.dv) + (token * h_kv + sum.head) * d_v * size;
+      kernels_.sum_rows(attention_.dtype, parts, sum.parts, n, row_floats_, d_v, dv, h_kv * d_v);
+    }
+    for (int64_t p = 0; p < sum.parts; p++) parts[p] += d_v;
+    if (call_.dk) {
+      char* dk = static_cast<char*>(call_.dk) + (token * h_kv + sum.head) * d_qk * size;
+      kernels_.sum_rows(attention_.dtype, parts, sum.parts, n, row_floats_, d_qk, dk, h_kv * d_qk);
+    }
+  }
+
+  const FlashmlaPrefillBackward& call_;
+  const FlashmlaPrefill& attention_;
+  const Kernels& kernels_;
+  const int64_t threads_;
+  int64_t group_, row_floats_, summed_floats_ = 0;
+  std::vector<FlashmlaDecode> sequences_;
+  std::vector<FlashmlaGradients> gradients_;
+  std::vector<Unit> units_;
+  std::vector<Sum> sums_of_;
+  float* sums_ = nullptr;
+  void (PrefillBackward::*work_)(int64_t) = nullptr;
+  int64_t n_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> out_of_memory_{false};
+};
+
+}  // namespace
+}  // namespace flashmla
+
+extern "C" int flashmla_prefill_backward(const FlashmlaPrefillBackward* call, const FlashmlaRuntime* runtime,
+                                         char* message) try {
+  using namespace flashmla;
+  if (check_bounds("prefill_backward", call->attention, message)) return 1;
+  if (PrefillBackward(*call, runtime->num_threads).run(*runtime)) return 0;
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill_backward: out of memory");
+  return 1;
+} catch (const std::bad_alloc&) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill_backward: out of memory");
+  return 1;
+}

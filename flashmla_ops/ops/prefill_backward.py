@@ -1,0 +1,79 @@
+"""``flashmla::prefill_backward``: the gradients of `prefill`, from those of its results.
+
+    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale   as `prefill` took them
+    dout           [t_q, h_q, d_v], of q's type, any strides: the gradient with respect to out
+    dlse           [h_q, t_q] float32 or None: the gradient with respect to lse
+    out, lse       what `prefill` returned
+    wanted         the sum of 1 for dq, 2 for dk and 4 for dv; what is not wanted is returned empty
+
+Returns dq, dk and dv, of the shapes and types of q, k and v. A query that sees no key has the gradient 0. For a fixed
+number of threads the results are the same bits every time. Raises `ArgumentError` as `prefill`, and for gradients and
+results of other shapes and types. It has no backward itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import reference
+from flashmla_ops.ops._vmap import loop
+from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.operator import Operator, Static
+from flashmla_ops.ops.prefill import PREFILL, Sequences, check_sequences, check_values
+
+
+@dataclass
+class PrefillBackward(Sequences):
+    """A call of `prefill`, what it returned, and the gradients with respect to that."""
+
+    dout: Tensor  # [t_q, h_q, d_v]
+    dlse: Tensor | None  # [h_q, t_q] float32
+    out: Tensor  # [t_q, h_q, d_v]
+    lse: Tensor  # [h_q, t_q] float32
+    causal: bool = False
+    softmax_scale: float | None = None
+    wanted: Static = 7
+
+
+def contract(check: Check, a: PrefillBackward) -> tuple[Result, Result, Result]:
+    check_sequences(check, a)
+    t_q, h_q, d_qk = a.q.shape
+    t_k, h_kv, d_v = a.v.shape
+    check_result(check, "dout", a.dout, a.q, [t_q, h_q, d_v], a.q.dtype)
+    check_result(check, "out", a.out, a.q, [t_q, h_q, d_v], a.q.dtype)
+    check_result(check, "lse", a.lse, a.q, [h_q, t_q], torch.float32)
+    if a.dlse is not None:
+        check_result(check, "dlse", a.dlse, a.q, [h_q, t_q], torch.float32)
+    check.require("wanted", a.wanted >= 0 and a.wanted < 8, "a sum of 1, 2 and 4", a.wanted)
+    dq = Result([t_q, h_q, d_qk] if a.wanted % 2 == 1 else [0], a.q.dtype)
+    dk = Result([t_k, h_kv, d_qk] if a.wanted // 2 % 2 == 1 else [0], a.q.dtype)
+    dv = Result([t_k, h_kv, d_v] if a.wanted // 4 == 1 else [0], a.q.dtype)
+    return dq, dk, dv
+
+
+def check_result(check: Check, name: str, tensor: Tensor, q: Tensor, wanted: list[int], dtype: torch.dtype) -> None:
+    """A result of attention, or the gradient with respect to one."""
+    check.shape(name, tensor, wanted)
+    check.dtype(name, tensor, dtype)
+    check.device(name, tensor, q)
+
+
+def gradients(a: PrefillBackward) -> tuple[Tensor, ...]:
+    given = {name: value for name, value in vars(a).items() if name != "wanted"}
+    found = reference.prefill_backward(**given)
+    return tuple(x if a.wanted >> i & 1 else x.new_empty(0) for i, x in enumerate(found))
+
+
+PREFILL_BACKWARD = Operator(
+    "prefill_backward",
+    PrefillBackward,
+    contract,
+    gradients,
+    returns=("dq", "dk", "dv"),
+    values=check_values,
+    vmap=loop(lambda: torch.ops.flashmla.prefill_backward.default),
+)
+PREFILL.differentiated_by(PREFILL_BACKWARD, ignores=("levels",))
