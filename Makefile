@@ -27,8 +27,9 @@ CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: kernels  ## run a trained MLA model through FlashMLA and show what it gained
-	$(PY) -m flashmla_ops.demo
+demo: kernels  ## run a trained MLA model through FlashMLA and show what it gained; MODEL=smollm2: real weights, fetched
+	$(if $(filter smollm2,$(MODEL)),$(PIP_INSTALL) gguf)
+	$(PY) -m flashmla_ops.demo $(MODEL)
 
 test: kernels  ## run the tests, without the slow ones; TORCH=2.15.0 TRANSFORMERS=5.24.0: with other versions
 	$(PYTEST) -m "not slow"

