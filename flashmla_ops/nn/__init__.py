@@ -13,27 +13,35 @@ from flashmla_ops.nn.flashmla import FlashMLA
 from flashmla_ops.nn.prefix import latents_to_heads, prefill_with_prefix
 
 if TYPE_CHECKING:
+    from flashmla_ops.nn.calibration import perplexity
     from flashmla_ops.nn.conversion import convert, is_converted, restore
     from flashmla_ops.nn.layer import FlashMLALayer
+    from flashmla_ops.nn.low_rank import Compression, compress
 
 __all__ = [
+    "Compression",
     "FastLinear",
     "FlashMLA",
     "FlashMLALayer",
     "PanelLinear",
+    "compress",
     "convert",
     "fast_linear",
     "is_converted",
     "latents_to_heads",
+    "perplexity",
     "prefill_with_prefix",
     "restore",
     "restore_linear",
 ]
 
 _NEEDS_TRANSFORMERS = {
+    "Compression": "low_rank",
     "FlashMLALayer": "layer",
+    "compress": "low_rank",
     "convert": "conversion",
     "is_converted": "conversion",
+    "perplexity": "calibration",
     "restore": "conversion",
 }
 

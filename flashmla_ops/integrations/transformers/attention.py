@@ -228,7 +228,7 @@ def _ragged(
     batch = write(module.layer_idx, latent, rope, (latents, kwargs["cache"].rotary), kwargs)
 
     def attend(q: Tensor, rows: Rows) -> Tensor:
-        return _absorbed(module, q.transpose(1, 2), rows, None, scaling)
+        return _absorbed(module, q.transpose(1, 2), rows, None, scaling, None)
 
     expand = _expansion(module)
     keys, values = expand(latent[0].transpose(0, 1), rope[0].transpose(0, 1))
