@@ -29,9 +29,13 @@ class PrefillCase:
     group: str = "grid"
 
     @property
+    def pairs(self) -> int:
+        """Of a query token and a key that it sees, of one head."""
+        return sum(s * (s + 1) // 2 if self.causal else s * s for s in self.s)
+
+    @property
     def flops(self) -> float:
-        pairs = sum(s * (s + 1) // 2 if self.causal else s * s for s in self.s)
-        return 2.0 * self.h_q * pairs * (self.d_qk + self.d_v)
+        return 2.0 * self.h_q * self.pairs * (self.d_qk + self.d_v)
 
     @property
     def bytes(self) -> int:

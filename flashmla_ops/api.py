@@ -117,7 +117,7 @@ def flash_mla_with_kvcache(
     Raises:
         ArgumentError: a shape, dtype, length or page does not fit; ``tile_scheduler_metadata`` was filled for other
             shapes or lengths; an argument belongs to the other kind of attention.
-        NotDifferentiableError: a gradient is required.
+        NotDifferentiableError: a gradient is required with ``indices``, or of a cache of bytes.
     """
     meta = tile_scheduler_metadata
     if num_splits is not None:
@@ -175,7 +175,7 @@ def flash_mla_sparse_fwd(
 
     Raises:
         ArgumentError: a shape, dtype or length does not fit.
-        NotDifferentiableError: a gradient is required: there is no backward yet.
+        NotDifferentiableError: a gradient is required of rows of bytes. (``max_logits`` has none.)
     """
     row_format = _format("flash_mla_sparse_fwd", "kv", kv)
     arguments = (q, kv, indices, d_v, sm_scale, row_format, attn_sink, topk_length)

@@ -179,14 +179,21 @@ def test_metadata_filled_for_other_lengths_raises() -> None:
     )
 
 
-def test_gradient_is_refused() -> None:
+def test_gradients_are_those_of_the_operator() -> None:
     inputs = build(CASE)
-    q = inputs.q.detach().clone().requires_grad_()
+    leaf = inputs.q.detach().clone().requires_grad_()
+    out, lse = call(inputs, flash_mla.FlashMLASchedMeta(), q=leaf)
+    out.sum().backward()
+    named = inputs.reference_kwargs(out=out.detach(), lse=lse.detach(), dout=torch.ones_like(out), dlse=None)
+    assert torch.equal(leaf.grad, torch.ops.flashmla.decode_backward(**named)[0])
+
+
+def test_gradient_of_sparse_decode_is_refused() -> None:
+    q, cache = torch.randn(1, 1, 4, 576, requires_grad=True), torch.zeros(1, 64, 1, 576)
+    indices = torch.zeros(1, 1, 3, dtype=torch.int32)
+    meta = flash_mla.FlashMLASchedMeta()
     with pytest.raises(NotDifferentiableError, match="argument 'q' requires a gradient"):
-        call(inputs, flash_mla.FlashMLASchedMeta(), q=q)
-    with torch.no_grad():
-        out, _ = call(inputs, flash_mla.FlashMLASchedMeta(), q=q)
-    assert not out.requires_grad
+        flash_mla.flash_mla_with_kvcache(q, cache, None, None, 512, meta, indices=indices)
 
 
 def test_compiled_with_metadata_filled_before() -> None:

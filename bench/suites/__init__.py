@@ -4,6 +4,7 @@ from bench.suite import Peer, Suite
 from bench.suites import (
     append,
     arena,
+    backward,
     compile_time,
     decode,
     decode_shapes,
@@ -27,6 +28,7 @@ SUITES: dict[str, Suite] = {
         decode_up.SUITE,
         gqa_decode.SUITE,
         prefill.SUITE,
+        backward.SUITE,
         sparse.SUITE,
         small_gemm.SUITE,
         append.SUITE,

@@ -85,7 +85,7 @@ CORE_UNITS = (
         Unit(f"{name}.cpp")
         for name in ("isas", "dispatch", "decode", "decode_up", "sparse", "prefill", "append", "gemm")
     ),
-    Unit("prefill_backward.cpp"),
+    *(Unit(f"{name}_backward.cpp") for name in ("decode", "prefill", "sparse")),
     Unit("append_quantized.cpp", ("-O3",)),
 )
 #: Units that register the kernels with torch, by the stable ABI of the oldest torch that we support.

@@ -28,6 +28,7 @@ from flashmla_ops.ops.append import APPEND, APPEND_TWO
 from flashmla_ops.ops.attend_masked import ATTEND_MASKED
 from flashmla_ops.ops.check import Check
 from flashmla_ops.ops.decode import DECODE
+from flashmla_ops.ops.decode_backward import DECODE_BACKWARD
 from flashmla_ops.ops.decode_up import DECODE_UP
 from flashmla_ops.ops.gemm import BMM, GEMM
 from flashmla_ops.ops.merge import MERGE_STATES
@@ -36,12 +37,14 @@ from flashmla_ops.ops.prefill import PREFILL
 from flashmla_ops.ops.prefill_backward import PREFILL_BACKWARD
 from flashmla_ops.ops.schedule import DECODE_SCHEDULE
 from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL
+from flashmla_ops.ops.sparse_backward import SPARSE_PREFILL_BACKWARD
 
 #: The name by which C++ includes it.
 NAME = "flashmla/contracts.h"
 #: The operators that the binding implements.
 OPERATORS: tuple[Operator[Any], ...] = (
-    *(DECODE, DECODE_UP, DECODE_SCHEDULE, PREFILL, PREFILL_BACKWARD, APPEND, APPEND_TWO),
+    *(DECODE, DECODE_UP, DECODE_SCHEDULE, PREFILL, APPEND, APPEND_TWO),
+    *(DECODE_BACKWARD, PREFILL_BACKWARD, SPARSE_PREFILL_BACKWARD),
     *(SPARSE_DECODE, SPARSE_PREFILL, MERGE_STATES, GEMM, BMM, ATTEND_MASKED),
 )
 #: Functions that C++ has by hand.

@@ -4,6 +4,7 @@ from flashmla_ops.ops import (
     append,
     attend_masked,
     decode,
+    decode_backward,
     decode_up,
     gemm,
     grouped_gemm,
@@ -14,6 +15,7 @@ from flashmla_ops.ops import (
     quantize,
     schedule,
     sparse,
+    sparse_backward,
 )
 from flashmla_ops.ops._library import complete
 
@@ -22,6 +24,7 @@ __all__ = [
     "attend_masked",
     "complete",
     "decode",
+    "decode_backward",
     "decode_up",
     "gemm",
     "grouped_gemm",
@@ -32,4 +35,5 @@ __all__ = [
     "quantize",
     "schedule",
     "sparse",
+    "sparse_backward",
 ]

@@ -155,3 +155,16 @@ def _apply(function: Any, op: torch._ops.OpOverload, keys: Any, a: Any) -> Any:
 
 def _listed(results: Any) -> Sequence[Tensor]:
     return (results,) if isinstance(results, Tensor) else results
+
+
+def check_result(check: Check, name: str, tensor: Tensor, q: Tensor, wanted: list[int], dtype: torch.dtype) -> None:
+    """A result of attention, or the gradient with respect to one, as an argument of its backward."""
+    check.shape(name, tensor, wanted)
+    check.dtype(name, tensor, dtype)
+    check.device(name, tensor, q)
+
+
+def wanted_only(gradients: tuple[Tensor, *tuple[Tensor | None, ...]], wanted: int) -> tuple[Tensor, ...]:
+    """What a backward returns: nothing in place of what is not wanted, or not there."""
+    nothing = gradients[0].new_empty(0)
+    return tuple(x if wanted >> i & 1 and x is not None else nothing for i, x in enumerate(gradients))

@@ -94,14 +94,7 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
     check.require("k_cache", native or a.k_cache is None, f"None with rows of {a.row_format}", "a tensor")
     d = a.kv_cache.size(3) if native else row_elements(a.row_format)
     check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, "[n_pages, page_size, h_kv, d_k]")
-    check.dims("block_table", a.block_table, "[b, max_pages]")
-    check.dtype("block_table", a.block_table, torch.int32)
-    check.device("block_table", a.block_table, a.q)
-    check.size("block_table", a.block_table, 0, b, " sequences, as q")
-    check.dims("cache_seqlens", a.cache_seqlens, "[b]")
-    check.dtype("cache_seqlens", a.cache_seqlens, torch.int32)
-    check.device("cache_seqlens", a.cache_seqlens, a.q)
-    check.size("cache_seqlens", a.cache_seqlens, 0, b, " sequences, as q")
+    check_table(check, a, b)
     check_sink(check, a.q, a.attn_sink)
     if a.schedule is not None:
         check.dims("schedule", a.schedule, "[n]")
@@ -111,6 +104,18 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
         enough = a.schedule.size(0) >= smallest
         check.require("schedule", enough, f"at least {smallest} elements", a.schedule.size(0))
     return Result([b, s_q, h_q, a.d_v], a.q.dtype), Result([b, h_q, s_q], torch.float32)
+
+
+def check_table(check: Check, a: Cached, b: int) -> None:
+    """The pages and lengths of b sequences."""
+    check.dims("block_table", a.block_table, "[b, max_pages]")
+    check.dtype("block_table", a.block_table, torch.int32)
+    check.device("block_table", a.block_table, a.q)
+    check.size("block_table", a.block_table, 0, b, " sequences, as q")
+    check.dims("cache_seqlens", a.cache_seqlens, "[b]")
+    check.dtype("cache_seqlens", a.cache_seqlens, torch.int32)
+    check.device("cache_seqlens", a.cache_seqlens, a.q)
+    check.size("cache_seqlens", a.cache_seqlens, 0, b, " sequences, as q")
 
 
 def check_cache(check: Check, name: str, cache: Tensor, q: Tensor, row_format: str) -> None:
@@ -165,12 +170,16 @@ def check_sink(check: Check, q: Tensor, attn_sink: Tensor | None) -> None:
 
 def check_values(check: Check, a: Decode) -> None:
     """The preconditions that lengths and the schedule decide; those of pages are the reference's."""
+    check_lengths(check, a)
+    if a.schedule is not None:
+        check_schedule(check, a.schedule, a.cache_seqlens, a.q.size(1), a.q.size(2), a.kv_cache.size(2))
+
+
+def check_lengths(check: Check, a: Cached) -> None:
     capacity = a.block_table.size(1) * a.kv_cache.size(1)
     for i, length in enumerate(a.cache_seqlens.tolist()):
         if not 0 <= length <= capacity:
             raise ArgumentError(check.op, "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
-    if a.schedule is not None:
-        check_schedule(check, a.schedule, a.cache_seqlens, a.q.size(1), a.q.size(2), a.kv_cache.size(2))
 
 
 def inputs(a: Decode) -> dict[str, Any]:

@@ -8,7 +8,8 @@
 
 Returns dq, dk and dv, of the shapes and types of q, k and v. A query that sees no key has the gradient 0. For a fixed
 number of threads the results are the same bits every time. Raises `ArgumentError` as `prefill`, and for gradients and
-results of other shapes and types. It has no backward itself.
+results of other shapes and types. A second derivative is refused when it is
+taken.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops import reference
+from flashmla_ops.ops._backward import check_result, wanted_only
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
 from flashmla_ops.ops.operator import Operator, Static
@@ -54,17 +56,9 @@ def contract(check: Check, a: PrefillBackward) -> tuple[Result, Result, Result]:
     return dq, dk, dv
 
 
-def check_result(check: Check, name: str, tensor: Tensor, q: Tensor, wanted: list[int], dtype: torch.dtype) -> None:
-    """A result of attention, or the gradient with respect to one."""
-    check.shape(name, tensor, wanted)
-    check.dtype(name, tensor, dtype)
-    check.device(name, tensor, q)
-
-
 def gradients(a: PrefillBackward) -> tuple[Tensor, ...]:
     given = {name: value for name, value in vars(a).items() if name != "wanted"}
-    found = reference.prefill_backward(**given)
-    return tuple(x if a.wanted >> i & 1 else x.new_empty(0) for i, x in enumerate(found))
+    return wanted_only(reference.prefill_backward(**given), a.wanted)
 
 
 PREFILL_BACKWARD = Operator(

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,13 +70,19 @@ class SparseDecode(Arguments):
 
 
 @dataclass
-class SparsePrefill(Arguments):
+class Beside(Arguments):
     """Queries of one sequence, rows beside them, and the rows that each query token attends to."""
 
     q: Tensor  # [s_q, h_q, d_qk]
     kv: Tensor  # [s_kv, h_kv, d], d contiguous
     indices: Tensor  # [s_q, h_kv, topk] int32
     d_v: int
+
+
+@dataclass
+class SparsePrefill(Beside):
+    """How they attend."""
+
     softmax_scale: float | None = None
     row_format: str = NATIVE
     attn_sink: Tensor | None = None  # [h_q] float32
@@ -115,27 +121,31 @@ def contract(check: Check, a: SparseDecode) -> tuple[Result, Result]:
 
 def contract_prefill(check: Check, a: SparsePrefill) -> tuple[Result, Result, Result]:
     check_format(check, "row_format", a.row_format)
+    check_beside(check, a, a.row_format, a.topk_length)
+    check_sink(check, a.q, a.attn_sink)
+    s_q, h_q, _ = a.q.shape
+    out = Result([s_q, h_q, a.d_v], a.q.dtype)
+    return out, Result([s_q, h_q], torch.float32), Result([s_q, h_q], torch.float32)
+
+
+def check_beside(check: Check, a: Beside, row_format: str, topk_length: Tensor | None) -> None:
     check.dims("q", a.q, "[s_q, h_q, d_qk]")
     check.floating("q", a.q)
     check.dims("kv", a.kv, "[s_kv, h_kv, d]")
-    if a.row_format == NATIVE:
+    if row_format == NATIVE:
         check.dtype("kv", a.kv, a.q.dtype)
     else:
-        check_pages(check, "kv", a.kv, a.row_format)
+        check_pages(check, "kv", a.kv, row_format)
     check.device("kv", a.kv, a.q)
     check.contiguous_rows("kv", a.kv)
-    d = a.kv.size(2) if a.row_format == NATIVE else row_elements(a.row_format)
+    d = a.kv.size(2) if row_format == NATIVE else row_elements(row_format)
     check_rows(check, "kv", a.q, a.kv, None, d, a.d_v, 0, "")
     check.dims("indices", a.indices, "[s_q, h_kv, topk]")
     check.dtype("indices", a.indices, torch.int32)
     check.device("indices", a.indices, a.q)
     check.size("indices", a.indices, 0, a.q.size(0), " query tokens, as q")
     check.size("indices", a.indices, 1, a.kv.size(1), " KV heads, as kv")
-    check_lengths(check, "topk_length", a.topk_length, a.q, "[s_q]", " query tokens, as q")
-    check_sink(check, a.q, a.attn_sink)
-    s_q, h_q, _ = a.q.shape
-    out = Result([s_q, h_q, a.d_v], a.q.dtype)
-    return out, Result([s_q, h_q], torch.float32), Result([s_q, h_q], torch.float32)
+    check_lengths(check, "topk_length", topk_length, a.q, "[s_q]", " query tokens, as q")
 
 
 def check_format(check: Check, name: str, row_format: str) -> None:
@@ -161,6 +171,11 @@ def check_lengths(check: Check, name: str, lengths: Tensor | None, q: Tensor, sh
 def check_values(check: Check, a: SparseDecode) -> None:
     _check_lengths_of(check, "topk_length", a.topk_length, a.indices)
     _check_lengths_of(check, "extra_topk_length", a.extra_topk_length, a.extra_indices)
+
+
+def check_prefill_lengths(check: Check, a: Any) -> None:
+    """Of `sparse_prefill` and its backward."""
+    _check_lengths_of(check, "topk_length", a.topk_length, a.indices)
 
 
 def _check_lengths_of(check: Check, name: str, topk_length: Tensor | None, indices: Tensor | None) -> None:
@@ -220,7 +235,7 @@ SPARSE_PREFILL = Operator(
     contract_prefill,
     prefill_reference,
     returns=("out", "max_logits", "lse"),
-    values=lambda check, a: _check_lengths_of(check, "topk_length", a.topk_length, a.indices),
+    values=check_prefill_lengths,
     vmap=loop(lambda: torch.ops.flashmla.sparse_prefill.default),
     autocast=autocast,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmla_ops.reference.cache import gather_rows
+
 
 def attention_backward(
     dout: Tensor,  # [s_q, h_q, d_v]
@@ -16,12 +18,13 @@ def attention_backward(
     lse: Tensor,  # [h_q, s_q]
     causal: bool,
     scale: float,
+    attn_sink: Tensor | None = None,  # [h_q]
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dkey and dvalue, float64
     """Of the query tokens of one sequence that attend to its rows, causal bottom-right.
 
-    The weights are p = exp(scores - lse). Where dp is the gradient with respect to them, that with respect to a score
-    is p * (dp - sum(p * dp) + dlse), and sum(p * dp) = sum(out * dout). A query that saw no row (lse is infinite) has
-    weights 0.
+    The softmax is p = exp(scores - lse), and the weights are w = share * p, where a sink leaves a share. Where dw is
+    the gradient with respect to them, that with respect to a score is w * (dw - sum(w * dw)) + p * dlse, and
+    sum(w * dw) is sum(out * dout). A query that saw no row (lse is infinite) has weights 0.
     """
     s_q, h_q, d_qk = q.shape
     n, h_kv, _ = key.shape
@@ -29,11 +32,13 @@ def attention_backward(
     groups, douts = (x.double().reshape(s_q, *heads, x.size(2)) for x in (q, dout))
     scores = torch.einsum("shgd,thd->hgst", groups, key.double()) * scale
     rows = lse.double().reshape(*heads, s_q, 1)
-    weights = (scores - rows).exp().where(~rows.isinf(), 0.0)
-    delta = (out.double() * dout.double()).sum(-1).T
+    softmax = (scores - rows).exp().where(~rows.isinf(), 0.0)
+    share = torch.ones_like(rows) if attn_sink is None else _share(lse, attn_sink).reshape(*heads, s_q, 1)
+    weights = share * softmax
+    delta = (out.double() * dout.double()).sum(-1).T.reshape(*heads, s_q, 1)
+    dscores = weights * (torch.einsum("shgd,thd->hgst", douts, value.double()) - delta)
     if dlse is not None:
-        delta = delta - dlse.double()
-    dscores = weights * (torch.einsum("shgd,thd->hgst", douts, value.double()) - delta.reshape(*heads, s_q, 1))
+        dscores = dscores + softmax * dlse.double().reshape(*heads, s_q, 1)
     dscores = dscores.where(~rows.isinf(), 0.0)
     if causal:
         last = torch.arange(s_q, device=q.device) + n - s_q
@@ -42,6 +47,22 @@ def attention_backward(
     dq = torch.einsum("hgst,thd->shgd", dscores, key.double()).reshape(s_q, h_q, d_qk) * scale
     dkey = torch.einsum("hgst,shgd->thd", dscores, groups) * scale
     return dq, dkey, torch.einsum("hgst,shgd->thd", weights, douts)
+
+
+def _share(lse: Tensor, attn_sink: Tensor) -> Tensor:  # both [h_q, s_q]
+    """What a sink leaves of the weights; all of nothing where a query saw no row."""
+    return torch.sigmoid(lse.double() - attn_sink.double()[:, None]).where(~lse.isinf(), 1.0)
+
+
+def sink_backward(
+    dout: Tensor,  # [s_q, h_q, d_v]
+    out: Tensor,  # [s_q, h_q, d_v]
+    lse: Tensor,  # [h_q, s_q]
+    attn_sink: Tensor,  # [h_q]
+) -> Tensor:  # [h_q], float64
+    """The gradient of the logits of sinks, whose weights 1 - share have no values."""
+    sums = (out.double() * dout.double()).sum(-1).T
+    return ((_share(lse, attn_sink) - 1) * sums).where(~lse.isinf(), 0.0).sum(-1)
 
 
 def prefill_backward(
@@ -66,3 +87,80 @@ def prefill_backward(
         part = None if dlse is None else dlse[:, s]
         dq[s], dk[t], dv[t] = attention_backward(dout[s], part, q[s], k[t], v[t], out[s], lse[:, s], causal, scale)
     return dq, dk, dv
+
+
+def decode_backward(
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor,  # [n_pages, page_size, h_kv, d]
+    k_cache: Tensor | None,  # [n_pages, page_size, h_kv, d_k]
+    block_table: Tensor,  # [b, max_pages] int32
+    cache_seqlens: Tensor,  # [b] int32
+    dout: Tensor,  # [b, s_q, h_q, d_v]
+    dlse: Tensor | None,  # [b, h_q, s_q]
+    out: Tensor,  # [b, s_q, h_q, d_v]
+    lse: Tensor,  # [b, h_q, s_q]
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    attn_sink: Tensor | None = None,  # [h_q]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # dq, dkv_cache, dk_cache, dattn_sink, float64
+    """The gradients of `decode`. A page that several sequences hold has the sum of theirs."""
+    scale = q.size(3) ** -0.5 if softmax_scale is None else softmax_scale
+    dq, dkv = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(kv_cache, dtype=torch.float64)
+    dk = None if k_cache is None else torch.zeros_like(k_cache, dtype=torch.float64)
+    dsink = None if attn_sink is None else torch.zeros_like(attn_sink, dtype=torch.float64)
+    in_kv = kv_cache.size(3) - qk_start
+    for i, n in enumerate(cache_seqlens.tolist()):
+        rows = gather_rows(kv_cache, block_table[i], n, op="decode_backward", sequence=i)
+        key = rows[..., qk_start:]
+        if k_cache is not None:
+            key = torch.cat([key, gather_rows(k_cache, block_table[i], n, op="decode_backward", sequence=i)], dim=-1)
+        results = (dout[i], None if dlse is None else dlse[i], q[i], key, rows[..., :d_v], out[i], lse[i])
+        dq[i], dkey, dvalue = attention_backward(*results, causal, scale, attn_sink)
+        positions = torch.arange(n, device=q.device)
+        where = (block_table[i].long()[positions // kv_cache.size(1)], positions % kv_cache.size(1))
+        dkv[..., :d_v].index_put_(where, dvalue, accumulate=True)
+        dkv[..., qk_start:].index_put_(where, dkey[..., :in_kv], accumulate=True)
+        if dk is not None:
+            dk.index_put_(where, dkey[..., in_kv:], accumulate=True)
+        if attn_sink is not None and dsink is not None:
+            dsink += sink_backward(dout[i], out[i], lse[i], attn_sink)
+    return dq, dkv, dk, dsink
+
+
+def sparse_prefill_backward(
+    q: Tensor,  # [s_q, h_q, d_qk]
+    kv: Tensor,  # [s_kv, h_kv, d_qk]
+    indices: Tensor,  # [s_q, h_kv, topk] int32
+    d_v: int,
+    dout: Tensor,  # [s_q, h_q, d_v]
+    dlse: Tensor | None,  # [s_q, h_q]
+    out: Tensor,  # [s_q, h_q, d_v]
+    lse: Tensor,  # [s_q, h_q]
+    softmax_scale: float | None = None,
+    attn_sink: Tensor | None = None,  # [h_q]
+    topk_length: Tensor | None = None,  # [s_q] int32
+) -> tuple[Tensor, Tensor, Tensor | None]:  # dq, dkv, dattn_sink, float64
+    """The gradients of sparse attention over rows beside the queries. A row that is named twice counts twice."""
+    scale = q.size(2) ** -0.5 if softmax_scale is None else softmax_scale
+    dq, dkv = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(kv, dtype=torch.float64)
+    for s in range(q.size(0)):
+        for head, heads in enumerate(torch.arange(q.size(1)).chunk(kv.size(1)) if q.size(1) else ()):
+            chosen = indices[s, head].long()
+            if topk_length is not None:
+                chosen = chosen[: int(topk_length[s])]
+            chosen = chosen[(chosen >= 0) & (chosen < kv.size(0))]
+            rows, sink = kv[chosen, head, None], None if attn_sink is None else attn_sink[heads]
+            of_query = (x[s, None, heads] for x in (q, out, dout))
+            query, result, gradient = of_query
+            row_lse, row_dlse = lse[s, heads, None], None if dlse is None else dlse[s, heads, None]
+            found = attention_backward(
+                gradient, row_dlse, query, rows, rows[..., :d_v], result, row_lse, False, scale, sink
+            )
+            dq[s, heads] = found[0][0]
+            dkv[:, head].index_add_(0, chosen, found[1][:, 0])
+            dkv[:, head, :d_v].index_add_(0, chosen, found[2][:, 0])
+    if attn_sink is None:
+        return dq, dkv, None
+    return dq, dkv, sink_backward(dout, out, lse.T, attn_sink)

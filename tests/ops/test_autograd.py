@@ -111,6 +111,7 @@ def test_a_second_backward_is_refused(name: str, argument: str) -> None:
 
 @pytest.mark.parametrize(("name", "argument"), WITH_GRADIENT)
 def test_every_way_to_a_gradient_finds_the_same(name: str, argument: str) -> None:
+    torch._dynamo.reset()
     function, x = scalar_of(name, argument)
     leaf = x.clone().requires_grad_()
     function(leaf).backward()

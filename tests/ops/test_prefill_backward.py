@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flashmla_ops import cpu, reference
 from tests.ops.test_opcheck import check as opcheck
 from tests.ops.test_prefill import PrefillCase, build, prefill_cases
+from tests.support.gradients import defined, largest, problem, score_size
 from tests.support.poison import strided
 
-#: What rounding may change, as a fraction of the size of what is summed.
-ROUNDING = {"float32": 4e-6, "float16": 1e-3, "bfloat16": 1e-2}
 ISAS = [name for name, supported in cpu.STATE.isas.items() if supported]
 
 
@@ -37,16 +36,12 @@ def check(case: PrefillCase, *, dlse: bool = True) -> None:
     arguments = call(case, dlse=dlse)
     found = torch.ops.flashmla.prefill_backward(**arguments)
     expected = reference.prefill_backward(**arguments)
-    q, k, v, dout = (arguments[name].double() for name in ("q", "k", "v", "dout"))
-    largest = [x.abs().max().item() if x.numel() else 0.0 for x in (q, k, v, dout)]
-    scale = abs(case.d_qk**-0.5 if case.softmax_scale is None else case.softmax_scale)
-    dscore = 1 + largest[2] * largest[3] * case.d_v**0.5
-    sizes = (scale * dscore * largest[1], scale * dscore * largest[0], largest[3])
+    q, k, v, dout, lse = (arguments[name] for name in ("q", "k", "v", "dout", "lse"))
+    dscore = score_size(arguments, v, case.d_v)
+    sizes = (dscore * largest(k), dscore * largest(q), largest(dout))
     for name, x, y, size in zip(("dq", "dk", "dv"), found, expected, sizes, strict=True):
-        assert x.dtype == getattr(torch, case.dtype)
-        error = (x.double() - y).abs()
-        bound = ROUNDING[case.dtype] * (size + y.abs().max()) if y.numel() else 0
-        assert (error <= bound).all(), f"{name}: {error.max()} > {bound} | {case!r}"
+        assert x.dtype == q.dtype
+        assert (wrong := problem(name, x, y, size, lse)) is None, f"{wrong} | {case!r}"
 
 
 @settings(max_examples=300)
@@ -65,23 +60,6 @@ def test_model_geometries(isa: str, dtype: str, h_q: int, h_kv: int, d_qk: int, 
             check(PrefillCase(lengths, h_q, h_kv, d_qk, d_v, dtype, causal))
 
 
-class Defined(torch.autograd.Function):
-    """The definitions of the forward and the backward, in float64."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        out, lse = reference.prefill(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = options
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        *bounds, causal, scale = ctx.options
-        return *reference.prefill_backward(q, k, v, *bounds, dout, dlse, out, lse, causal, scale), None
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("h_kv", [1, 2, 4])
 @pytest.mark.parametrize("scale", [None, -0.5])
@@ -91,10 +69,8 @@ def test_the_definition_is_the_derivative(causal: bool, h_kv: int, scale: float 
     sizes = ((7, 4, 5), (9, h_kv, 5), (9, h_kv, 3))
     q, k, v = (torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
 
-    def results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = Defined.apply(q, k, v, (bounds_q, bounds_k, causal, scale))
-        return out, lse[lse.isfinite()]
-
+    options = {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "causal": causal, "softmax_scale": scale}
+    results = defined(reference.prefill, reference.prefill_backward, ("q", "k", "v"), options)
     assert torch.autograd.gradcheck(results, (q, k, v))
 
 

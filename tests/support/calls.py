@@ -75,10 +75,13 @@ def _prefill() -> dict[str, Any]:
     return {"q": q, "k": k, "v": v, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "causal": True}
 
 
-def _prefill_backward() -> dict[str, Any]:
-    named = _prefill()
-    out, lse = torch.ops.flashmla.prefill(**named)
-    return named | {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
+def _backward_of(name: str, arguments: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    def made() -> dict[str, Any]:
+        named = arguments()
+        out, *_, lse = operator(name)(**named)
+        return named | {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
+
+    return made
 
 
 def _append() -> dict[str, Any]:
@@ -142,16 +145,18 @@ _DECODE_OUT = _with_out(_decode, ("out", (2, 3, 6, 32)), ("lse", (2, 6, 3)))
 
 CALLS = {
     "attend_masked": Call(_attend_masked, ("q", "kv_cache", "k_cache", "mask")),
-    "decode": Call(_decode, _DECODE),
+    "decode": Call(_decode, with_gradient=_DECODE),
     "decode.out": Call(_DECODE_OUT, (*_DECODE, "out", "lse"), ("out", "lse")),
     "decode_up": Call(_decode_up, (*_DECODE, "weight")),
     "decode_schedule": Call(
         lambda: {"cache_seqlens": torch.tensor([7, 4], dtype=INT), "s_q": 3, "h_q": 6, "h_kv": 2, "num_parts": 2}
     ),
     "sparse_decode": Call(_sparse_decode, ("q", "kv_cache", "k_cache", "attn_sink", "extra_kv_cache")),
-    "sparse_prefill": Call(_sparse_prefill, ("q", "kv", "attn_sink")),
+    "sparse_prefill": Call(_sparse_prefill, with_gradient=("q", "kv", "attn_sink")),
     "prefill": Call(_prefill, with_gradient=("q", "k", "v")),
-    "prefill_backward": Call(_prefill_backward),
+    "decode_backward": Call(_backward_of("decode", _decode)),
+    "prefill_backward": Call(_backward_of("prefill", _prefill)),
+    "sparse_prefill_backward": Call(_backward_of("sparse_prefill", _sparse_prefill)),
     "append_": Call(_append, ("kv_cache", "rows"), ("kv_cache",)),
     "append_.two": Call(_append_two, ("kv_cache", "k_cache", "rows", "k_rows"), ("kv_cache", "k_cache")),
     "merge_states": Call(_merge, ("outs[1]", "lses[0]")),

@@ -18,12 +18,10 @@ bool backward(const FlashmlaDecode& call, const FlashmlaGradients& gradients, co
 }
 void sum_rows(FlashmlaDType dtype, const float* const* parts, int64_t n_parts, int64_t n, int64_t stride, int64_t d,
               void* to, int64_t to_stride) {
-  float ones[FLASHMLA_MAX_PARTS];
-  std::fill(ones, ones + n_parts, 1.0f);
   with_element(dtype, [&](auto t) {
     for (int64_t i = 0; i < n; i++) {
       auto* row = static_cast<decltype(t)*>(to) + i * to_stride;
-      combine<Isa>(row, d, n_parts, ones, [&](int64_t p) { return parts[p] + i * stride; });
+      write_sum<Isa>(row, d, n_parts, [&](int64_t p) { return parts[p] + i * stride; });
     }
   });
 }

@@ -6,7 +6,6 @@
 // gradients of keys and values are summed in the order of units. So results depend on the number of threads, but not on
 // which thread is faster.
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <new>
@@ -16,6 +15,7 @@
 #include "flashmla/dispatch.h"
 #include "flashmla/prefill.h"
 #include "flashmla/schedule.h"
+#include "flashmla/turns.h"
 
 namespace flashmla {
 namespace {
@@ -50,9 +50,12 @@ public:
       sums_ = reinterpret_cast<float*>(sum_arena.reserve(size_t(summed_floats_) * sizeof(float)));
       if (sums_ == nullptr) return false;
     }
-    in_parallel(runtime, int64_t(units_.size()), &PrefillBackward::compute);
-    if (!out_of_memory_) in_parallel(runtime, int64_t(sums_of_.size()), &PrefillBackward::sum);
-    return !out_of_memory_;
+    return in_turns(runtime, int64_t(units_.size()), [this](int64_t i) { return compute(units_[size_t(i)]); }) &&
+           in_turns(runtime, int64_t(sums_of_.size()), [this](int64_t i) {
+             const Sum& sum = sums_of_[size_t(i)];
+             write(sum, sums_ + sum.sums);
+             return true;
+           });
   }
 
 private:
@@ -115,33 +118,14 @@ private:
     summed_floats_ += made * floats;
   }
 
-  // Threads take the indices [0, n) one at a time.
-  void in_parallel(const FlashmlaRuntime& runtime, int64_t n, void (PrefillBackward::*work)(int64_t)) {
-    next_ = 0, n_ = n, work_ = work;
-    if (n == 0) return;
-    if (std::min(threads_, n) == 1) return take();
-    runtime.parallel(
-        std::min(threads_, n),
-        [](int64_t begin, int64_t end, void* self) {
-          for (int64_t i = begin; i < end; i++) static_cast<PrefillBackward*>(self)->take();
-        },
-        this);
-  }
-  void take() {
-    for (int64_t i = next_++; i < n_ && !out_of_memory_; i = next_++) (this->*work_)(i);
-  }
-
-  void compute(int64_t index) {
-    const Unit& unit = units_[size_t(index)];
+  // False if there is no memory.
+  bool compute(const Unit& unit) const {
     const FlashmlaDecode& one = sequences_[size_t(unit.sequence)];
     const int64_t floats = wants_rows() ? length_of(attention_, unit.sequence) * row_floats_ : 0;
     const size_t own = unit.sums < 0 ? size_t(floats + 16) / 16 * 16 * sizeof(float) : 0;
     const size_t scratch = size_t(kernels_.backward_scratch_bytes(one, {0, 0, 0, Schedule::kMaxRows, 0}));
     char* memory = work_arena.reserve(own + scratch);
-    if (memory == nullptr) {
-      out_of_memory_ = true;
-      return;
-    }
+    if (memory == nullptr) return false;
     float* sums = unit.sums < 0 ? reinterpret_cast<float*>(memory) : sums_ + unit.sums;
     std::memset(sums, 0, size_t(floats) * sizeof(float));
     for (int64_t row = unit.row; row < unit.end; row += Schedule::kMaxRows) {
@@ -152,8 +136,8 @@ private:
     if (wants_rows() && unit.sums < 0) {
       write({unit.sequence, unit.head, 0, length_of(attention_, unit.sequence), 1, 0}, sums);
     }
+    return true;
   }
-  void sum(int64_t index) { write(sums_of_[size_t(index)], sums_ + sums_of_[size_t(index)].sums); }
 
   // A row of gradients is that of a value, then that of a key.
   void write(const Sum& sum, const float* sums) const {
@@ -184,10 +168,6 @@ private:
   std::vector<Unit> units_;
   std::vector<Sum> sums_of_;
   float* sums_ = nullptr;
-  void (PrefillBackward::*work_)(int64_t) = nullptr;
-  int64_t n_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<bool> out_of_memory_{false};
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
 #include "flashmla/schedule.h"
+#include "flashmla/source_slots.h"
 
 namespace flashmla {
 namespace {
@@ -138,25 +139,10 @@ private:
     }
   }
 
-  // The item's rows in a source: those of its indices that are slots.
+  // The item's rows in a source.
   void find_slots(int64_t index, Item& item, int32_t* slots) const {
-    const FlashmlaSource& source = call_.sources[index];
-    const int64_t token = item.row / group_, limit = source.n_pages * source.page_size;
-    const int32_t* indices = source.indices + item.sequence * source.indices_stride[0] +
-                             token * source.indices_stride[1] + item.kv_head * source.indices_stride[2];
-    int64_t length = source.topk, n = 0;
-    if (source.topk_length != nullptr) length = topk_length(source, item.sequence, token);
-    for (int64_t i = 0; i < length; i++) {
-      const int32_t slot = indices[i * source.indices_stride[3]];
-      slots[n] = slot;  // kept if it is one
-      n += slot >= 0 && slot < limit;
-    }
-    item.slots = slots, item.length = n;
-  }
-  // Checked before, but the tensor may be written to meanwhile.
-  static int64_t topk_length(const FlashmlaSource& source, int64_t sequence, int64_t token) {
-    const int64_t at = sequence * source.topk_length_stride[0] + token * source.topk_length_stride[1];
-    return std::clamp<int64_t>(source.topk_length[at], 0, source.topk);
+    item.length = flashmla::find_slots(call_.sources[index], item.sequence, item.row / group_, item.kv_head, slots);
+    item.slots = slots;
   }
 
   // Rows of a piece of `length`.
@@ -194,23 +180,6 @@ private:
   std::atomic<int64_t> next_{0};
   std::atomic<bool> out_of_memory_{false};
 };
-
-int check_topk_length(const FlashmlaSparse& call, int32_t index, char* message) {
-  const FlashmlaSource& source = call.sources[index];
-  if (source.topk_length == nullptr) return 0;
-  const int64_t tokens = source.topk_length_stride[1] ? call.attention.s_q : 1;
-  const int64_t sequences = source.topk_length_stride[0] ? call.attention.b : 1;
-  for (int64_t i = 0; i < sequences * tokens; i++) {
-    const int32_t length =
-        source.topk_length[i / tokens * source.topk_length_stride[0] + i % tokens * source.topk_length_stride[1]];
-    if (length >= 0 && length <= source.topk) continue;
-    std::snprintf(message, FLASHMLA_MESSAGE,
-                  "flashmla::%s: argument '%s': expected lengths in [0, %lld], got %d at [%lld]", call.attention.op,
-                  index ? "extra_topk_length" : "topk_length", (long long)source.topk, length, (long long)i);
-    return 1;
-  }
-  return 0;
-}
 
 }  // namespace
 }  // namespace flashmla

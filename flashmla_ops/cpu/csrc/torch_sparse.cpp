@@ -1,33 +1,11 @@
 // flashmla::sparse_decode and flashmla::sparse_prefill on the CPU, through torch's stable ABI.
-#include <cmath>
 #include <tuple>
 
-#include "flashmla/torch_decode.h"
+#include "flashmla/torch_sparse.h"
 
 namespace {
 
 using namespace flashmla;
-
-// The part of a call that queries [.., s_q, h_q, d_qk] decide.
-template <class Arguments>
-FlashmlaSparse call_of(const Arguments& a, int64_t h_kv, int64_t qk_start) {
-  FlashmlaSparse call{};
-  FlashmlaDecode& attention = call.attention;
-  const Tensor& q = a.q;
-  const int64_t dims = q.dim();
-  attention.op = Arguments::kOp;
-  attention.dtype = dtype_of(q);
-  attention.b = dims == 4 ? q.size(0) : 1;
-  attention.s_q = q.size(dims - 3), attention.h_q = q.size(dims - 2), attention.d_qk = q.size(dims - 1);
-  attention.h_kv = h_kv, attention.d_v = a.d_v, attention.qk_start = qk_start;
-  attention.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(attention.d_qk)));
-  attention.q = q.const_data_ptr();
-  for (int64_t i = 0; i < dims; i++) attention.q_stride[4 - dims + i] = q.stride(i);
-  if (const Tensor* sink = given(a.attn_sink)) {
-    attention.attn_sink = sink->const_data_ptr<float>(), attention.attn_sink_stride = sink->stride(0);
-  }
-  return call;
-}
 
 void set_out(FlashmlaDecode& attention, const Tensor& out) {
   attention.out = out.mutable_data_ptr();
@@ -60,7 +38,7 @@ void run(const FlashmlaSparse& call) {
 std::tuple<Tensor, Tensor> sparse_decode(const SparseDecodeArguments& a) {
   const auto results = check(a);
   const Tensor out = new_tensor(results[0]), lse = new_tensor(results[1]);
-  FlashmlaSparse call = call_of(a, a.kv_cache.size(2), a.qk_start);
+  FlashmlaSparse call = sparse_call(a, a.kv_cache.size(2), a.qk_start);
   call.batch_invariant = a.batch_invariant;
   call.sources[call.n_sources++] =
       paged(a.kv_cache, given(a.k_cache), a.indices, given(a.topk_length), number_of_format(a.row_format));
@@ -74,26 +52,10 @@ std::tuple<Tensor, Tensor> sparse_decode(const SparseDecodeArguments& a) {
   return {out, lse};
 }
 
-// The rows are one page of a cache.
-FlashmlaSource beside(const Tensor& kv, const Tensor& indices, const Tensor* topk_length, int32_t number) {
-  const RowFormat& format = kRowFormats[number];
-  FlashmlaSource source{};
-  source.kv = {kv.const_data_ptr(), 0, kv.stride(0), kv.stride(1), number ? format.elements : kv.size(2)};
-  if (format.tail) source.kv.token_stride = format.bytes - format.tail;
-  source.row_format = number, source.n_pages = 1, source.page_size = kv.size(0);
-  source.indices = indices.const_data_ptr<int32_t>(), source.topk = indices.size(2);
-  for (int i = 0; i < 3; i++) source.indices_stride[1 + i] = indices.stride(i);
-  if (topk_length) {
-    source.topk_length = topk_length->const_data_ptr<int32_t>();
-    source.topk_length_stride[1] = topk_length->stride(0);
-  }
-  return source;
-}
-
 std::tuple<Tensor, Tensor, Tensor> sparse_prefill(const SparsePrefillArguments& a) {
   const auto results = check(a);
   const Tensor out = new_tensor(results[0]), max_logits = new_tensor(results[1]), lse = new_tensor(results[2]);
-  FlashmlaSparse call = call_of(a, a.kv.size(1), 0);
+  FlashmlaSparse call = sparse_call(a, a.kv.size(1), 0);
   call.sources[call.n_sources++] = beside(a.kv, a.indices, given(a.topk_length), number_of_format(a.row_format));
   set_out(call.attention, out);
   call.attention.lse = lse.mutable_data_ptr<float>();

@@ -4,7 +4,12 @@
 //
 //     dv = p^T dout     dp = dout v^T     ds = p * (dp - delta)     dq = scale ds k     dk = scale ds^T q
 //
-// where delta = sum(out * dout) - dlse of each query row: the gradient of a softmax, and of its log-sum-exp.
+// where delta = sum(out * dout) - dlse of each query row: the gradient of a softmax, and of its log-sum-exp. A sink
+// takes a part of each row's weights away, but lse does not know of it. With share, what is left of them,
+//
+//     dv = share p^T dout     ds = p * (share dp - delta)     delta = share sum(out * dout) - dlse
+//
+// and the gradient of the sink's logit is (share - 1) sum(out * dout), summed over its head's rows by the caller.
 //
 // For each block of tokens there are five products, all of them over packed copies: keys and values are packed once per
 // block, queries and dout once per item, each in both of the layouts in which products read them. Scores lie
@@ -27,6 +32,22 @@ struct GradientRows {
   float* rows;
   int64_t stride;
 };
+
+// out[i] = sum over parts of part[i]
+template <class Isa, class T, class Part>
+void write_sum(T* out, int64_t d, int64_t n_parts, Part part) {
+  int64_t i = 0;
+  for (; i + Isa::W <= d; i += Isa::W) {
+    typename Isa::F sum{};
+    for (int64_t p = 0; p < n_parts; p++) sum += Isa::load(part(p) + i);
+    Isa::store(out + i, sum);
+  }
+  for (; i < d; i++) {
+    float sum = 0;
+    for (int64_t p = 0; p < n_parts; p++) sum += part(p)[i];
+    from_float(sum, out[i]);
+  }
+}
 
 // T is the type of queries and rows.
 template <class Isa, class T>
@@ -95,7 +116,7 @@ private:
     dscores_by_row_ = M::pairs ? scratch.take<Unit>(rows_ * kBlock / 2) : dscores_;
     dq_ = scratch.take<float>(rows_ * out_stride_);
     block_ = scratch.take<float>(kBlock * out_stride_);
-    for (float** row : {&lse_, &delta_, &visible_, &ones_}) *row = scratch.take<float>(rows_);
+    for (float** row : {&lse_, &share_, &delta_, &visible_, &ones_}) *row = scratch.take<float>(rows_);
     bytes_ = scratch.used();
   }
   static Packed sizes(int64_t d) {
@@ -125,10 +146,17 @@ private:
       pack_row(queries_, r, q, call_.q_stride[3]);
       pack_row(douts_, r, dout, gradients_.dout_stride[3]);
       const T* out = sees ? address(gradients_.out, gradients_.out_stride) : nullptr;
+      const float sum = sees ? dot(out, gradients_.out_stride[3], dout, gradients_.dout_stride[3], call_.d_v) : 0;
       lse_[r] = sees ? lse * kLog2E : INFINITY;
-      delta_[r] = sees ? dot(out, gradients_.out_stride[3], dout, gradients_.dout_stride[3], call_.d_v) : 0;
+      share_[r] = 1, ones_[r] = 1;
+      if (call_.attn_sink && sees) share_[r] = 1 / (1 + std::exp(call_.attn_sink[head * call_.attn_sink_stride] - lse));
+      delta_[r] = share_[r] * sum;
       if (sees && gradients_.dlse) delta_[r] -= read(gradients_.dlse, gradients_.dlse_stride);
-      ones_[r] = 1;
+      if (gradients_.dsink && real) {
+        const int64_t* stride = gradients_.dsink_stride;
+        float& dsink = gradients_.dsink[item_.sequence * stride[0] + head * stride[1] + token * stride[2]];
+        dsink = sees ? (share_[r] - 1) * sum : 0;
+      }
     }
   }
   // Row r in both layouts; null: zeros. In pairs, two rows meet in the second.
@@ -255,7 +283,8 @@ private:
     const F scale = Isa::set1(call_.softmax_scale * kLog2E);
     for (int64_t r = first_row; r < rows_; r += W) {
       const int64_t first = r / kPanel * kPanel, width = panel_width(first), at = first * kBlock + (r - first);
-      const F lse = Isa::load(lse_ + r), delta = Isa::load(delta_ + r), visible = Isa::load(visible_ + r);
+      const F lse = Isa::load(lse_ + r), delta = F{} - Isa::load(delta_ + r);
+      const F share = Isa::load(share_ + r), visible = Isa::load(visible_ + r);
       const int sees = seen(r + W);
       for (int t = 0; t < sees; t += kExp) {
         F p[kExp], ds[kExp];
@@ -263,7 +292,10 @@ private:
         for (int i = 0; i < kExp; i++) p[i] = Isa::fma(Isa::load(scores_ + at + (t + i) * width), scale, F{} - lse);
         exp2<Isa>(p);
 #pragma GCC unroll 8
-        for (int i = 0; i < kExp; i++) ds[i] = p[i] * (Isa::load(dweights_ + at + (t + i) * width) - delta);
+        for (int i = 0; i < kExp; i++) {
+          ds[i] = p[i] * Isa::fma(Isa::load(dweights_ + at + (t + i) * width), share, delta);
+          p[i] *= share;
+        }
         if (t + kExp > visible_[r]) {
           for (int i = 0; i < kExp; i++) {
             const auto sees_it = Isa::set1(float(t + i)) < visible;
@@ -365,7 +397,7 @@ private:
   float *scores_, *dweights_;
   Unit *weights_, *dscores_, *dscores_by_row_;
   float *dq_, *block_;
-  float *lse_, *delta_, *visible_, *ones_;  // of each query row
+  float *lse_, *share_, *delta_, *visible_, *ones_;  // of each query row
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

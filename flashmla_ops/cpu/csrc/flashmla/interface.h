@@ -100,12 +100,26 @@ struct FlashmlaGradients {
   int64_t lse_stride[3], dlse_stride[3];
   void* dq;  // [b, s_q, h_q, d_qk], last dimension contiguous; null: not wanted
   int64_t dq_stride[3];
+  float* dsink;  // [b, h_q, s_q]: each row's part of the gradient of attn_sink; null: not wanted
+  int64_t dsink_stride[3];
 };
 
 struct FlashmlaPrefillBackward {
   FlashmlaPrefill attention;    // but for its results
   FlashmlaGradients gradients;  // b counts as 1 in all strides
   void *dk, *dv;                // [t_k, h_kv, d_qk], [t_k, h_kv, d_v], contiguous; either null: not wanted
+};
+
+struct FlashmlaDecodeBackward {
+  FlashmlaDecode attention;  // but for its results; rows are native
+  FlashmlaGradients gradients;
+  void *dkv_cache, *dk_cache;  // as the caches, but contiguous; either null: not wanted
+};
+
+struct FlashmlaSparseBackward {
+  FlashmlaSparse attention;  // but for its results; one source of native rows
+  FlashmlaGradients gradients;
+  void* dkv;  // as the source's kv, which is one page, but contiguous; null: not wanted
 };
 
 // rows [n, h_kv, d] are written to slots of a cache; bytes, not elements: the copy knows no dtype.
@@ -197,6 +211,10 @@ FLASHMLA_EXPORT int flashmla_decode_up(const FlashmlaDecode* attention, const Fl
 FLASHMLA_EXPORT int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_prefill_backward(const FlashmlaPrefillBackward* call, const FlashmlaRuntime* runtime,
                                               char* message);
+FLASHMLA_EXPORT int flashmla_decode_backward(const FlashmlaDecodeBackward* call, const FlashmlaRuntime* runtime,
+                                             char* message);
+FLASHMLA_EXPORT int flashmla_sparse_backward(const FlashmlaSparseBackward* call, const FlashmlaRuntime* runtime,
+                                             char* message);
 FLASHMLA_EXPORT int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);

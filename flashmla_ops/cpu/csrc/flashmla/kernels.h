@@ -13,6 +13,8 @@ struct Item {
   const int32_t* slots = nullptr;
 };
 
+inline int64_t group_size(const FlashmlaDecode& call) { return call.h_q / call.h_kv; }
+
 // Unnormalised results of an item over some of its tokens: softmax weights are 2^(score - m), l is their sum.
 struct Accumulator {
   float* o;        // [rows, stride]
@@ -49,7 +51,7 @@ struct BackwardKernels {
   // where t is the token, or its slot if the item has slots. Null: not wanted. False as of `attend`.
   bool (*backward)(const FlashmlaDecode& call, const FlashmlaGradients& gradients, const Item& item, int64_t begin,
                    int64_t end, float* rows, int64_t stride, char* scratch);
-  // Writes d elements of row i < n to to + i * to_stride: the sum of all parts, which lie `stride` floats a row.
+  // Writes d elements of row i < n to to + i * to_stride: the sum of all parts, whose rows are `stride` floats apart.
   void (*sum_rows)(FlashmlaDType dtype, const float* const* parts, int64_t n_parts, int64_t n, int64_t stride,
                    int64_t d, void* to, int64_t to_stride);
 };

@@ -215,8 +215,6 @@ __attribute__((always_inline)) inline bool for_blocks(const FlashmlaDecode& call
   return true;
 }
 
-inline int64_t group_size(const FlashmlaDecode& call) { return call.h_q / call.h_kv; }
-
 // How many of the sequence's tokens query row `row` of a KV head sees (bottom-right alignment); 0 or less: none.
 inline int64_t visible(const FlashmlaDecode& call, const Item& item, int64_t row) {
   return call.causal ? item.length - call.s_q + row / group_size(call) + 1 : item.length;

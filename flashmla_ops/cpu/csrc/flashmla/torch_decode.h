@@ -20,20 +20,19 @@ inline FlashmlaCache cache_of(const Tensor& tensor, int32_t row_format) {
   return cache;
 }
 
-// The call, but for its out and lse.
+// The call, but for its results, its levels and the format of its rows.
 template <class Arguments>
-FlashmlaDecode decode_call(const Arguments& a) {
+FlashmlaDecode native_decode_call(const Arguments& a) {
   FlashmlaDecode call{};
   call.op = Arguments::kOp;
   call.dtype = dtype_of(a.q);
-  call.causal = a.causal, call.levels = int32_t(a.levels);
+  call.causal = a.causal;
   call.b = a.q.size(0), call.s_q = a.q.size(1), call.h_q = a.q.size(2), call.d_qk = a.q.size(3);
   call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
   call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
   call.q = a.q.const_data_ptr();
   for (int i = 0; i < 4; i++) call.q_stride[i] = a.q.stride(i);
-  call.row_format = number_of_format(a.row_format);
-  call.kv = cache_of(a.kv_cache, call.row_format);
+  call.kv = cache_of(a.kv_cache);
   if (a.k_cache) call.k = cache_of(*a.k_cache);
   call.n_pages = a.kv_cache.size(0), call.page_size = a.kv_cache.size(1);
   call.block_table = static_cast<const int32_t*>(a.block_table.const_data_ptr());
@@ -45,6 +44,16 @@ FlashmlaDecode decode_call(const Arguments& a) {
     call.attn_sink = static_cast<const float*>(a.attn_sink->const_data_ptr());
     call.attn_sink_stride = a.attn_sink->stride(0);
   }
+  return call;
+}
+
+// The call, but for its out and lse.
+template <class Arguments>
+FlashmlaDecode decode_call(const Arguments& a) {
+  FlashmlaDecode call = native_decode_call(a);
+  call.levels = int32_t(a.levels);
+  call.row_format = number_of_format(a.row_format);
+  call.kv = cache_of(a.kv_cache, call.row_format);
   return call;
 }
 

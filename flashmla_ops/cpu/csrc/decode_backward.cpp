@@ -1,0 +1,145 @@
+// Gradients through attention over a paged cache.
+//
+// First each KV head of each sequence adds up, alone and in memory of its own, the gradients of the rows that it reads.
+// Then each page is written: the sum over the sequences that hold it, in their order, and zeros where none reads a row.
+// So results do not depend on the number of threads.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "flashmla/decode.h"
+#include "flashmla/dispatch.h"
+#include "flashmla/turns.h"
+
+namespace flashmla {
+namespace {
+
+thread_local Arena work_arena, rows_arena;
+
+class DecodeBackward {
+public:
+  explicit DecodeBackward(const FlashmlaDecodeBackward& call)
+      : call_(call), attention_(call.attention), kernels_(kernels()), row_floats_(attention_.kv.d + attention_.k.d) {
+    int64_t floats = 0;
+    for (int64_t i = 0; i < attention_.b; i++) {
+      first_.push_back(floats);
+      floats += attention_.h_kv * length(i) * row_floats_;
+    }
+    first_.push_back(floats);
+  }
+
+  // False if there is no memory.
+  bool run(const FlashmlaRuntime& runtime) {
+    if (wants_rows()) {
+      char* memory = rows_arena.reserve(size_t(first_.back() + 1) * sizeof(float));
+      if (memory == nullptr) return false;
+      rows_ = reinterpret_cast<float*>(memory);
+      list_holders();
+    }
+    const int64_t h_kv = attention_.h_kv;
+    if (!in_turns(runtime, attention_.b * h_kv, [&](int64_t i) { return compute(i / h_kv, i % h_kv); })) return false;
+    if (!wants_rows()) return true;
+    return in_turns(runtime, attention_.n_pages * h_kv, [&](int64_t i) {
+      write(i / h_kv, i % h_kv);
+      return true;
+    });
+  }
+
+private:
+  // A sequence that holds a page, and its first token there.
+  struct Holder {
+    int64_t sequence, token;
+  };
+
+  bool wants_rows() const { return call_.dkv_cache || call_.dk_cache; }
+  int64_t length(int64_t i) const { return attention_.cache_seqlens[i * attention_.cache_seqlens_stride]; }
+  float* rows(int64_t i, int64_t head) const { return rows_ + first_[size_t(i)] + head * length(i) * row_floats_; }
+
+  bool compute(int64_t i, int64_t head) const {
+    const int64_t rows_of_head = attention_.s_q * group_size(attention_), n = length(i);
+    const Item largest{i, head, 0, std::min(rows_of_head, Schedule::kMaxRows), n};
+    char* scratch = work_arena.reserve(size_t(kernels_.backward_scratch_bytes(attention_, largest)));
+    if (scratch == nullptr) return false;
+    float* into = wants_rows() ? rows(i, head) : nullptr;
+    if (into) std::memset(into, 0, size_t(n * row_floats_) * sizeof(float));
+    for (int64_t row = 0; row < rows_of_head; row += Schedule::kMaxRows) {
+      const Item item{i, head, row, std::min(Schedule::kMaxRows, rows_of_head - row), n};
+      kernels_.backward(attention_, call_.gradients, item, 0, n, into, row_floats_, scratch);
+    }
+    return true;
+  }
+
+  // Of each page, the sequences that hold it.
+  void list_holders() {
+    holders_.resize(size_t(attention_.n_pages));
+    for (int64_t i = 0; i < attention_.b; i++) {
+      for (int64_t token = 0, index = 0; token < length(i); token += attention_.page_size, index++) {
+        const int64_t* stride = attention_.block_table_stride;
+        const int64_t page = attention_.block_table[i * stride[0] + index * stride[1]];
+        holders_[size_t(page)].push_back({i, token});
+      }
+    }
+  }
+
+  void write(int64_t page, int64_t head) const {
+    const std::vector<Holder>& holders = holders_[size_t(page)];
+    std::vector<const float*> parts;
+    // Tokens that the same sequences read are written at once.
+    for (int64_t token = 0, end; token < attention_.page_size; token = end) {
+      end = attention_.page_size;
+      parts.clear();
+      for (const Holder& holder : holders) {
+        const int64_t left = length(holder.sequence) - holder.token;
+        if (left <= token) continue;
+        end = std::min(end, left);
+        parts.push_back(rows(holder.sequence, head) + (holder.token + token) * row_floats_);
+      }
+      write_rows(page, head, token, end, parts, call_.dkv_cache, attention_.kv.d);
+      for (const float*& part : parts) part += attention_.kv.d;
+      write_rows(page, head, token, end, parts, call_.dk_cache, attention_.k.d);
+    }
+  }
+  void write_rows(int64_t page, int64_t head, int64_t token, int64_t end, const std::vector<const float*>& parts,
+                  void* to, int64_t d) const {
+    if (to == nullptr) return;
+    const int64_t size = attention_.dtype == FLASHMLA_F32 ? 4 : 2, h_kv = attention_.h_kv;
+    char* first = static_cast<char*>(to) + ((page * attention_.page_size + token) * h_kv + head) * d * size;
+    kernels_.sum_rows(attention_.dtype, parts.data(), int64_t(parts.size()), end - token, row_floats_, d, first,
+                      h_kv * d);
+  }
+
+  const FlashmlaDecodeBackward& call_;
+  const FlashmlaDecode& attention_;
+  const Kernels& kernels_;
+  const int64_t row_floats_;
+  std::vector<int64_t> first_;  // of each sequence's gradients in rows_: [h_kv, length, row_floats_]
+  std::vector<std::vector<Holder>> holders_;
+  float* rows_ = nullptr;
+};
+
+bool has_bad_page(const FlashmlaDecode& call) {
+  for (int64_t i = 0; i < call.b; i++) {
+    const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
+    for (int64_t j = 0; j * call.page_size < length; j++) {
+      const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
+      if (page < 0 || page >= call.n_pages) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+}  // namespace flashmla
+
+extern "C" int flashmla_decode_backward(const FlashmlaDecodeBackward* call, const FlashmlaRuntime* runtime,
+                                        char* message) try {
+  using namespace flashmla;
+  if (check_lengths(call->attention, message)) return 1;
+  if (has_bad_page(call->attention)) return name_bad_page(call->attention, message);
+  if (DecodeBackward(*call).run(*runtime)) return 0;
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_backward: out of memory");
+  return 1;
+} catch (const std::bad_alloc&) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_backward: out of memory");
+  return 1;
+}
