@@ -33,8 +33,8 @@ class FlashMLALayer(Served, nn.Module):
 
     Takes what the attention that it replaces takes: ``hidden_states [b, s, embed_dim]``, ``position_embeddings`` of the
     model's rotary embedding, ``attention_mask`` in any form of transformers' "eager" and "sdpa", and a `Cache` or none.
-    Returns ``(out [b, s, embed_dim], weights or None)``. A forward that needs a gradient or dropout runs transformers'
-    SDPA: the operators have no backward yet. Without dropout, a `FallbackWarning` says so once.
+    Returns ``(out [b, s, embed_dim], weights or None)``. A forward that needs dropout, or a gradient under a
+    mask, runs transformers' SDPA. Without dropout, a `FallbackWarning` says so once.
 
     ``layers`` is how much of the kernels' hierarchy is used, for the same numbers: 1, whole rows of scores; 2, blocks;
     3, blocks, and sequences cut into parallel parts. With ``preallocate`` a cache that grows (`DynamicCache`) gets room

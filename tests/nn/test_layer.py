@@ -246,14 +246,17 @@ def test_save_pretrained(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize("length", [7, LONG])
-def test_gradients_are_those_of_transformers_and_said_once(model_type: str, length: int) -> None:
+def test_gradients_are_those_of_transformers_and_padded_ones_are_said_once(model_type: str, length: int) -> None:
     eager, model = converted(model_type)
-    ids = tokens(2, length)
+    ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
     with torch.enable_grad():
         eager.train()(ids, labels=ids).loss.backward()
-        with pytest.warns(FallbackWarning, match="a gradient is required") as caught:
+        with warnings.catch_warnings(action="error"):
             model.train()(ids, labels=ids).loss.backward()
-        model(ids)
+        mask[0, 4:] = 0
+        with pytest.warns(FallbackWarning, match="a gradient is required") as caught:
+            model(ids, attention_mask=mask)
+        model(ids, attention_mask=mask)
     assert [warning.category for warning in caught] == [FallbackWarning]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in eager.named_parameters():

@@ -47,6 +47,7 @@ from flashmla_ops.integrations.transformers.served import (
     wants_weights,
 )
 from flashmla_ops.integrations.transformers.summarized import cached_in_pages
+from flashmla_ops.integrations.transformers.training import attend_causally
 from flashmla_ops.nn.prefix import Expand
 from flashmla_ops.sparsity.select import record, select, share_lost
 
@@ -88,9 +89,10 @@ def absorbed_attention(
 
     ``attention_mask`` is a boolean mask ``[b or 1, 1, s_q or 1, s_kv]``, an int32 mask of `masks`, None (attend to all;
     causal if s_q > 1), or anything that ``sdpa`` takes. Short queries run `flashmla::decode` on the cache; long ones
-    with a prefix mask run `flashmla::prefill` on heads expanded chunk by chunk. What needs more than the operators have
-    (a gradient, dropout, a boolean mask for each head, float64, for short queries a ``kv_b_proj`` that was adapted or
-    hooked, for long ones a mask that is not plainly causal) runs transformers' own SDPA on the expanded cache; where
+    with a prefix mask run `flashmla::prefill` on heads expanded chunk by chunk, and on all of them where a gradient is
+    required and every query sees the tokens up to its own. What needs more than the operators have (a gradient behind a
+    prefix or under padding, dropout, a boolean mask for each head, float64, for short queries a ``kv_b_proj`` that was
+    adapted or hooked, for long ones a mask that is not plainly causal) runs SDPA on the expanded cache; where
     that is so for every call, a `FallbackWarning` says it once for each model. Returns ``out [b, s_q, h_q, d_v]`` and,
     where ``output_attentions`` was asked of the call or of the configuration, the weights ``[b, h_q, s_q, s_kv]``,
     which take attention on expanded heads, written out; otherwise None. Continuous batches have no mask.
@@ -123,6 +125,11 @@ def absorbed_attention(
     if attention_mask is not None and _can_prefill(module, query, rows, attention_mask, dropout):
         return _prefilled(module, query, rows, attention_mask, scaling), None
     keys, values, mask = _expanded(module, query, key, value, attention_mask)
+    if _needs_gradient(module, query, rows):
+        out = attend_causally(module, query, keys, values, mask, dropout, scaling, kwargs)
+        if out is not None:
+            return out, None
+        module.tell_gradient()
     out, _ = sdpa_attention_forward(module, query, keys, values, mask, dropout=dropout, scaling=scaling, **kwargs)
     return out, None
 
@@ -160,10 +167,7 @@ def _can_prefill(module: MLAModule, query: Tensor, rows: Rows, mask: Tensor, dro
 
 
 def _needs_gradient(module: MLAModule, query: Tensor, rows: Rows) -> bool:
-    needed = needs_gradient(query, rows, *module.kv_b_proj.parameters())
-    if needed:
-        module.tell_gradient()
-    return needed
+    return needs_gradient(query, rows, *module.kv_b_proj.parameters())
 
 
 def _absorbed(

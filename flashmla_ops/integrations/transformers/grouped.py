@@ -43,6 +43,7 @@ from flashmla_ops.integrations.transformers.served import (
     wants_weights,
 )
 from flashmla_ops.integrations.transformers.summarized import cached_in_pages
+from flashmla_ops.integrations.transformers.training import attend_causally
 from flashmla_ops.sparsity import attend
 
 #: The name of this attention in transformers' registries.
@@ -70,9 +71,10 @@ def grouped_attention(
 
     ``attention_mask`` is an int32 mask of `masks`, a mask ``[b or 1, h_q or 1, s_q or 1, s_kv]``, boolean or added to
     the scores, or None, which means what it means to ``sdpa``: one query sees all, and of more each sees the cache's
-    first tokens up to its own. A gradient, dropout, float64 and attention that is not causal run transformers' own
-    SDPA. Returns ``out [b, s_q, h_q, d_v]`` and, where ``output_attentions`` was asked for, the weights
-    ``[b, h_q, s_q, s_kv]``. Continuous batches, which come with a paged cache of transformers, have no mask.
+    first tokens up to its own. A gradient is that of `flashmla::prefill` where each query sees the tokens up to its
+    own; any other, dropout, float64 and attention that is not causal run transformers' own SDPA. Returns
+    ``out [b, s_q, h_q, d_v]`` and, where ``output_attentions`` was asked for, the weights ``[b, h_q, s_q, s_kv]``.
+    Continuous batches, which come with a paged cache of transformers, have no mask.
 
     Raises `UnsupportedModelError` unless the module is enabled or a `FlashMLALayer`, and for softcaps, sinks and
     biases; `ArgumentError` for a mask whose length is not the cache's.
@@ -100,6 +102,11 @@ def grouped_attention(
         return attend_with_weights(module, query, *expanded, mask, dropout, scaling, causal)
     if _runs_elsewhere(module, query, rows, attention_mask, dropout, kwargs):
         keys, values, mask = _expanded(query, key, value, attention_mask)
+        if needs_gradient(query, rows, mask):
+            trained = attend_causally(module, query, keys, values, mask, dropout, scaling, kwargs)
+            if trained is not None:
+                return trained, None
+            module.tell_gradient()
         out: Tensor = sdpa_attention_forward(
             module, query, keys, values, mask, dropout=dropout, scaling=scaling, **kwargs
         )[0]
@@ -123,7 +130,6 @@ def _runs_elsewhere(
         module.tell_fallback(reason)
         return True
     if needs_gradient(query, rows, mask):
-        module.tell_gradient()
         return True
     return mask is None and query.shape[2] > 1 and not is_causal(module, kwargs)
 

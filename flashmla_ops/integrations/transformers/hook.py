@@ -44,10 +44,11 @@ def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None) -> int:
     MLA attends through `flashmla::decode_up` where queries are short, absorbed; prefill expands the cache chunk by
     chunk for `flashmla::prefill`. GQA, MHA and MQA run `decode`, `prefill` and `attend_masked` on cached keys and
     values. Weights and ``state_dict`` stay as they are; ``kv_b_proj`` is read at each step, so training or loading
-    weights later needs no second call. Padded and compiled prefill of MLA, and any forward that needs a gradient, runs
-    transformers' SDPA: call the model under ``torch.no_grad()``, as ``generate`` does. An enabled model has a copy of
-    its configuration, so that another model built on the same object stays as it is; it can be copied, pickled and
-    saved. Calling it again changes the sparsity, and takes back the choice of another attention.
+    weights later needs no second call. A training step runs `flashmla::prefill` and its backward where sequences are
+    whole and without padding. Padded and compiled prefill of MLA, and any other forward that needs a gradient, runs
+    transformers' SDPA: generate under ``torch.no_grad()``, as ``generate`` does. An enabled model has a copy of its
+    configuration, so that another model built on the same object stays as it is; it can be copied, pickled and saved.
+    Calling it again changes the sparsity, and takes back the choice of another attention.
 
     With ``sparsity``, decoding (at most 64 tokens a sequence, without padding) attends to chosen pages of a
     `DynamicCache`, a `PagedLatentCache` or a `StaticPagedLatentCache`; prefill and other caches are dense.

@@ -97,7 +97,7 @@ def dtype_obstacle(query: Tensor, rows: Rows, *weights: Tensor) -> str:
 
 
 def needs_gradient(query: Tensor, rows: Rows, *weights: Any) -> bool:
-    """Whether a gradient is required, of which the operators have none."""
+    """Whether a gradient is required: operators that read a cache, or weights beside it, are not asked for one."""
     tensors = [tensor for tensor in (query, rows.kv_cache, rows.k_cache, *weights) if tensor is not None]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

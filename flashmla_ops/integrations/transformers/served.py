@@ -26,7 +26,7 @@ class Served(Specialised):
     layer_idx: int | None
     #: How much of the kernels' hierarchy is used: the operators' argument of this name.
     levels: int = 3
-    #: Whether running without our operators is told where only a gradient asks for it.
+    #: Whether running without our operators is told where a gradient asks for it.
     tells_gradients: ClassVar[bool] = False
     #: The reasons for falling back that were told already, one set for all modules of a model.
     told_fallbacks: set[str]
@@ -59,7 +59,7 @@ class Served(Specialised):
 
     def tell_gradient(self) -> None:
         if self.tells_gradients:
-            self.tell_fallback("a gradient is required, and the operators have no backward yet")
+            self.tell_fallback("a gradient is required of attention that is not plainly causal")
 
 
 def cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
