@@ -18,6 +18,7 @@ from bench.suites import (
     scaling,
     small_gemm,
     sparse,
+    sparsity,
 )
 
 SUITES: dict[str, Suite] = {
@@ -30,6 +31,7 @@ SUITES: dict[str, Suite] = {
         prefill.SUITE,
         backward.SUITE,
         sparse.SUITE,
+        sparsity.SUITE,
         small_gemm.SUITE,
         append.SUITE,
         merge.SUITE,

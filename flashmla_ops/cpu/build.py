@@ -58,7 +58,7 @@ class Library:
 def kernels_of(isa: str, *flags: str) -> Library:
     """The library of one instruction set. Its largest unit comes first, since the others fit beside it."""
     flags = (f"-DFLASHMLA_ISA={isa}", *flags)
-    names = ("kernels_products", "kernels_attention", "kernels_backward", "kernels")
+    names = ("kernels_products", "kernels_attention", "kernels_backward", "kernels_selection", "kernels")
     units = (Unit(f"{name}.cpp", flags, f"{name}_{isa}") for name in names)
     return Library(f"flashmla_cpu_{isa}", tuple(units))
 
@@ -71,7 +71,8 @@ KERNELS = {
         {
             "avx2": kernels_of("avx2", "-O3", *_AVX2),
             "avx512": kernels_of("avx512", "-O3", *_AVX512),
-            "avx512_bf16": kernels_of("avx512_bf16", "-O3", *_AVX512, "-mavx512bf16"),
+            # Every processor with the one has the other.
+            "avx512_bf16": kernels_of("avx512_bf16", "-O3", *_AVX512, "-mavx512bf16", "-mavx512vnni"),
         }
         if _X86
         else {}
@@ -83,17 +84,17 @@ ISAS = Library("flashmla_isas", (Unit("isas.cpp"),))
 CORE_UNITS = (
     *(
         Unit(f"{name}.cpp")
-        for name in ("isas", "dispatch", "decode", "decode_up", "sparse", "prefill", "append", "gemm")
+        for name in ("isas", "dispatch", "decode", "decode_up", "sparse", "prefill", "append", "gemm", "select")
     ),
     *(Unit(f"{name}_backward.cpp") for name in ("decode", "prefill", "sparse")),
-    Unit("append_quantized.cpp", ("-O3",)),
+    *(Unit(f"{name}.cpp", ("-O3",)) for name in ("append_quantized", "summarize")),
 )
 #: Units that register the kernels with torch, by the stable ABI of the oldest torch that we support.
 BINDING_UNITS = tuple(
     Unit(f"{name}.cpp", ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"))
     for name in (
         *("torch_attention", "torch_backward", "torch_gemm", "torch_attend_masked"),
-        *("torch_decode_up", "torch_sparse"),
+        *("torch_decode_up", "torch_sparse", "torch_selection"),
     )
 )
 #: The core without them is reached through ctypes.

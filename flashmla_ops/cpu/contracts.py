@@ -33,6 +33,7 @@ from flashmla_ops.ops.decode_up import DECODE_UP
 from flashmla_ops.ops.gemm import BMM, GEMM
 from flashmla_ops.ops.merge import MERGE_STATES
 from flashmla_ops.ops.operator import Operator
+from flashmla_ops.ops.pages import CHOOSE_PAGES, PAGE_MASS, SUMMARIZE
 from flashmla_ops.ops.prefill import PREFILL
 from flashmla_ops.ops.prefill_backward import PREFILL_BACKWARD
 from flashmla_ops.ops.schedule import DECODE_SCHEDULE
@@ -46,6 +47,7 @@ OPERATORS: tuple[Operator[Any], ...] = (
     *(DECODE, DECODE_UP, DECODE_SCHEDULE, PREFILL, APPEND, APPEND_TWO),
     *(DECODE_BACKWARD, PREFILL_BACKWARD, SPARSE_PREFILL_BACKWARD),
     *(SPARSE_DECODE, SPARSE_PREFILL, MERGE_STATES, GEMM, BMM, ATTEND_MASKED),
+    *(SUMMARIZE, PAGE_MASS, CHOOSE_PAGES),
 )
 #: Functions that C++ has by hand.
 KNOWN = {
@@ -55,6 +57,8 @@ KNOWN = {
     "row_elements": "row_elements",
     "row_tail": "row_tail",
     "schedule_numel": "flashmla_schedule_numel",
+    "summary_bytes": "summary_bytes",
+    "summary_planes": "summary_planes",
     "sizes_of": "sizes_of",
     "strides_of": "strides_of",
     "with_last": "with_last",
@@ -68,6 +72,7 @@ _TYPES: dict[Any, str] = {
     bool: "bool",
     str: "std::string_view",
     list[int]: "const std::vector<int64_t>&",
+    float: "double",
     float | None: "std::optional<double>",
     torch.dtype: "ScalarType",
     torch.dtype | None: "std::optional<ScalarType>",
@@ -356,6 +361,8 @@ class _Function:
             return "std::nullopt"
         if isinstance(value, int):
             return f"int64_t{{{value}}}"
+        if isinstance(value, float):
+            return repr(value)
         if isinstance(value, str):
             return json.dumps(value)
         if value in _DTYPES:

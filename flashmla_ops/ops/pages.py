@@ -51,6 +51,8 @@ from flashmla_ops.reference.pages import RULES
 from flashmla_ops.sparsity.summaries import SUMMARIES, SUMMARY_NAMES, summary_bytes, summary_planes
 
 RULE_NAMES = ", ".join(RULES)
+#: So that 32 bits hold a sum of products of 4-bit codes and 16-bit weights.
+MAX_KEY = 4096
 
 
 @dataclass
@@ -129,7 +131,7 @@ def check_summaries(
         check.contiguous_rows("k_cache", k_cache)
         check.same_sizes("k_cache", k_cache, "kv_cache", kv_cache, 3)
     d_key = d - qk_start + (0 if k_cache is None else k_cache.size(3))
-    check.require("qk_start", d_key >= 1, "keys of at least 1 element", d_key)
+    check.require("qk_start", d_key >= 1 and d_key <= MAX_KEY, f"keys of 1 to {MAX_KEY} elements", d_key)
     check.dims("summaries", summaries, "[n_pages, h_kv, n_bytes]")
     check.dtype("summaries", summaries, torch.uint8)
     check.device("summaries", summaries, kv_cache)
@@ -139,7 +141,10 @@ def check_summaries(
     n_bytes = summary_bytes(kind, kv_cache.size(1), d_key)
     check.size("summaries", summaries, 2, n_bytes, " bytes, for pages and keys of this size")
     n_planes = summary_planes(kind)
-    check.require("planes", (planes is not None) == (n_planes > 0), "a tensor for signs, and else None", kind)
+    if n_planes > 0:
+        check.require("planes", planes is not None, f"a tensor for {kind}", "None")
+    else:
+        check.require("planes", planes is None, f"None for {kind}", "a tensor")
     if planes is not None:
         check.dims("planes", planes, "[d_key, n_planes]")
         check.dtype("planes", planes, torch.float32)
@@ -171,11 +176,11 @@ def contract_summarize(check: Check, a: Summarize) -> None:
     check.dims("slot_mapping", a.slot_mapping, "[n]")
     check.dtype("slot_mapping", a.slot_mapping, torch.int64)
     check.device("slot_mapping", a.slot_mapping, a.kv_cache)
-    check.apart(
-        "summaries",
-        a.summaries,
-        {"kv_cache": a.kv_cache, "k_cache": a.k_cache, "slot_mapping": a.slot_mapping, "planes": a.planes},
-    )
+    check.apart("summaries", a.summaries, {"kv_cache": a.kv_cache, "slot_mapping": a.slot_mapping})
+    if a.k_cache is not None:
+        check.apart("summaries", a.summaries, {"k_cache": a.k_cache})
+    if a.planes is not None:
+        check.apart("summaries", a.summaries, {"planes": a.planes})
 
 
 def contract_mass(check: Check, a: PageMass) -> tuple[Result, Result]:

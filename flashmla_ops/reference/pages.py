@@ -93,7 +93,7 @@ def page_mass(
             group = slice(head * heads.size(1), (head + 1) * heads.size(1))
             for result, part in zip((mass, slack), estimate, strict=True):
                 result[i, group, :, candidates.start : candidates.stop] = part.unflatten(0, (-1, s_q))
-    return mass, slack + 2**-20 * (1 + mass.abs().where(mass > -math.inf, 0.0))
+    return mass, slack + (2**-20 * (1 + mass.abs())).where(mass > -math.inf, 0.0)
 
 
 def _exact_mass(
@@ -163,17 +163,21 @@ def choose_pages(
 
 
 def _skipped(mass: Tensor, slack: Tensor, candidates: range, rule: str, limit: float) -> list[int]:
-    """The candidates that are skipped; mass and slack ``[rows, pages]``. What is not a number is never skipped."""
+    """The candidates that are skipped; mass and slack ``[rows, pages]``. What is not a number is never skipped.
+
+    Nothing is where a mass is infinite.
+    """
     pages = list(candidates)
-    if not pages:
-        return []
     if rule == "mask":
         return [page for page in pages if bool((mass[:, page] == -math.inf).all())]
+    if not pages or bool((mass == math.inf).any()):
+        return []
     share = (mass - mass.logsumexp(dim=-1, keepdim=True)).exp()
     if rule == "share":
         return [page for page in pages if bool((share[:, page] < limit).all())]
     if rule == "fraction":
-        ranked = sorted(pages, key=lambda page: float(share[:, page].amax().nan_to_num(math.inf)))
+        numbers = [page for page in pages if bool(share[:, page].isfinite().all())]
+        ranked = sorted(numbers, key=lambda page: float(share[:, page].amax()))
         return ranked[: len(pages) - math.ceil(len(pages) * limit)]
     return _certified(mass, slack, pages, limit)
 

@@ -13,12 +13,13 @@ namespace flashmla::FLASHMLA_ISA {
 extern const AttentionKernels attention_kernels;
 extern const BackwardKernels backward_kernels;
 extern const ProductKernels product_kernels;
+extern const SelectionKernels selection_kernels;
 
 }  // namespace flashmla::FLASHMLA_ISA
 
 extern "C" const void* flashmla_kernels(void) {
   using namespace flashmla::FLASHMLA_ISA;
-  static const flashmla::Kernels kernels = {attention_kernels, backward_kernels, product_kernels,
+  static const flashmla::Kernels kernels = {attention_kernels, backward_kernels, product_kernels, selection_kernels,
                                             FLASHMLA_STRING(FLASHMLA_ISA)};
   return &kernels;
 }

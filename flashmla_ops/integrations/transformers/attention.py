@@ -171,7 +171,7 @@ def _needs_gradient(module: MLAModule, query: Tensor, rows: Rows) -> bool:
 
 
 def _absorbed(
-    module: MLAModule, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None, layer: Any
+    module: MLAModule, query: Tensor, rows: Rows, mask: Tensor | None, scaling: float | None, layer: Any = None
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     w_uk, w_uv = up_projections(module)
     q = absorb_query(query, w_uk)

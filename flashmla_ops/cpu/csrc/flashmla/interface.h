@@ -183,6 +183,59 @@ struct FlashmlaUp {
   void* out;  // [b, s_q, h_q, d_up], contiguous
 };
 
+// Summaries of pages (flashmla/summaries.h) [n_pages, h_kv, bytes].
+struct FlashmlaSummaries {
+  char* data;
+  int64_t page_stride, head_stride;
+  int32_t kind;         // a SummaryKind
+  const float* planes;  // [d_key, 128], or null
+  int64_t planes_stride[2];
+};
+
+// The keys of a paged cache, as in FlashmlaDecode.
+struct FlashmlaKeys {
+  FlashmlaDType dtype;
+  FlashmlaCache kv, k;
+  int64_t qk_start, h_kv, n_pages, page_size;
+};
+
+// What is always attended to: so many first and last pages, and all of a shorter sequence.
+struct FlashmlaAlways {
+  int64_t sink_pages, local_pages, min_context;
+};
+
+struct FlashmlaPageMass {
+  FlashmlaKeys keys;
+  FlashmlaSummaries summaries;
+  FlashmlaAlways always;
+  int64_t b, s_q, h_q, d_qk;
+  float softmax_scale;
+  const void* q;  // [b, s_q, h_q, d_qk]
+  int64_t q_stride[4];
+  const int32_t* block_table;  // [b, max_pages]
+  int64_t block_table_stride[2], max_pages;
+  const int32_t* cache_seqlens;  // [b]
+  int64_t cache_seqlens_stride;
+  float *mass, *slack;  // [b, h_q, s_q, max_pages], contiguous
+};
+
+enum FlashmlaRule : int32_t { FLASHMLA_CERTIFIED = 0, FLASHMLA_SHARE = 1, FLASHMLA_FRACTION = 2, FLASHMLA_MASK = 3 };
+
+struct FlashmlaChoosePages {
+  FlashmlaRule rule;
+  FlashmlaAlways always;
+  double limit;
+  int64_t b, s_q, h_q, h_kv, page_size, page_step, head_step, max_pages;
+  const float *mass, *slack;  // [b, h_q, s_q, max_pages]
+  int64_t mass_stride[4], slack_stride[4];
+  const int32_t* block_table;
+  int64_t block_table_stride[2];
+  const int32_t* cache_seqlens;
+  int64_t cache_seqlens_stride;
+  int32_t *pages, *lengths;  // [b * h_kv, max_pages] and [b * h_kv], contiguous
+  float* residue;            // [b, h_q, s_q], contiguous
+};
+
 // Runs body(begin, end, context) over [0, n) on the caller's threads.
 typedef void (*FlashmlaBody)(int64_t begin, int64_t end, void* context);
 typedef void (*FlashmlaParallel)(int64_t n, FlashmlaBody body, void* context);
@@ -219,6 +272,14 @@ FLASHMLA_EXPORT int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRu
 FLASHMLA_EXPORT int flashmla_append(const FlashmlaAppend* tensors, int64_t n_tensors, const int64_t* slots,
                                     int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message);
 FLASHMLA_EXPORT int flashmla_merge_states(const FlashmlaMerge* call, const FlashmlaRuntime* runtime, char* message);
+
+// The pages whose last slot is among the given ones.
+FLASHMLA_EXPORT int flashmla_summarize(const FlashmlaKeys* keys, const FlashmlaSummaries* summaries,
+                                       const int64_t* slots, int64_t slot_stride, int64_t n,
+                                       const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_page_mass(const FlashmlaPageMass* call, const FlashmlaRuntime* runtime, char* message);
+FLASHMLA_EXPORT int flashmla_choose_pages(const FlashmlaChoosePages* call, const FlashmlaRuntime* runtime,
+                                          char* message);
 
 FLASHMLA_EXPORT int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* runtime, char* message);
 // Whether a general product of this type is fast here. Where not, widening to float32 first is: without an instruction

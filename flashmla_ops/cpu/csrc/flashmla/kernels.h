@@ -56,6 +56,19 @@ struct BackwardKernels {
                    int64_t d, void* to, int64_t to_stride);
 };
 
+// Pages [begin, end) of the query rows of one (sequence, KV head). Row r is query token r / group, head r % group of
+// the group, as in an Item.
+struct PageItem {
+  int64_t sequence, kv_head, length, begin, end;
+};
+
+struct SelectionKernels {
+  int64_t (*page_mass_bytes)(const FlashmlaPageMass& call);
+  void (*page_mass)(const FlashmlaPageMass& call, const PageItem& item, char* scratch);
+  // x becomes 2^x, for x <= 0, with a relative error below 1e-6.
+  void (*exponentials)(float* x, int64_t n);
+};
+
 struct ProductKernels {
   // Rows [row, row + rows) of a, as gemm_run wants them: at most gemm_rows at a time.
   int64_t (*gemm_rows)(const FlashmlaGemm& call);
@@ -69,7 +82,7 @@ struct ProductKernels {
   void (*bmm_run)(const FlashmlaBmm& call, int64_t begin, int64_t end, char* scratch);
 };
 
-struct Kernels : AttentionKernels, BackwardKernels, ProductKernels {
+struct Kernels : AttentionKernels, BackwardKernels, ProductKernels, SelectionKernels {
   const char* name;
 };
 

@@ -19,6 +19,7 @@
 #include "flashmla/formats.h"
 #include "flashmla/interface.h"
 #include "flashmla/overlap.h"
+#include "flashmla/summaries.h"
 
 namespace flashmla {
 

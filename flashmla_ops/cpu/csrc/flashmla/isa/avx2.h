@@ -25,6 +25,8 @@ struct Avx2 : Portable<8, false> {
   }
   static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+  using Portable::dot;
+  static I dot(I c, U a, U b) { return c + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
   static F sums(const float* vectors) {
     const auto pair = [&](int i) {
       return _mm256_hadd_ps((__m256)load(vectors + i * W), (__m256)load(vectors + (i + 1) * W));

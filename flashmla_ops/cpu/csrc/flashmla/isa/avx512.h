@@ -33,6 +33,13 @@ struct Avx512 : Portable<16, PAIRS> {
   }
   static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   static F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+  static float max(F x) { return _mm512_reduce_max_ps((__m512)x); }
+  using Base::dot;
+#ifdef __AVX512VNNI__
+  static I dot(I c, U a, U b) { return (I)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+#else
+  static I dot(I c, U a, U b) { return c + (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#endif
   static float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
   static F sums(const float* vectors) {
     __m512 fours[4];  // [i]: in quarter q the sums over quarter q of vectors 4 i ... 4 i + 3

@@ -89,6 +89,11 @@ struct Portable {
     const F lo = reinterpret<F>(a << 16) * reinterpret<F>(b << 16);
     return c + lo + reinterpret<F>(a & 0xffff0000u) * reinterpret<F>(b & 0xffff0000u);
   }
+  // c + a.lo * b.lo + a.hi * b.hi, the operands being pairs of 16-bit integers.
+  static I dot(I c, U a, U b) {
+    const I lo = (reinterpret<I>(a << 16) >> 16) * (reinterpret<I>(b << 16) >> 16);
+    return c + lo + (reinterpret<I>(a) >> 16) * (reinterpret<I>(b) >> 16);
+  }
   static U load_pairs(const bf16* p) { return copy<U>(p); }
   static U load_pairs(const i8* p) {
     U pairs;

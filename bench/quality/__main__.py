@@ -1,0 +1,85 @@
+"""``python -m bench.quality``: measure, and write the table of docs/sparsity.md.
+
+    python -m bench.quality run smollm2 --weights FOLDER --lengths 2048 8192 --texts 2 --decoded 128 --needles 10
+    python -m bench.quality run tiny_mla_lm --lengths 1024
+    python -m bench.quality table
+
+FOLDER holds SmolLM2-135M-Instruct as transformers saves it. Results go to bench/quality/results, one file a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import flashmla_ops
+from bench.quality.evaluate import evaluate
+from bench.quality.table import RESULTS, write
+from bench.quality.texts import documentation, haystacks
+from flashmla_ops.sparsity import DynamicSparsity
+
+TINY = Path(flashmla_ops.__file__).parent / "fixtures" / "tiny_mla_lm"
+
+
+def selectors() -> dict[str, DynamicSparsity]:
+    """Every way to choose. ``boxes`` keeps a share of pages, the others as many as matter."""
+    return {
+        "certified, eps 0.1": DynamicSparsity("certified", eps=0.1),
+        "certified, eps 0.05": DynamicSparsity("certified", eps=0.05),
+        "estimate, tau 0.01": DynamicSparsity("estimate", tau=0.01),
+        "estimate, tau 0.005": DynamicSparsity("estimate", tau=0.005),
+        "lsh, tau 0.01": DynamicSparsity("lsh", tau=0.01),
+        "spread, tau 0.01": DynamicSparsity("spread", tau=0.01),
+        "boxes, keep 0.4": DynamicSparsity("boxes", keep=0.4),
+        "first page and last two": DynamicSparsity("mask", mask=torch.zeros(1, 1, 4096, dtype=torch.bool)),
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    tiny = arguments.model == TINY.name
+    folder = TINY if tiny else arguments.weights
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")))
+    rows = []
+    with torch.no_grad():
+        for length in arguments.lengths:
+            ids = documentation(tokenizer, arguments.texts, length)
+            depths = [(i + 0.5) / arguments.needles for i in range(arguments.needles)]
+            stacks = haystacks(tokenizer, length, depths, n_needles=1 + 2 * arguments.distractors)
+            rows += evaluate(arguments.model, model, tokenizer, ids, arguments.decoded, stacks, selectors())
+            for row in rows[-len(selectors()) :]:
+                print(row, flush=True)
+            RESULTS.mkdir(exist_ok=True)
+            content = json.dumps([row.as_json() for row in rows], indent=1)
+            (RESULTS / f"{arguments.model}.json").write_text(content + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("run")
+    measure.add_argument("model", choices=["smollm2", TINY.name])
+    measure.add_argument("--weights", type=Path)
+    measure.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    measure.add_argument("--texts", type=int, default=4)
+    measure.add_argument("--decoded", type=int, default=256)
+    measure.add_argument("--needles", type=int, default=20)
+    measure.add_argument("--distractors", type=int, choices=[0, 1], default=0)
+    commands.add_parser("table")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        write()
+    elif arguments.model == "smollm2" and arguments.weights is None:
+        parser.error("smollm2 needs --weights")
+    else:
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The table of docs/sparsity.md, made of results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent.parent / "docs" / "sparsity.md"
+BEGIN, END = "<!-- begin: quality -->", "<!-- end: quality -->"
+HEADS = ("tokens", "selector", "rows skipped", "bytes saved", "perplexity", "same token", "lost", "needles")
+
+
+def table() -> str:
+    """Markdown: for each model and length, every selector."""
+    parts = []
+    for file in sorted(RESULTS.glob("*.json")):
+        rows = json.loads(file.read_text())
+        first = rows[0]
+        decoded = first["tokens"] // first["texts"]
+        parts.append(f"{first['model']}: {first['texts']} texts, the last {decoded} tokens of each decoded.")
+        lines = [HEADS, ("---",) * len(HEADS), *(_line(row) for row in rows)]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def write() -> None:
+    """Put the table between its marks in docs/sparsity.md."""
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+
+
+def _line(row: dict[str, Any]) -> tuple[str, ...]:
+    change = 100 * (row["perplexity"] / row["perplexity_dense"] - 1)
+    needles = f"{row['needles_kept']} of {row['needles_dense']}" if row["needles"] else "-"
+    return (
+        str(row["length"]),
+        row["selector"],
+        f"{100 * row['rows_skipped']:.0f} %",
+        f"{100 * row['bytes_saved']:.0f} %",
+        f"{change:+.2f} %",
+        f"{100 * row['same_token']:.1f} %",
+        "not bounded" if row["lost"] > 0.999 else f"<= {100 * row['lost']:.1f} %",
+        needles,
+    )

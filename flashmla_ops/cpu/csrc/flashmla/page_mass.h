@@ -1,0 +1,354 @@
+// The softmax mass of pages, exact from their keys or estimated from "codes" (flashmla/summaries.h), for the query rows
+// of one KV head. Codes are multiplied as 16-bit integers: a query's weights, q_i step_i, are rounded to 15 bits and a
+// sign for each page, which moves a score by less than a hundredth of what the codes leave open. That, and the rounding
+// of everything in fp32, is added to the slack.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "flashmla/scratch.h"
+#include "flashmla/softmax.h"
+#include "flashmla/summaries.h"
+
+namespace flashmla::FLASHMLA_ISA {
+
+// Room for exp2, log and the rounding of a mass: absolute, and relative to the mass.
+constexpr float kAbsoluteRoom = 0x1p-15f, kRelativeRoom = 0x1p-20f;
+
+template <class Isa, class T>
+class PageMass {
+  using F = typename Isa::F;
+  using I = typename Isa::I;
+  using U = typename Isa::U;
+  static constexpr int W = Isa::W;
+  using Pairs = typename VectorOf<uint64_t, W / 2>::type;
+  using HalfU = typename VectorOf<uint32_t, W / 2>::type;
+  static constexpr int kRows = W == 16 ? 4 : 2;  // of a score tile, which is four vectors of tokens wide
+
+public:
+  PageMass(const FlashmlaPageMass& call, const PageItem& item, char* memory) : call_(call), item_(item) {
+    const FlashmlaKeys& keys = call.keys;
+    d_ = call.d_qk, padded_ = round_up(d_, 16), group_ = call.h_q / keys.h_kv, rows_ = call.s_q * group_;
+    tokens_ = round_up(keys.page_size, 16);
+    error_ = float(d_ + 32) * 0x1p-24f;  // of a sum of d products, relative to the sum of their magnitudes
+    Scratch scratch(memory);
+    queries_ = scratch.take<float>(rows_ * padded_);
+    norms_ = scratch.take<float>(rows_);
+    low_ = scratch.take<float>(padded_), step_ = scratch.take<float>(padded_);
+    weights_ = scratch.take<uint32_t>(rows_ * padded_ / 2);
+    about_ = scratch.take<About>(rows_);
+    scores_ = scratch.take<float>((rows_ + 1) * (tokens_ + 4 * W));
+    stride_ = tokens_ + 4 * W;
+    key_ = scratch.take<float>(padded_), sums_ = scratch.take<float>((rows_ + 1) * W * W);
+    signs_ = scratch.take<uint64_t>(rows_ * 2);
+    bytes_ = scratch.used();
+  }
+
+  static int64_t bytes(const FlashmlaPageMass& call) { return PageMass(call, {}, nullptr).bytes_; }
+
+  void run() {
+    pack_queries();
+    const FlashmlaAlways& always = call_.always;
+    const int64_t pages = divided(item_.length), full = (item_.length - call_.s_q + 1) / call_.keys.page_size;
+    const int64_t last = std::min(full, pages - always.local_pages);
+    for (int64_t page = item_.begin; page < item_.end; page++) {
+      if (page >= always.sink_pages && page < last) {
+        const char* summary = call_.summaries.data + number(page) * call_.summaries.page_stride +
+                              item_.kv_head * call_.summaries.head_stride;
+        estimate(page, summary);
+      } else {
+        exact(page);
+      }
+    }
+  }
+
+private:
+  // What a query row needs to know of a page's codes beside its weights.
+  struct About {
+    float centre, unit, slack;
+  };
+
+  int64_t divided(int64_t length) const { return (length + call_.keys.page_size - 1) / call_.keys.page_size; }
+  int64_t number(int64_t page) const {
+    return call_.block_table[item_.sequence * call_.block_table_stride[0] + page * call_.block_table_stride[1]];
+  }
+  int64_t at(int64_t row, int64_t page) const {
+    const int64_t head = item_.kv_head * group_ + row % group_;
+    return ((item_.sequence * call_.h_q + head) * call_.s_q + row / group_) * call_.max_pages + page;
+  }
+  void put(int64_t row, int64_t page, float mass, float slack) {
+    call_.mass[at(row, page)] = mass;
+    call_.slack[at(row, page)] = slack + kAbsoluteRoom + kRelativeRoom * (std::isinf(mass) ? 0 : std::fabs(mass));
+  }
+
+  void pack_queries() {
+    for (int64_t r = 0; r < rows_; r++) {
+      const T* q = static_cast<const T*>(call_.q) + item_.sequence * call_.q_stride[0] +
+                   r / group_ * call_.q_stride[1] + (item_.kv_head * group_ + r % group_) * call_.q_stride[2];
+      float* to = queries_ + r * padded_;
+      float squares = 0;
+      for (int64_t i = 0; i < padded_; i++)
+        to[i] = i < d_ ? to_float(q[i * call_.q_stride[3]]) * call_.softmax_scale : 0;
+      for (int64_t i = 0; i < d_; i++) squares += to[i] * to[i];
+      norms_[r] = std::sqrt(squares) * (1 + error_);
+    }
+  }
+
+  // The logarithm of the sum of the exponentials of n scores.
+  static float log_sum(float* scores, int64_t n) {
+    F top = Isa::set1(-INFINITY);
+    for (int64_t t = n; t < round_up(n, 4 * W); t++) scores[t] = -INFINITY;
+    for (int64_t t = 0; t < n; t += W) top = Isa::max(top, Isa::load(scores + t));
+    const float most = Isa::max(top);
+    if (std::isinf(most)) return most;
+    F total{};
+    const F shift = Isa::set1(-most * kLog2E), log2e = Isa::set1(kLog2E);
+    for (int64_t t = 0; t < n; t += 4 * W) {
+      F p[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) p[i] = Isa::fma(Isa::load(scores + t + i * W), log2e, shift);
+      exp2<Isa>(p);
+      total += (p[0] + p[1]) + (p[2] + p[3]);
+    }
+    return most + std::log(Isa::sum(total));
+  }
+
+  void estimate(int64_t page, const char* summary) {
+    switch (call_.summaries.kind) {
+      case SUMMARY_CODES:
+        return estimate_codes(page, summary);
+      case SUMMARY_BOXES:
+        return estimate_boxes(page, summary);
+      case SUMMARY_SPREAD:
+        return estimate_spread(page, summary);
+      default:
+        return estimate_signs(page, summary);
+    }
+  }
+
+  // bfloat16 numbers as floats, padded with zeros.
+  void unpack(const char* from, float* to) const {
+    for (int64_t i = 0; i < d_; i++) {
+      uint16_t bits;
+      std::memcpy(&bits, from + 2 * i, 2);
+      to[i] = float_of(uint32_t{bits} << 16);
+    }
+    for (int64_t i = d_; i < padded_; i++) to[i] = 0;
+  }
+
+  void estimate_codes(int64_t page, const char* summary) {
+    const CodesLayout layout(call_.keys.page_size, d_);
+    float radius;
+    std::memcpy(&radius, summary, 4);
+    unpack(summary + kCodesHeader, low_);
+    unpack(summary + layout.step(), step_);
+    for (int64_t r = 0; r < rows_; r++) weigh(r, radius);
+    const char* words = summary + layout.words();
+    for (int64_t t = 0; t < tokens_; t += 4 * W) {
+      int64_t r = 0;
+      const bool wide = t + 4 * W <= tokens_;
+      for (; r + kRows <= rows_; r += kRows) wide ? score<kRows, 4>(words, t, r) : score_rest<kRows>(words, t, r);
+      for (; r < rows_; r++) wide ? score<1, 4>(words, t, r) : score_rest<1>(words, t, r);
+    }
+    for (int64_t r = 0; r < rows_; r++)
+      put(r, page, log_sum(scores_ + r * stride_, call_.keys.page_size), about_[r].slack);
+  }
+
+  // The weights of a query row for the page in low_ and step_.
+  void weigh(int64_t r, float radius) {
+    const float* q = queries_ + r * padded_;
+    F sizes{}, centres{}, magnitudes{}, largest{};
+    for (int64_t i = 0; i < padded_; i += W) {
+      const F x = Isa::load(q + i), low = Isa::load(low_ + i), step = Isa::load(step_ + i);
+      const F weight = magnitude(x * step), middle = Isa::fma(Isa::set1(8.0f), step, low);
+      sizes += weight;
+      largest = Isa::max(largest, weight);
+      centres = Isa::fma(x, middle, centres);
+      magnitudes = Isa::fma(magnitude(x), Isa::fma(Isa::set1(16.0f), step, magnitude(low)), magnitudes);
+    }
+    const float most = Isa::max(largest), unit = most > 1e-30f ? most / 32767 : 0, inverse = unit > 0 ? 1 / unit : 0;
+    uint32_t* to = weights_ + r * padded_ / 2;
+    const F magic = Isa::set1(0x1.8p23f);  // adding it rounds to whole numbers, in the low bits of the sum
+    I total{};
+    for (int64_t i = 0; i < padded_; i += W) {
+      const F weight = Isa::load(q + i) * Isa::load(step_ + i) * Isa::set1(inverse);
+      const I whole = Isa::template reinterpret<I>(weight + magic) - Isa::template reinterpret<I>(magic);
+      total += whole;
+      const Pairs two = Isa::template reinterpret<Pairs>(whole);
+      const Pairs packed = (two & 0xffff) | (two >> 16 & 0xffff0000);
+      const auto pairs = __builtin_convertvector(packed, HalfU);
+      std::memcpy(to + i / 2, &pairs, sizeof pairs);
+    }
+    const float open = std::min(Isa::sum(sizes) * 0.5f, norms_[r] * radius);
+    const float rounded = 3.75f * float(d_) * unit * 1.05f + error_ * Isa::sum(magnitudes);
+    const float sum = Isa::sum(__builtin_convertvector(total, F));
+    about_[r] = {Isa::sum(centres) - 7.5f * unit * sum, unit, radius < INFINITY ? open + rounded : INFINITY};
+  }
+
+  static F magnitude(F x) { return Isa::max(x, F{} - x); }
+
+  // Scores of R query rows and V vectors of tokens.
+  template <int R, int V>
+  void score(const char* words, int64_t t, int64_t r) {
+    I sums[R][V] = {};
+    const U low = Isa::set1(uint32_t{0x000f000f});
+    for (int64_t j = 0; j < (d_ + 7) / 8; j++) {
+      U eight[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) std::memcpy(&eight[v], words + (j * tokens_ + t + v * W) * 4, sizeof(U));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        U codes[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) codes[v] = (eight[v] >> (4 * k)) & low;
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) {
+          const U weight = Isa::set1(weights_[(r + i) * padded_ / 2 + j * 4 + k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) sums[i][v] = Isa::dot(sums[i][v], codes[v], weight);
+        }
+      }
+    }
+    for (int i = 0; i < R; i++) {
+      const F unit = Isa::set1(about_[r + i].unit), centre = Isa::set1(about_[r + i].centre);
+      for (int v = 0; v < V; v++) {
+        Isa::store(scores_ + (r + i) * stride_ + t + v * W,
+                   Isa::fma(__builtin_convertvector(sums[i][v], F), unit, centre));
+      }
+    }
+  }
+  template <int R>
+  void score_rest(const char* words, int64_t t, int64_t r) {
+    for (; t < tokens_; t += W) score<R, 1>(words, t, r);
+  }
+
+  void estimate_boxes(int64_t page, const char* summary) {
+    unpack(summary, low_);
+    unpack(summary + 2 * d_, step_);  // the high end, here
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* q = queries_ + r * padded_;
+      float best = 0, worst = 0, magnitudes = 0;
+      for (int64_t i = 0; i < d_; i++) {
+        const float a = q[i] * low_[i], b = q[i] * step_[i];
+        best += a > b ? a : b, worst += a > b ? b : a;
+        magnitudes += std::fabs(a) + std::fabs(b);
+      }
+      put(r, page, best + std::log(float(call_.keys.page_size)), best - worst + 2 * error_ * magnitudes);
+    }
+  }
+
+  void estimate_spread(int64_t page, const char* summary) {
+    unpack(summary, low_);
+    unpack(summary + 2 * d_, step_);
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* q = queries_ + r * padded_;
+      float mean = 0, squares = 0;
+      for (int64_t i = 0; i < d_; i++) {
+        const float away = q[i] * step_[i];
+        mean += q[i] * low_[i], squares += away * away;
+      }
+      put(r, page, mean + squares / 2 + std::log(float(call_.keys.page_size)), INFINITY);
+    }
+  }
+
+  void estimate_signs(int64_t page, const char* summary) {
+    if (page == item_.begin || !signed_) sign_queries();
+    unpack(summary, low_);
+    const int64_t n = call_.keys.page_size;
+    const char *lengths = summary + 2 * d_, *signs = lengths + 2 * n;
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* q = queries_ + r * padded_;
+      float mean = 0;
+      for (int64_t i = 0; i < d_; i++) mean += q[i] * low_[i];
+      float* scores = scores_ + r * stride_;
+      for (int64_t t = 0; t < n; t++) {
+        uint64_t key[2];
+        uint16_t length;
+        std::memcpy(key, signs + t * kSignBytes, sizeof key);
+        std::memcpy(&length, lengths + 2 * t, 2);
+        const int apart =
+            __builtin_popcountll(key[0] ^ signs_[2 * r]) + __builtin_popcountll(key[1] ^ signs_[2 * r + 1]);
+        scores[t] = mean + norms_[r] * float_of(uint32_t{length} << 16) * cosines_[apart];
+      }
+      put(r, page, log_sum(scores, n), INFINITY);
+    }
+  }
+
+  void sign_queries() {
+    for (int64_t r = 0; r < rows_; r++) {
+      signs_[2 * r] = signs_[2 * r + 1] = 0;
+      for (int64_t k = 0; k < kPlanes; k++) {
+        double side = 0;
+        for (int64_t i = 0; i < d_; i++) {
+          side += double(queries_[r * padded_ + i]) *
+                  call_.summaries.planes[i * call_.summaries.planes_stride[0] + k * call_.summaries.planes_stride[1]];
+        }
+        if (side > 0) signs_[2 * r + k / 64] |= uint64_t{1} << k % 64;
+      }
+    }
+    for (int64_t k = 0; k <= kPlanes; k++) {
+      cosines_[k] = float(std::sin((1 - 2.0 * double(k) / double(kPlanes)) * 1.5707963267948966));
+    }
+    signed_ = true;
+  }
+
+  // From the keys of a page that is always attended to. The last row of sums is that of the keys' own squares.
+  void exact(int64_t page) {
+    const FlashmlaKeys& keys = call_.keys;
+    const int64_t first = page * keys.page_size, n = std::min(keys.page_size, item_.length - first),
+                  number = this->number(page);
+    for (int64_t t = 0; t < n; t += W) {
+      const int64_t here = std::min<int64_t>(W, n - t);
+      for (int64_t i = 0; i < here; i++) {
+        widen(number, t + i);
+        for (int64_t r = 0; r <= rows_; r++) {
+          const float* q = r < rows_ ? queries_ + r * padded_ : key_;
+          F sum{};
+          for (int64_t e = 0; e < padded_; e += W) sum = Isa::fma(Isa::load(q + e), Isa::load(key_ + e), sum);
+          Isa::store(sums_ + (r * W + i) * W, sum);
+        }
+      }
+      for (int64_t r = 0; r <= rows_; r++) Isa::store(scores_ + r * stride_ + t, Isa::sums(sums_ + r * W * W));
+    }
+    float square = 0;
+    for (int64_t t = 0; t < n; t++)
+      square = square < scores_[rows_ * stride_ + t] ? scores_[rows_ * stride_ + t] : square;
+    for (int64_t r = 0; r < rows_; r++) {
+      const int64_t seen = std::min(n, item_.length - call_.s_q + r / group_ + 1 - first);
+      const float mass = seen > 0 ? log_sum(scores_ + r * stride_, seen) : -INFINITY;
+      put(r, page, mass, error_ * norms_[r] * std::sqrt(square) * (1 + error_));
+    }
+  }
+
+  // The key of a token, in key_.
+  void widen(int64_t page, int64_t token) {
+    const FlashmlaKeys& keys = call_.keys;
+    const auto row = [&](const FlashmlaCache& cache) {
+      return static_cast<const T*>(cache.data) + page * cache.page_stride + token * cache.token_stride +
+             item_.kv_head * cache.head_stride;
+    };
+    const int64_t first = keys.kv.d - keys.qk_start;
+    convert(row(keys.kv) + keys.qk_start, first, key_);
+    if (keys.k.d) convert(row(keys.k), keys.k.d, key_ + first);
+    for (int64_t i = d_; i < padded_; i++) key_[i] = 0;
+  }
+  static void convert(const T* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) Isa::store(to + i, Isa::load(from + i));
+    for (; i < n; i++) to[i] = to_float(from[i]);
+  }
+
+  const FlashmlaPageMass& call_;
+  const PageItem& item_;
+  int64_t d_, padded_, group_, rows_, tokens_, stride_, bytes_;
+  float error_;
+  float *queries_, *norms_, *low_, *step_, *scores_, *key_, *sums_;
+  uint32_t* weights_;
+  About* about_;
+  uint64_t* signs_;
+  float cosines_[kPlanes + 1];
+  bool signed_ = false;
+};
+
+}  // namespace flashmla::FLASHMLA_ISA

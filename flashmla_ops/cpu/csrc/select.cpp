@@ -1,0 +1,318 @@
+// Which pages decoding attends to: the masses of pages, cut into units of work for the kernels, and the choice.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "flashmla/arena.h"
+#include "flashmla/dispatch.h"
+
+namespace flashmla {
+namespace {
+
+thread_local Arena arena;
+
+constexpr int64_t kPages = 16;         // that a thread takes at a time
+constexpr double kRoom = 0x1p-18;      // relative, for the exponentials that choices are made of
+constexpr float kRounding = 0x1p-20f;  // of a float32 result
+
+int64_t pages_of(int64_t length, int64_t page_size) { return (length + page_size - 1) / page_size; }
+
+// 0, or 1 with what is wrong with a length, or with the page of a live row, in message. n_pages < 0: any page will do.
+int check_tables(const char* op, const int32_t* lengths, int64_t length_stride, int64_t b, const int32_t* table,
+                 const int64_t* strides, int64_t max_pages, int64_t page_size, int64_t n_pages, char* message) {
+  for (int64_t i = 0; i < b; i++) {
+    const int64_t length = lengths[i * length_stride], capacity = max_pages * page_size;
+    if (length < 0 || length > capacity) {
+      std::snprintf(message, FLASHMLA_MESSAGE,
+                    "flashmla::%s: argument 'cache_seqlens': expected lengths in [0, %lld], got %lld at [%lld]", op,
+                    (long long)capacity, (long long)length, (long long)i);
+      return 1;
+    }
+    for (int64_t j = 0; n_pages >= 0 && j < pages_of(length, page_size); j++) {
+      const int64_t page = table[i * strides[0] + j * strides[1]];
+      if (page >= 0 && page < n_pages) continue;
+      std::snprintf(message, FLASHMLA_MESSAGE,
+                    "flashmla::%s: argument 'block_table': expected pages in [0, %lld), got %lld at [%lld, %lld]", op,
+                    (long long)n_pages, (long long)page, (long long)i, (long long)j);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+struct MassContext {
+  const FlashmlaPageMass& call;
+  std::vector<PageItem> items;
+  int64_t bytes;
+};
+
+// The pages of one KV head of one sequence, and which of them are skipped. Rules are those of
+// flashmla_ops/reference/pages.py.
+class Choice {
+  using Floats = std::vector<float>;
+
+public:
+  Choice(const FlashmlaChoosePages& call, int64_t sequence, int64_t head)
+      : call_(call), sequence_(sequence), head_(head),
+        length_(call.cache_seqlens[sequence * call.cache_seqlens_stride]), pages_(pages_of(length_, call.page_size)),
+        group_(call.h_q / call.h_kv), rows_(group_ * call.s_q), skipped_(size_t(pages_), 0) {
+    const int64_t full = (length_ - call.s_q + 1) / call.page_size;
+    first_ = call.always.sink_pages;
+    last_ = length_ < call.always.min_context ? 0 : std::min(full, pages_ - call.always.local_pages);
+  }
+
+  void run() {
+    if (first_ < last_) {
+      mass_ = gathered(call_.mass, call_.mass_stride);
+      const Floats slack = gathered(call_.slack, call_.slack_stride);
+      upper_ = mass_;
+      for (size_t i = 0; i < upper_.size(); i++) upper_[i] = slack[i] == INFINITY ? INFINITY : mass_[i] + slack[i];
+      choose(slack);
+    }
+    write();
+  }
+
+private:
+  void choose(const Floats& slack) {
+    const bool infinite = std::any_of(mass_.begin(), mass_.end(), [](float x) { return x == INFINITY; });
+    if (infinite && call_.rule != FLASHMLA_MASK) return;
+    switch (call_.rule) {
+      case FLASHMLA_CERTIFIED:
+        return certify(slack);
+      case FLASHMLA_SHARE:
+        return compare();
+      case FLASHMLA_FRACTION:
+        return rank();
+      case FLASHMLA_MASK:
+        for (int64_t page = first_; page < last_; page++) {
+          bool hidden = true;
+          for (int64_t r = 0; r < rows_; r++) hidden &= mass_[at(r, page)] == -INFINITY;
+          skipped_[size_t(page)] = hidden;
+        }
+    }
+  }
+
+  size_t at(int64_t r, int64_t page) const { return size_t(r * pages_ + page); }
+  int64_t query_head(int64_t r) const { return head_ * group_ + r % group_; }
+
+  // [rows, pages] of [b, h_q, s_q, max_pages].
+  Floats gathered(const float* from, const int64_t* stride) const {
+    Floats to(size_t(rows_ * pages_));
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* row = from + sequence_ * stride[0] + query_head(r) * stride[1] + r / group_ * stride[2];
+      for (int64_t page = 0; page < pages_; page++) to[at(r, page)] = row[page * stride[3]];
+    }
+    return to;
+  }
+
+  // exp(x - shift) of a row: infinite above 1, NaN for NaN.
+  Floats exponentials(const Floats& x, int64_t r, float shift) const {
+    constexpr float kLog2E = 1.44269504f;
+    const auto n = static_cast<size_t>(pages_);
+    Floats powers(n), above(n);
+    for (int64_t page = 0; page < pages_; page++) {
+      const float difference = x[at(r, page)] - shift;
+      above[size_t(page)] = difference > 0 ? INFINITY : 0;
+      powers[size_t(page)] = difference > 0 ? 0 : difference * kLog2E;
+    }
+    kernels().exponentials(powers.data(), pages_);
+    for (size_t i = 0; i < powers.size(); i++) powers[i] += above[i];
+    return powers;
+  }
+  // The largest number of a row, but for infinity.
+  float largest(const Floats& x, int64_t r) const {
+    float most = -INFINITY;
+    for (int64_t page = 0; page < pages_; page++) {
+      const float here = x[at(r, page)];
+      if (here > most && here < INFINITY) most = here;
+    }
+    return most;
+  }
+  static double sum(const Floats& x) {
+    double total = 0;
+    for (float each : x) total += double(each);
+    return total;
+  }
+
+  // The larger of a page's weight and its share; what is no number weighs most.
+  static void weigh(float& weight, double share) {
+    if (!(share <= double(weight))) weight = share < INFINITY ? float(share) : INFINITY;
+  }
+  // The candidates of finite weight, the lightest first.
+  std::vector<int32_t> ranked(const Floats& weight) const {
+    std::vector<int32_t> order;
+    for (int64_t page = first_; page < last_; page++) {
+      if (weight[size_t(page)] < INFINITY) order.push_back(int32_t(page));
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t a, int32_t b) { return weight[size_t(a)] < weight[size_t(b)]; });
+    return order;
+  }
+
+  // Each row allows a number of the candidates, the lightest first; the least is skipped.
+  void certify(const Floats& slack) {
+    std::vector<Floats> most, least;
+    Floats weight(size_t(pages_), 0.0f), lower(mass_.size());
+    for (size_t i = 0; i < lower.size(); i++) lower[i] = mass_[i] - slack[i];
+    for (int64_t r = 0; r < rows_; r++) {
+      const float shift = largest(upper_, r);
+      most.push_back(exponentials(upper_, r, shift));
+      least.push_back(exponentials(lower, r, shift));
+      const double total = sum(least.back());
+      for (int64_t page = first_; page < last_; page++) {
+        weigh(weight[size_t(page)], double(most.back()[size_t(page)]) / total);
+      }
+    }
+    const std::vector<int32_t> order = ranked(weight);
+    size_t n = order.size();
+    for (size_t r = 0; r < most.size() && n > 0; r++) n = allowed(most[r], least[r], order, n);
+    for (size_t i = 0; i < n; i++) skipped_[size_t(order[i])] = 1;
+  }
+
+  // Of the first n in order, how many one row allows.
+  size_t allowed(const Floats& most, const Floats& least, const std::vector<int32_t>& order, size_t n) const {
+    std::vector<double> kept(order.size() + 1);
+    std::vector<char> ordered(size_t(pages_), 0);
+    for (int32_t page : order) ordered[size_t(page)] = 1;
+    for (size_t page = 0; page < least.size(); page++) {
+      if (!ordered[page]) kept[order.size()] += double(least[page]);
+    }
+    for (size_t i = order.size(); i-- > 0;) kept[i] = kept[i + 1] + double(least[size_t(order[i])]);
+    double lost = 0;
+    for (size_t i = 0; i < n; i++) {
+      lost += double(most[size_t(order[i])]) * (1 + kRoom) + 0x1p-126;  // no exponential that became 0 was larger
+      if (!(lost * (1 - call_.limit) <= kept[i + 1] * call_.limit * (1 - 2 * kRoom))) return i;
+    }
+    return n;
+  }
+
+  // Skip what every row gives less than the limit of its softmax.
+  void compare() {
+    std::vector<char> light(size_t(pages_), 1);
+    for (int64_t r = 0; r < rows_; r++) {
+      const Floats shares = exponentials(mass_, r, largest(mass_, r));
+      const double limit = sum(shares) * call_.limit;
+      for (size_t page = 0; page < shares.size(); page++) light[page] &= double(shares[page]) < limit;
+    }
+    std::copy(light.begin() + first_, light.begin() + last_, skipped_.begin() + first_);
+  }
+
+  // Skip all but the heaviest.
+  void rank() {
+    Floats weight(size_t(pages_), 0.0f);
+    for (int64_t r = 0; r < rows_; r++) {
+      const Floats shares = exponentials(mass_, r, largest(mass_, r));
+      const double total = sum(shares);
+      for (int64_t page = first_; page < last_; page++)
+        weigh(weight[size_t(page)], double(shares[size_t(page)]) / total);
+    }
+    const std::vector<int32_t> order = ranked(weight);
+    const auto candidates = double(last_ - first_);
+    const size_t n = std::min(order.size(), size_t(candidates - std::ceil(candidates * call_.limit)));
+    for (size_t i = 0; i < n; i++) skipped_[size_t(order[i])] = 1;
+  }
+
+  void write() const {
+    const int64_t row = sequence_ * call_.h_kv + head_;
+    const int32_t* table = call_.block_table + sequence_ * call_.block_table_stride[0];
+    int32_t* to = call_.pages + row * call_.max_pages;
+    int64_t kept = 0;
+    for (int64_t page = 0; page < pages_; page++) {
+      if (skipped_[size_t(page)]) continue;
+      to[kept++] = int32_t(table[page * call_.block_table_stride[1]] * call_.page_step + head_ * call_.head_step);
+    }
+    std::fill(to + kept, to + call_.max_pages, 0);
+    call_.lengths[row] = int32_t(length_ - (pages_ - kept) * call_.page_size);
+    for (int64_t r = 0; r < rows_; r++) {
+      call_.residue[(sequence_ * call_.h_q + query_head(r)) * call_.s_q + r / group_] =
+          kept < pages_ ? residue(r) : -INFINITY;
+    }
+  }
+
+  // No less than the logarithm of the sum of the exponentials of what is skipped.
+  float residue(int64_t r) const {
+    float most = -INFINITY;
+    double sum = 0;
+    for (int64_t page = 0; page < pages_; page++) {
+      if (skipped_[size_t(page)] && !(upper_[at(r, page)] <= most)) most = upper_[at(r, page)];
+    }
+    if (!std::isfinite(most)) return most;
+    for (int64_t page = 0; page < pages_; page++) {
+      if (skipped_[size_t(page)]) sum += std::exp(double(upper_[at(r, page)]) - double(most));
+    }
+    const float log = most + float(std::log(sum));
+    return log + kRounding * (1 + std::fabs(log));
+  }
+
+  const FlashmlaChoosePages& call_;
+  int64_t sequence_, head_, length_, pages_, group_, rows_, first_, last_;
+  Floats mass_, upper_;  // [rows, pages]
+  std::vector<char> skipped_;
+};
+
+}  // namespace
+}  // namespace flashmla
+
+using namespace flashmla;
+
+extern "C" int flashmla_page_mass(const FlashmlaPageMass* call, const FlashmlaRuntime* runtime, char* message) {
+  const int64_t page_size = call->keys.page_size;
+  if (check_tables("page_mass", call->cache_seqlens, call->cache_seqlens_stride, call->b, call->block_table,
+                   call->block_table_stride, call->max_pages, page_size, call->keys.n_pages, message)) {
+    return 1;
+  }
+  const int64_t n = call->b * call->h_q * call->s_q * call->max_pages;
+  std::fill(call->mass, call->mass + n, -INFINITY);
+  std::fill(call->slack, call->slack + n, 0.0f);
+  MassContext context{*call, {}, kernels().page_mass_bytes(*call)};
+  for (int64_t i = 0; i < call->b; i++) {
+    const int64_t length = call->cache_seqlens[i * call->cache_seqlens_stride], pages = pages_of(length, page_size);
+    if (length < call->always.min_context) continue;
+    for (int64_t head = 0; head < call->keys.h_kv; head++) {
+      for (int64_t page = 0; page < pages; page += kPages) {
+        context.items.push_back({i, head, length, page, std::min(page + kPages, pages)});
+      }
+    }
+  }
+  std::atomic<bool> room{true};
+  struct Work {
+    MassContext& context;
+    std::atomic<bool>& room;
+  } work{context, room};
+  const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {
+    const Work& w = *static_cast<Work*>(opaque);
+    char* scratch = arena.reserve(size_t(w.context.bytes));
+    if (scratch == nullptr) return void(w.room.store(false, std::memory_order_relaxed));
+    for (int64_t i = begin; i < end; i++) kernels().page_mass(w.context.call, w.context.items[size_t(i)], scratch);
+  };
+  const int64_t items = int64_t(context.items.size());
+  if (items <= 1 || runtime->num_threads <= 1) {
+    body(0, items, &work);
+  } else {
+    runtime->parallel(items, body, &work);
+  }
+  if (room) return 0;
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::page_mass: out of memory");
+  return 1;
+}
+
+extern "C" int flashmla_choose_pages(const FlashmlaChoosePages* call, const FlashmlaRuntime* runtime, char* message) {
+  if (check_tables("choose_pages", call->cache_seqlens, call->cache_seqlens_stride, call->b, call->block_table,
+                   call->block_table_stride, call->max_pages, call->page_size, -1, message)) {
+    return 1;
+  }
+  const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {
+    const FlashmlaChoosePages& c = *static_cast<const FlashmlaChoosePages*>(opaque);
+    for (int64_t i = begin; i < end; i++) Choice(c, i / c.h_kv, i % c.h_kv).run();
+  };
+  const int64_t items = call->b * call->h_kv;
+  void* context = const_cast<FlashmlaChoosePages*>(call);
+  if (items * call->max_pages < 64 || runtime->num_threads <= 1) {
+    body(0, items, context);
+  } else {
+    runtime->parallel(items, body, context);
+  }
+  return 0;
+}
