@@ -15,11 +15,11 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from lowering.passes.axes import Access, Entry
-from lowering.passes.elements import broadcast, resolve
+from lowering.passes.axes import Access, Axis, Entry, access, constant, replaced
+from lowering.passes.elements import broadcast, pieces, resolve
 from lowering.passes.exact import INTEGERS, common_dtype, holds, represented
 from lowering.passes.forms import NEVER, Affine, Choice, Condition, Load, Opaque, Value
-from lowering.passes.graph import arguments, aten, inputs, prims, sources, value
+from lowering.passes.graph import arguments, aten, inputs, known, prims, shape, sources, value
 
 
 def evaluate(element: Access) -> Value:
@@ -199,6 +199,62 @@ def _compare(build: Callable[[Affine, Affine], tuple[Affine, ...]]) -> Callable[
     return rule
 
 
+def _differs(element: Access) -> Value:
+    """Only where it is decided: whether it holds for every element, or for none."""
+    same = _equal(element)
+    if isinstance(same, Condition):
+        if not (simple := same.simplified()).literals:
+            return NEVER
+        if simple.never():
+            return Condition()
+    return _unknown(element)
+
+
+def _everywhere(tensor: Node) -> Value:
+    """An element of a tensor, whichever it is."""
+    return evaluate(access(tensor, [Axis("any", size) for size in shape(tensor)]))
+
+
+def _cumsum(element: Access) -> Value:
+    """A sum of nothing but 0."""
+    summed = _as_number(_everywhere(inputs(element.node)[0]))
+    if isinstance(summed, Choice) and summed.condition.never():
+        summed = summed.other
+    nothing = isinstance(summed, Affine) and not summed.terms and known(summed.constant == 0)
+    return Affine(0) if nothing else _unknown(element)
+
+
+def _index(element: Access) -> Value:
+    """An element of a tensor that holds one integer everywhere."""
+    found = _everywhere(inputs(element.node)[0])
+    return found if isinstance(found, Affine) and not found.terms else _unknown(element)
+
+
+def _cat(element: Access) -> Value:
+    """A row of integers and single elements beside it that go on with it, as positions with the one before them do."""
+    joined = pieces(element.node)
+    entry = element.entry(joined[0]) if joined is not None else ()
+    if joined is None or len(entry) != 1 or entry[0].axis is None:
+        return _unknown(element)
+    (dim, parts), (digit,), axis = joined, entry, entry[0].axis
+    singles = [part for part in parts if known(part.size == 1)]
+    rows = [part for part in parts if not known(part.size == 1)]
+    if len(rows) != 1:
+        return _unknown(element)
+    moved = digit.within(rows[0].start - rows[0].source_start, shape(rows[0].source)[dim])
+    form = evaluate(Access(rows[0].source, replaced(element.index, dim, (moved,))))
+    if not isinstance(form, Affine) or form.loads():  # an element that is loaded may be none of the row's
+        return _unknown(element)
+    for part in singles:
+        place = constant(part.source_start, shape(part.source)[dim])
+        one = evaluate(Access(part.source, replaced(element.index, dim, place)))
+        step = form.factor(axis)
+        there = form + Affine((part.start - digit.offset) * step, ((axis, -step),))
+        if not isinstance(one, Affine) or one.key != there.key:
+            return _unknown(element)
+    return form
+
+
 def _minus(left: Affine, right: Affine) -> Affine:
     return left + right.scaled(-1)
 
@@ -260,6 +316,8 @@ def _attribute(element: Access) -> Value:
     return _unknown(element)
 
 
+_equal = _compare(lambda x, y: (_minus(x, y), _minus(y, x)))
+
 RULES: dict[Any, Callable[[Access], Value]] = {
     prims.iota.default: _iota,
     aten.arange.default: _arange,
@@ -283,6 +341,9 @@ RULES: dict[Any, Callable[[Access], Value]] = {
     aten.bitwise_not.default: _not,
     prims.convert_element_type.default: _convert,
     aten._to_copy.default: _convert,
+    aten.cumsum.default: _cumsum,
+    aten.index.Tensor: _index,
+    aten.cat.default: _cat,
 }
 for _op in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
     RULES[_op] = _zeros
@@ -297,6 +358,7 @@ for _packet, _build in (
     (aten.lt, lambda x, y: (_minus(x, y) + Affine(1),)),
     (aten.ge, lambda x, y: (_minus(y, x),)),
     (aten.gt, lambda x, y: (_minus(y, x) + Affine(1),)),
-    (aten.eq, lambda x, y: (_minus(x, y), _minus(y, x))),
 ):
     RULES[_packet.Tensor] = RULES[_packet.Scalar] = _compare(_build)
+for _packet, _rule in ((aten.eq, _equal), (aten.ne, _differs)):
+    RULES[_packet.Tensor] = RULES[_packet.Scalar] = _rule
