@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from flashmla_ops.formats import NATIVE, QUANTIZED
@@ -48,6 +50,25 @@ def lengths(draw: st.DrawFn, page_size: int, longest: int = 300) -> tuple[int, .
     )
     one = st.one_of(st.just(0), st.integers(1, 5), border, st.integers(0, longest))
     return tuple(draw(st.lists(one, min_size=0, max_size=5)))
+
+
+@st.composite
+def options(draw: st.DrawFn, n_sequences: int) -> dict[str, object]:
+    """Options of decode that have sequences cut in ways of their own, and what scores become."""
+    ragged = st.lists(st.integers(0, 40) | st.just(1), min_size=n_sequences, max_size=n_sequences).map(tuple)
+    return {
+        "window": draw(st.just(0) | st.integers(1, 5) | st.integers(1, 200)),
+        "softcap": draw(st.sampled_from([0.0, 0.5, 30.0])),
+        "s_qs": draw(st.none() | ragged),
+        "batch_invariant": draw(st.booleans()),
+    }
+
+
+@st.composite
+def option_cases(draw: st.DrawFn) -> DecodeCase:
+    """A decode case with any options, among them prompts, parts of prompts and decoding sequences in one call."""
+    case: DecodeCase = draw(decode_cases() | mla_cases())
+    return replace(case, num_parts=None, **draw(options(len(case.lengths))))
 
 
 @st.composite

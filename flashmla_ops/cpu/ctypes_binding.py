@@ -21,6 +21,7 @@ from flashmla_ops.ops.append import APPEND, APPEND_TWO
 from flashmla_ops.ops.decode import DECODE, Decode
 from flashmla_ops.ops.decode_up import DECODE_UP
 from flashmla_ops.ops.merge import MERGE_STATES
+from flashmla_ops.ops.ragged import check_bounds
 from flashmla_ops.ops.schedule import DECODE_SCHEDULE
 from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL, SparseDecode, SparsePrefill
 
@@ -63,14 +64,16 @@ class Binding:
         self._decode(DECODE.bind(*args, **kwargs), out, lse)
 
     def _decode(self, a: Decode, out: Tensor, lse: Tensor) -> None:
-        call, plan = _decode_call("decode", a, lse)
-        call.out, call.out_stride = out.data_ptr(), out.stride()[:3]
+        bounds = _boundaries("decode", a)
+        call, plan = _decode_call("decode", a, lse, bounds)
+        call.out, call.out_stride = out.data_ptr(), _padded(out.stride()[:-1], 3)
         self._call(self._library.flashmla_decode, byref(call), *_schedule(plan), byref(self._runtime()))
 
     def decode_up(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         out, lse = DECODE_UP.fake(*args, **kwargs)
         a = DECODE_UP.bind(*args, **kwargs)
-        call, plan = _decode_call("decode_up", a, lse)
+        bounds = _boundaries("decode_up", a)
+        call, plan = _decode_call("decode_up", a, lse, bounds)
         weight, along_k = a.weight, a.weight.stride(2) != 1 and a.weight.size(2) != 1
         up = structs.Up(weight.data_ptr(), weight.stride(), along_k, weight.size(2), out.data_ptr())
         function = self._library.flashmla_decode_up
@@ -168,26 +171,45 @@ class Binding:
         return out, lse
 
 
-def _decode_call(op: str, a: Decode, lse: Tensor) -> tuple[structs.Decode, Tensor | None]:
+def _boundaries(op: str, a: Decode) -> Tensor | None:
+    """The call's ``cu_seqlens_q`` as int32: it must live as long as the call."""
+    if a.cu_seqlens_q is None or a.cu_seqlens_q.dtype == torch.int32:
+        return a.cu_seqlens_q
+    check_bounds(op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0))
+    return a.cu_seqlens_q.to(torch.int32)
+
+
+def _padded(strides: Sequence[int], n: int) -> tuple[int, ...]:
+    """As many strides as there are with a dimension of sequences: it is 0 where they are ragged."""
+    return (*[0] * (n - len(strides)), *strides)
+
+
+def _decode_call(op: str, a: Decode, lse: Tensor, bounds: Tensor | None) -> tuple[structs.Decode, Tensor | None]:
     """The call, but for its out, and the schedule in one piece: it must live as long as the call."""
     q, kv_cache = a.q, a.kv_cache
-    b, s_q, h_q, d_qk = q.shape
+    s_q, h_q, d_qk = q.shape[-3:]
     call = structs.Decode(
         op=op.encode(),
         dtype=structs.DTYPES[q.dtype],
         causal=a.causal,
-        b=b,
-        s_q=s_q,
+        b=a.cache_seqlens.size(0),
+        s_q=s_q if bounds is None else 0,
         h_q=h_q,
         h_kv=kv_cache.size(2),
         d_qk=d_qk,
         d_v=a.d_v,
         qk_start=a.qk_start,
         softmax_scale=d_qk**-0.5 if a.softmax_scale is None else a.softmax_scale,
+        softcap=a.softcap,
+        window=a.window,
         levels=a.levels,
+        batch_invariant=a.batch_invariant,
         row_format=NAMES.index(a.row_format),
         q=q.data_ptr(),
-        q_stride=q.stride(),
+        q_stride=_padded(q.stride(), 4),
+        cu_seqlens_q=None if bounds is None else bounds.data_ptr(),
+        cu_seqlens_q_stride=0 if bounds is None else bounds.stride(0),
+        t_q=q.size(0),
         kv=_cache(kv_cache, a.row_format),
         k=structs.Cache() if a.k_cache is None else _cache(a.k_cache),
         n_pages=kv_cache.size(0),
@@ -200,7 +222,7 @@ def _decode_call(op: str, a: Decode, lse: Tensor) -> tuple[structs.Decode, Tenso
         attn_sink=None if a.attn_sink is None else a.attn_sink.data_ptr(),
         attn_sink_stride=0 if a.attn_sink is None else a.attn_sink.stride(0),
         lse=lse.data_ptr(),
-        lse_stride=lse.stride(),
+        lse_stride=_padded(lse.stride(), 3),
     )
     return call, None if a.schedule is None else a.schedule.contiguous()
 

@@ -141,6 +141,7 @@ class Call:
     sink: Tensor | None
     source: str  # pages, or indices: then each query token is an item of its own
     whole: bool  # whether no item may be cut: then its bits are the same whatever else is in the batch
+    unserved: str = ""  # an option that no kernel has
 
     @property
     def tokens(self) -> int:
@@ -188,8 +189,8 @@ class Call:
             else " + ".join(str(t.size(3)) for t in (cache.kv, cache.k) if t is not None)
             for cache in self.caches
         )
-        heads = f"h_q {self.q.size(2)} h_kv {self.caches[0].kv.size(2)}"
-        return f"{self.op} {dtype_name(self.q.dtype)} s_q {self.q.size(1)} {heads} rows {rows} d_v {self.d_v}"
+        heads = f"h_q {self.q.size(-2)} h_kv {self.caches[0].kv.size(2)}"
+        return f"{self.op} {dtype_name(self.q.dtype)} s_q {self.q.size(-3)} {heads} rows {rows} d_v {self.d_v}"
 
 
 def decode(engine: Engine, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +203,9 @@ def decode_call(a: Decode) -> Call:
     fields = ("kv_cache", "k_cache", "block_table", "cache_seqlens")
     caches = [Cache(fields, a.kv_cache, a.k_cache, a.block_table, a.cache_seqlens, a.row_format)]
     options = (a.qk_start, a.d_v, a.softmax_scale, a.causal, a.attn_sink)
-    return Call("decode", a.q, caches, *options, source="pages", whole=False)
+    given = {"window": a.window, "softcap": a.softcap, "cu_seqlens_q": a.cu_seqlens_q is not None}
+    unserved = ", ".join(name for name, value in given.items() if value)
+    return Call("decode", a.q, caches, *options, source="pages", whole=a.batch_invariant, unserved=unserved)
 
 
 def decode_up(engine: Engine, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +251,7 @@ def planned(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A]
     """Raises what the operator's contract does not allow."""
     results, finish = operator.results(a), None
     if isinstance(a, DecodeUp):
-        results, finish = (Result([*a.q.shape[:3], a.d_v], a.q.dtype), results[1]), project
+        results, finish = (Result([*a.q.shape[:-1], a.d_v], a.q.dtype), results[1]), project
     call = call_of(a)
     try:
         plan = launches(engine, call, choose(engine.device, call), results)
@@ -261,6 +264,8 @@ def planned(engine: Engine, operator: Operator[Any], a: A, call_of: Callable[[A]
 
 def choose(device: Device, call: Call) -> CallConfig:
     """The kernel for a call. Raises `Unserved`."""
+    if call.unserved:
+        raise Unserved(f"no kernel has {call.unserved}")
     for cache in call.caches:
         cache.check()
     first, second = call.caches[0], call.caches[1] if len(call.caches) > 1 else None

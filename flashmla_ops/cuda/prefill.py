@@ -55,6 +55,8 @@ def check(a: Prefill, d: int) -> None:
         raise Unserved(f"torch's flash attention takes heads of {MOST_ELEMENTS} elements at most, these have {d}")
     if a.softmax_scale is not None and a.softmax_scale <= 0:
         raise Unserved(f"torch's flash attention needs a scale above 0, got {a.softmax_scale}")
+    if a.window or a.softcap or a.attn_sink is not None:
+        raise Unserved("torch's flash attention is called without window, softcap and attn_sink")
     if not proven(a.q.device):
         raise Unserved("torch's flash attention is not what the definition is, on this device")
 

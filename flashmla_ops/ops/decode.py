@@ -10,7 +10,7 @@ memory, as attention is written on paper; 2, blocks of tokens that stay in cache
 default), blocks, and sequences cut into parts that run in parallel and are merged. `flashmla_ops.footprint` says what
 each keeps in memory.
 
-    q                [b, s_q, h_q, d_qk] float32, bfloat16 or float16: queries
+    q                [b, s_q, h_q, d_qk] float32, bfloat16 or float16: queries; [t_q, h_q, d_qk] with ``cu_seqlens_q``
     kv_cache         [n_pages, page_size, h_kv, d], of q's type; bytes with a ``row_format``
     k_cache          [n_pages, page_size, h_kv, d_k] or None: the rest of each key
     block_table      [b, max_pages] int32: the pages of each sequence
@@ -21,11 +21,19 @@ each keeps in memory.
     schedule         int32, as `decode_schedule` returns it for these lengths; None: made now
     row_format       "native", or a name of `flashmla_ops.formats`
     attn_sink        [h_q] float32 or None: a logit beside the scaled scores that has no value
+    window           a query sees the last so many of the rows that it would see without; 0: all of them. Pages of rows
+                     that no query sees are not looked at: they may have been given to others
+    softcap          scaled scores s become softcap * tanh(s / softcap); 0: they stay
+    cu_seqlens_q     [b + 1] int32 or int64 or None: sequence i has the query tokens from cu_seqlens_q[i] to
+                     cu_seqlens_q[i + 1]: prompts, parts of prompts and decoding sequences in one call
+    batch_invariant  a sequence's results are the same bits whatever else is in the batch, on any number of threads
 
-Returns out [b, s_q, h_q, d_v], of q's type, and lse [b, h_q, s_q] float32, the natural log of the sum of exponentials;
-``decode.out`` writes them into ``out`` and ``lse``. A query that sees no row has out 0 and lse +inf.
+Returns out [b, s_q, h_q, d_v], of q's type, and lse [b, h_q, s_q] float32, the natural log of the sum of exponentials
+(with ``cu_seqlens_q`` out [t_q, h_q, d_v] and lse [h_q, t_q]); ``decode.out`` writes them into ``out`` and ``lse``. A
+query that sees no row has out 0 and lse +inf.
 Raises `ArgumentError` for what does not fit, a length beyond the block table, a page that the cache does not have (of a
-row that counts), and a schedule for other lengths.
+row that counts), and a schedule for other lengths, or beside a window, ``cu_seqlens_q`` or ``batch_invariant``, which
+have the work cut in ways of their own.
 """
 
 from __future__ import annotations
@@ -42,18 +50,22 @@ from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
 from flashmla_ops.ops._vmap import each, folded
-from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.check import Check, Result, lse_shape, with_last
 from flashmla_ops.ops.operator import Arguments, Operator, Static
 from flashmla_ops.ops.quantize import check_pages
+from flashmla_ops.ops.ragged import check_boundaries, check_bounds
 from flashmla_ops.ops.schedule import check_schedule
 from flashmla_ops.reference.schedule import schedule_numel
+
+#: The largest number of float32.
+MAX_SOFTCAP = 3.4028234663852886e38
 
 
 @dataclass
 class Cached(Arguments):
     """Queries, and the sequences of a paged cache that they attend to."""
 
-    q: Tensor  # [b, s_q, h_q, d_qk]
+    q: Tensor  # [b, s_q, h_q, d_qk], or [t_q, h_q, d_qk] where sequences are ragged
     kv_cache: Tensor  # [n_pages, page_size, h_kv, d], d contiguous
     k_cache: Tensor | None  # [n_pages, page_size, h_kv, d_k], d_k contiguous
     block_table: Tensor  # [b, max_pages] int32
@@ -72,6 +84,10 @@ class Options(Arguments):
     row_format: str = NATIVE
     attn_sink: Tensor | None = None  # [h_q] float32
     levels: Static = 3
+    window: int = 0
+    softcap: float = 0.0
+    cu_seqlens_q: Tensor | None = None  # [b + 1] int32 or int64
+    batch_invariant: bool = False
 
 
 @dataclass
@@ -85,10 +101,14 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
     uncut = a.levels == 3 or a.schedule is None
     check.require("schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
     check.require("row_format", a.row_format in NAMES, f"one of {FORMAT_NAMES}", a.row_format)
-    check.dims("q", a.q, "[b, s_q, h_q, d_qk]")
+    if a.cu_seqlens_q is None:
+        check.dims("q", a.q, "[b, s_q, h_q, d_qk]")
+        check.require("q", a.q.size(1) >= 1, "at least 1 query token (s_q)", a.q.size(1))
+    else:
+        check.dims("q", a.q, "[t_q, h_q, d_qk]")
+        check_boundaries(check, "cu_seqlens_q", a.cu_seqlens_q, a.q)
+    b = a.q.size(0) if a.cu_seqlens_q is None else a.cu_seqlens_q.size(0) - 1
     check.floating("q", a.q)
-    b, s_q, h_q, _ = a.q.shape
-    check.require("q", s_q >= 1, "at least 1 query token (s_q)", s_q)
     check_cache(check, "kv_cache", a.kv_cache, a.q, a.row_format)
     native = a.row_format == NATIVE
     check.require("k_cache", native or a.k_cache is None, f"None with rows of {a.row_format}", "a tensor")
@@ -96,14 +116,17 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
     check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, "[n_pages, page_size, h_kv, d_k]")
     check_table(check, a, b)
     check_sink(check, a.q, a.attn_sink)
+    check_scores(check, a.window, a.softcap)
     if a.schedule is not None:
+        uniform = a.window == 0 and a.cu_seqlens_q is None and not a.batch_invariant
+        check.require("schedule", uniform, "None with window, cu_seqlens_q or batch_invariant", "a tensor")
         check.dims("schedule", a.schedule, "[n]")
         check.dtype("schedule", a.schedule, torch.int32)
         check.device("schedule", a.schedule, a.q)
         smallest = schedule_numel(b, 1)
         enough = a.schedule.size(0) >= smallest
         check.require("schedule", enough, f"at least {smallest} elements", a.schedule.size(0))
-    return Result([b, s_q, h_q, a.d_v], a.q.dtype), Result([b, h_q, s_q], torch.float32)
+    return Result(with_last(a.q, a.d_v), a.q.dtype), Result(lse_shape(a.q), torch.float32)
 
 
 def check_table(check: Check, a: Cached, b: int) -> None:
@@ -168,9 +191,16 @@ def check_sink(check: Check, q: Tensor, attn_sink: Tensor | None) -> None:
         check.size("attn_sink", attn_sink, 0, q.size(-2), " heads, as q")
 
 
+def check_scores(check: Check, window: int, softcap: float) -> None:
+    check.require("window", window >= 0, "at least 1, or 0 for none", window)
+    check.require("softcap", softcap >= 0 and softcap <= MAX_SOFTCAP, "a positive number, or 0 for none", softcap)
+
+
 def check_values(check: Check, a: Decode) -> None:
     """The preconditions that lengths and the schedule decide; those of pages are the reference's."""
     check_lengths(check, a)
+    if a.cu_seqlens_q is not None:
+        check_bounds(check.op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0))
     if a.schedule is not None:
         check_schedule(check, a.schedule, a.cache_seqlens, a.q.size(1), a.q.size(2), a.kv_cache.size(2))
 
@@ -184,7 +214,7 @@ def check_lengths(check: Check, a: Cached) -> None:
 
 def inputs(a: Decode) -> dict[str, Any]:
     """What the reference takes: all but what only says how to compute it."""
-    return {name: value for name, value in vars(a).items() if name not in ("schedule", "levels")}
+    return {name: value for name, value in vars(a).items() if name not in ("schedule", "levels", "batch_invariant")}
 
 
 def fold(size: int, dims: dict[str, Any], a: Decode) -> Decode:
@@ -210,6 +240,8 @@ def folds(dims: dict[str, Any], a: Decode, *of_heads: str) -> bool:
 
     ``of_heads``: the arguments that belong to heads.
     """
+    if a.cu_seqlens_q is not None:
+        return False
     if any(dims[name] is not None for name in of_heads):
         return False
     if a.k_cache is not None and (dims["kv_cache"] is None) != (dims["k_cache"] is None):

@@ -8,8 +8,9 @@ into ``kv_b_proj``. It is read once for all sequences, and what was attended to 
     weight           [h_q, d_v, d_up], of q's type, contiguous along d_v or d_up
 
 The others are those of `decode`: q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale,
-causal, schedule, row_format, attn_sink and levels. Returns out [b, s_q, h_q, d_up] and lse [b, h_q, s_q] float32, and
-raises `ArgumentError`, as `decode` does.
+causal, schedule, row_format, attn_sink, levels, window, softcap, cu_seqlens_q and batch_invariant. Returns out
+[b, s_q, h_q, d_up] and lse [b, h_q, s_q] float32 (ragged: [t_q, h_q, d_up] and [h_q, t_q]), and raises `ArgumentError`,
+as `decode` does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.ops import decode
 from flashmla_ops.ops._autocast import cast
-from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.check import Check, Result, with_last
 from flashmla_ops.ops.operator import Operator
 
 
@@ -46,14 +47,14 @@ def contract(check: Check, a: DecodeUp) -> tuple[Result, Result]:
     check.dims("weight", weight, "[h_q, d_v, d_up]")
     check.dtype("weight", weight, a.q.dtype)
     check.device("weight", weight, a.q)
-    check.size("weight", weight, 0, a.q.size(2), " heads, as q")
+    check.size("weight", weight, 0, a.q.size(-2), " heads, as q")
     check.require("weight", weight.size(1) == a.d_v, f"d_v {a.d_v}", weight.size(1))
     check.require("weight", weight.size(2) >= 1, "d_up of at least 1", weight.size(2))
     rows = weight.stride(2) == 1 or weight.size(2) == 1
     columns = weight.stride(1) == 1 or a.d_v == 1
     strides = f"strides {weight.stride(1)} and {weight.stride(2)}"
     check.require("weight", rows or columns, "one of the last two dimensions contiguous", strides)
-    return Result([a.q.size(0), a.q.size(1), a.q.size(2), weight.size(2)], a.q.dtype), lse
+    return Result(with_last(a.q, weight.size(2)), a.q.dtype), lse
 
 
 def vmap(size: int, dims: dict[str, Any], a: DecodeUp) -> tuple[Any, Any]:

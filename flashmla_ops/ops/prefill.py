@@ -12,14 +12,18 @@ are kept, for comparison; 2 and 3 are the same here, where blocks of queries occ
     cu_seqlens_k   [b + 1], likewise of keys and values
     causal         aligned bottom-right: the last query sees all keys
     softmax_scale  None: d_qk ** -0.5
+    attn_sink      [h_q] float32 or None: a logit beside the scaled scores that has no value
+    window         a query sees the last so many of the keys that it would see without; 0: all of them
+    softcap        scaled scores s become softcap * tanh(s / softcap); 0: they stay
 
-Returns out [t_q, h_q, d_v], of q's type, and lse [h_q, t_q] float32, natural. A query that sees no key has out 0 and
-lse +inf. Raises `ArgumentError` for shapes, types and devices that do not fit, and for boundaries that do not rise
-from 0 to the number of tokens.
+Returns out [t_q, h_q, d_v], of q's type, and lse [h_q, t_q] float32, natural, in which the sink does not count. A query
+that sees no key has out 0 and lse +inf. Raises `ArgumentError` for shapes, types and devices that do not fit, and for
+boundaries that do not rise from 0 to the number of tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +31,12 @@ import torch
 from torch import Tensor
 
 from flashmla_ops import reference
-from flashmla_ops.errors import ArgumentError
-from flashmla_ops.ops._autocast import all_cast
-from flashmla_ops.ops._vmap import folded, front
-from flashmla_ops.ops.check import Check, Result, dtype_name
+from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._vmap import each, folded, front
+from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.decode import check_scores, check_sink
 from flashmla_ops.ops.operator import Arguments, Operator, Static
+from flashmla_ops.ops.ragged import check_boundaries, check_bounds
 
 
 @dataclass
@@ -52,11 +57,16 @@ class Prefill(Sequences):
     causal: bool = False
     softmax_scale: float | None = None
     levels: Static = 3
+    attn_sink: Tensor | None = None  # [h_q] float32
+    window: int = 0
+    softcap: float = 0.0
 
 
 def contract(check: Check, a: Prefill) -> tuple[Result, Result]:
     check.require("levels", a.levels in (1, 2, 3), "1, 2 or 3", a.levels)
     check_sequences(check, a)
+    check_sink(check, a.q, a.attn_sink)
+    check_scores(check, a.window, a.softcap)
     t_q, h_q, _ = a.q.shape
     return Result([t_q, h_q, a.v.size(2)], a.q.dtype), Result([h_q, t_q], torch.float32)
 
@@ -87,47 +97,30 @@ def check_keys(check: Check, name: str, tensor: Tensor, q: Tensor, shape: str) -
     check.contiguous_rows(name, tensor)
 
 
-def check_boundaries(check: Check, name: str, tensor: Tensor, q: Tensor) -> None:
-    check.dims(name, tensor, "[b + 1]")
-    known = tensor.dtype in (torch.int32, torch.int64)
-    check.require(name, known, "int32 or int64", dtype_name(tensor.dtype))
-    check.device(name, tensor, q)
-    check.require(name, tensor.size(0) >= 1, "at least 1 element", tensor.size(0))
-
-
 def check_values(check: Check, a: Sequences) -> None:
     check_bounds(check.op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0))
     check_bounds(check.op, "cu_seqlens_k", a.cu_seqlens_k, a.k.size(0))
 
 
-def check_bounds(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise unless ``cu_seqlens`` begins at 0, never falls and ends at ``tokens``."""
-    bounds: list[int] = cu_seqlens.tolist()
-    for i, bound in enumerate(bounds):
-        if not -(2**31) <= bound < 2**31:
-            raise ArgumentError(op, name, "values that int32 holds", f"{bound} at [{i}]")
-    if bounds[0] != 0:
-        raise ArgumentError(op, name, "0 at [0]", bounds[0])
-    for i in range(1, len(bounds)):
-        if bounds[i] < bounds[i - 1]:
-            raise ArgumentError(op, name, f"at least {bounds[i - 1]} at [{i}]", bounds[i])
-    if bounds[-1] != tokens:
-        raise ArgumentError(op, name, f"{tokens} at [{len(bounds) - 1}], the number of tokens", bounds[-1])
-
-
-def vmap(size: int, dims: dict[str, Any], a: Prefill) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+def vmap(size: int, dims: dict[str, Any], a: Prefill) -> tuple[Any, Any]:
     """The mapped dimension joins the query heads, if only q is mapped, or else the sequences."""
     prefill, options = torch.ops.flashmla.prefill.default, (a.causal, a.softmax_scale, a.levels)
+    sink, scores = a.attn_sink, (a.window, a.softcap)
     if all(dims[name] is None for name in ("k", "v", "cu_seqlens_q", "cu_seqlens_k")):
         groups = front(a.q, dims["q"], size).unflatten(2, (a.k.size(1), -1)).permute(1, 2, 0, 3, 4)
         # groups: [t_q, h_kv, size, query heads of a KV head, d_qk]
-        out, lse = prefill(groups.flatten(1, 3), a.k, a.v, a.cu_seqlens_q, a.cu_seqlens_k, *options)
+        if sink is not None:
+            sink = front(sink, dims["attn_sink"], size).unflatten(1, (a.k.size(1), -1)).transpose(0, 1).flatten()
+        heads = groups.flatten(1, 3)
+        out, lse = prefill(heads, a.k, a.v, a.cu_seqlens_q, a.cu_seqlens_k, *options, sink, *scores)
         out = out.unflatten(1, groups.shape[1:4]).movedim(2, 0).flatten(2, 3)
         return (out, lse.unflatten(0, groups.shape[1:4]).movedim(1, 0).flatten(1, 2)), (0, 0)
+    if dims["attn_sink"] is not None:
+        return each(prefill, size, dims, a)
     q, k, v = (folded(tensor, dims[name], size) for name, tensor in (("q", a.q), ("k", a.k), ("v", a.v)))
     bounds_q = _joined(front(a.cu_seqlens_q, dims["cu_seqlens_q"], size), q.size(0) // size)
     bounds_k = _joined(front(a.cu_seqlens_k, dims["cu_seqlens_k"], size), k.size(0) // size)
-    out, lse = prefill(q, k, v, bounds_q, bounds_k, *options)
+    out, lse = prefill(q, k, v, bounds_q, bounds_k, *options, sink, *scores)
     return (out.unflatten(0, (size, -1)), lse.unflatten(1, (size, -1))), (0, 1)
 
 
@@ -142,13 +135,17 @@ def _joined(bounds: Tensor, tokens: int) -> Tensor:
     return torch.where(spans, bounds + first, -1).flatten()
 
 
+def autocast(dtype: torch.dtype, a: Prefill) -> Prefill:
+    return dataclasses.replace(a, q=cast(a.q, dtype), k=cast(a.k, dtype), v=cast(a.v, dtype))
+
+
 PREFILL = Operator(
     "prefill",
     Prefill,
     contract,
-    lambda a: reference.prefill(*a.values()[:-1]),
+    lambda a: reference.prefill(**{name: value for name, value in vars(a).items() if name != "levels"}),
     returns=("out", "lse"),
     values=check_values,
     vmap=vmap,
-    autocast=all_cast,
+    autocast=autocast,
 )

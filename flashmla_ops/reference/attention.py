@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from flashmla_ops.reference.cache import gather_rows
 
 
 def decode(
-    q: Tensor,  # [b, s_q, h_q, d_qk]
+    q: Tensor,  # [b, s_q, h_q, d_qk], or [t_q, h_q, d_qk] with cu_seqlens_q
     kv_cache: Tensor,  # [n_pages, page_size, h_kv, d]
     k_cache: Tensor | None,  # [n_pages, page_size, h_kv, d_k]
     block_table: Tensor,  # [b, max_pages] int32
@@ -25,44 +26,79 @@ def decode(
     causal: bool = False,
     attn_sink: Tensor | None = None,  # [h_q] float32
     row_format: str = NATIVE,
+    window: int = 0,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,  # [b + 1]
     *,
     op: str = "decode",
-) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q], float64
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v] and lse [b, h_q, s_q], or [t_q, h_q, d_v] and [h_q, t_q], float64
     """softmax(scale * q k^T) v over each sequence's rows; the value and the key are slices of the same row.
 
-    With ``causal``, query s of a sequence sees the keys before ``length - s_q + s + 1`` (bottom-right alignment).
-    A query that sees no key has out 0 and lse +inf. ``attn_sink`` scales out by exp(lse) / (exp(lse) + exp(sink)).
-    ``op`` names itself in the error for a page that the cache does not have.
+    Query s of a sequence sees the rows `visible` to it. A query that sees none has out 0 and lse +inf. ``attn_sink``
+    scales out by exp(lse) / (exp(lse) + exp(sink)). ``op`` names itself in the error for a page that the cache does
+    not have.
     """
-    b, s_q, h_q, d_qk = q.shape
-    scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
-    out = q.new_zeros((b, s_q, h_q, d_v), dtype=torch.float64)
-    lse = q.new_full((b, h_q, s_q), math.inf, dtype=torch.float64)
-    for i, length in enumerate(cache_seqlens.tolist()):
-        if length == 0:
-            continue
-        rows = gather_rows(kv_cache, block_table[i], length, row_format=row_format, op=op, sequence=i)  # [t, h_kv, d]
+    queries = list(q) if cu_seqlens_q is None else [q[slice(*ends)] for ends in pairwise(cu_seqlens_q.tolist())]
+    outs, lses = [], []
+    for i, (one, length) in enumerate(zip(queries, cache_seqlens.tolist(), strict=True)):
+        begins, ends = visible(len(one), length, causal, window)
+        first, last = min(begins, default=0), max(ends, default=0)  # rows that no query sees are not looked at
+        rows = gather_rows(kv_cache, block_table[i], first, last, row_format=row_format, op=op, sequence=i)
         value, key = rows[..., :d_v], rows[..., qk_start:]
         if k_cache is not None:
-            key = torch.cat([key, gather_rows(k_cache, block_table[i], length, op=op, sequence=i)], dim=-1)
-        heads = (rows.size(1), h_q // rows.size(1))  # h: KV head, g: query head of its group
-        groups = q[i].double().reshape(s_q, *heads, d_qk)
-        scores = torch.einsum("shgd,thd->hgst", groups, key.double()).reshape(h_q, s_q, length) * scale
-        if causal:
-            last = torch.arange(s_q, device=q.device) + length - s_q
-            scores.masked_fill_(torch.arange(length, device=q.device) > last[:, None], -math.inf)
-        attends = scores.max(dim=-1).values > -math.inf  # [h, s]; False for NaN scores too, which stay NaN below
-        seen = attends | scores.isnan().any(dim=-1)
-        row_lse = scores.logsumexp(dim=-1)
-        weights = (scores - row_lse[..., None]).exp().where(seen[..., None], 0.0)
-        lse[i] = row_lse.where(seen, math.inf)
-        weights = weights.reshape(*heads, s_q, length)
-        out[i] = torch.einsum("hgst,thd->shgd", weights, value.double()).reshape(s_q, h_q, d_v)
+            key = torch.cat([key, gather_rows(k_cache, block_table[i], first, last, op=op, sequence=i)], dim=-1)
+        t = torch.arange(first, last, device=q.device)
+        shown = (t >= t.new_tensor(begins)[:, None]) & (t < t.new_tensor(ends)[:, None])
+        out, lse = attend(one, key, value, shown, softmax_scale, softcap)
+        outs.append(out)
+        lses.append(lse)
+    if cu_seqlens_q is None:
+        out, lse = torch.stack(outs) if outs else q.new_zeros(0), torch.stack(lses) if lses else q.new_zeros(0)
+        out, lse = out.reshape(*q.shape[:-1], d_v).double(), lse.reshape(q.size(0), q.size(2), q.size(1)).double()
+    else:
+        out = torch.cat(outs) if outs else q.new_zeros((0, q.size(1), d_v), dtype=torch.float64)
+        lse = torch.cat(lses, dim=-1) if lses else q.new_zeros((q.size(1), 0), dtype=torch.float64)
     if attn_sink is not None:
         share = torch.sigmoid(lse - attn_sink.double()[:, None])
         share = share.where(lse != math.inf, 0.0)  # nothing was seen: out stays 0, whatever the sink
-        out *= share.transpose(1, 2)[..., None]
+        out *= share.transpose(-2, -1)[..., None]
     return out, lse
+
+
+def visible(s_q: int, length: int, causal: bool, window: int) -> tuple[list[int], list[int]]:
+    """Where the rows that each of ``s_q`` queries sees begin and end, of a sequence of ``length`` rows.
+
+    With ``causal``, query s sees the rows before ``length - s_q + s + 1`` (bottom-right alignment). With ``window`` it
+    sees the last ``window`` of those.
+    """
+    ends = [max(length - s_q + s + 1, 0) if causal else length for s in range(s_q)]
+    return [max(end - window, 0) if window else 0 for end in ends], ends
+
+
+def attend(
+    q: Tensor,  # [s_q, h_q, d_qk]
+    key: Tensor,  # [t, h_kv, d_qk]
+    value: Tensor,  # [t, h_kv, d_v]
+    shown: Tensor,  # [s_q, t] bool
+    softmax_scale: float | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # [s_q, h_q, d_v], [h_q, s_q], float64
+    """Attention of the queries of one sequence."""
+    (s_q, h_q, d_qk), h_kv = q.shape, key.size(1)
+    groups = q.double().reshape(s_q, h_kv, h_q // h_kv, d_qk)
+    scores = torch.einsum("shgd,thd->hgst", groups, key.double()).reshape(h_q, s_q, len(key))
+    scores = scores * (d_qk**-0.5 if softmax_scale is None else softmax_scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~shown, -math.inf)
+    if len(key) == 0:
+        return q.new_zeros((s_q, h_q, value.size(2)), dtype=torch.float64), scores.sum(dim=-1) + math.inf
+    # NaN scores are not seen as empty: they stay NaN below.
+    seen = (scores.amax(dim=-1) > -math.inf) | scores.isnan().any(dim=-1)  # [h, s]
+    lse = scores.logsumexp(dim=-1)
+    weights = (scores - lse[..., None]).exp().where(seen[..., None], 0.0)
+    out = torch.einsum("hgst,thd->shgd", weights.unflatten(0, (h_kv, h_q // h_kv)), value.double())
+    return out.reshape(s_q, h_q, value.size(2)), lse.where(seen, math.inf)
 
 
 def decode_up(*cache: Any, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -82,22 +118,24 @@ def prefill(
     cu_seqlens_k: Tensor,  # [b + 1] int32 or int64
     causal: bool = False,
     softmax_scale: float | None = None,
+    attn_sink: Tensor | None = None,  # [h_q] float32
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # out [t_q, h_q, d_v], lse [h_q, t_q], float64
-    """Each sequence is a `decode` whose one page holds V as its rows' values and K as their keys."""
-    t_q, h_q, _ = q.shape
-    out = q.new_zeros((t_q, h_q, v.size(2)), dtype=torch.float64)
-    lse = q.new_full((h_q, t_q), math.inf, dtype=torch.float64)
-    first_page = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(bounds_q) - 1):
-        queries, keys = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
-        length = torch.tensor([bounds_k[i + 1] - bounds_k[i]], dtype=torch.int32, device=q.device)
-        if length == 0 or queries.start == queries.stop:
-            continue
-        values, d_v = v[None, keys], v.size(2)
-        part = decode(q[None, queries], values, k[None, keys], first_page, length, d_v, d_v, softmax_scale, causal)
-        out[queries], lse[:, queries] = part[0][0], part[1][0]
-    return out, lse
+    """A `decode` over pages of one token, where V holds the values of the rows and K their keys."""
+    bounds = cu_seqlens_k.tolist()
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    table = torch.zeros(len(lengths), max(lengths, default=0), dtype=torch.int32, device=q.device)
+    for i, length in enumerate(lengths):
+        table[i, :length] = torch.arange(bounds[i], bounds[i] + length)
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    pages, d_v = (v[:, None], k[:, None], table, seqlens), v.size(2)
+    return decode(
+        *(q, *pages, d_v, d_v, softmax_scale, causal, attn_sink),
+        window=window,
+        softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q,
+    )
 
 
 def attend_masked(

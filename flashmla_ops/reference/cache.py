@@ -12,20 +12,21 @@ from flashmla_ops.formats import NATIVE, QUANTIZED
 def gather_rows(
     cache: Tensor,  # [n_pages, page_size, h_kv, d]
     pages: Tensor,  # [max_pages] int32, one row of a block table
-    length: int,
+    begin: int,
+    end: int,
     *,
     row_format: str = NATIVE,
     op: str = "decode",
     sequence: int = 0,
-) -> Tensor:  # [length, h_kv, elements]
-    """The first ``length`` rows of a sequence. Entries past its last page are not looked at, whatever they hold."""
+) -> Tensor:  # [end - begin, h_kv, elements]
+    """Rows [begin, end) of a sequence. Entries of other rows' pages are not looked at, whatever they hold."""
     n_pages, page_size = cache.shape[:2]
-    live = pages[: -(-length // page_size)].long()
-    for index, page in enumerate(live.tolist()):
+    for index in range(begin // page_size, -(-end // page_size)):
+        page = int(pages[index])
         if not 0 <= page < n_pages:
             raise ArgumentError(op, "block_table", f"pages in [0, {n_pages})", f"{page} at [{sequence}, {index}]")
-    positions = torch.arange(length, device=cache.device)
-    return read_rows(cache, live[positions // page_size], positions % page_size, row_format)
+    positions = torch.arange(begin, end, device=cache.device)
+    return read_rows(cache, pages.long()[positions // page_size], positions % page_size, row_format)
 
 
 def read_rows(

@@ -36,7 +36,7 @@ def decode_into(*tensors: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> Te
     inputs = dict(zip(a.tensors, tensors, strict=True))
     q = inputs["q"]
     lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
-    options = {name: getattr(a, name) for name in ("d_v", "qk_start", "softmax_scale", "causal")}
+    options = {name: getattr(a, name) for name in ("d_v", "qk_start", "softmax_scale", "causal", "softcap")}
     torch.ops.flashmla.decode.out(**{"k_cache": None} | inputs | options, out=out, lse=lse)
     return out
 

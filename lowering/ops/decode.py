@@ -44,7 +44,7 @@ def lower(*args: Any, **kwargs: Any) -> tuple[TensorBox, None] | None:
     if "schedule" in given:  # it is read as it lies: a strided one is copied, as by the library
         given["schedule"] = ir.ExternKernel.require_contiguous(given["schedule"])
     inputs = {name: laid_out(tensor) for name, tensor in given.items()}
-    arguments = Arguments(int(a.d_v), int(a.qk_start), a.softmax_scale, a.causal, tuple(inputs))
+    arguments = Arguments(int(a.d_v), int(a.qk_start), a.softmax_scale, a.causal, a.softcap, tuple(inputs))
     q: Any = a.q
     sizes = [*q.get_size()[:3], sympy.Integer(int(a.d_v))]
     layout = ir.FixedLayout(q.get_device_or_error(), q.get_dtype(), sizes)
@@ -75,6 +75,8 @@ def why_not(a: Decode) -> str:
         return f"rows of format {a.row_format!r} and type {q.get_dtype()}"
     if a.levels != 3:
         return f"levels {a.levels}, the template has 3"
+    if a.cu_seqlens_q is not None or a.batch_invariant or not (isinstance(a.window, int) and a.window == 0):
+        return "a window, cu_seqlens_q or batch_invariant: the template cuts whole sequences alone"
     if cpu.STATE.active == cpu.REFERENCE:
         return f"the reference runs here: {cpu.STATE.reason}"
     if lse_is_used(V.graph.current_node):

@@ -77,7 +77,7 @@ def rewrite(writer: Writer, attention: Attention) -> str:
     q = writer.lay_out(attention.q, [axes.sequences, [attention.i], axes.heads, [attention.e]])
     prefill = not is_short(attention.i.size) and all(_one_after_another(rows) for rows in (keys, values))
     if prefill and isinstance(attention.visible, Visible):
-        served_by, out = "prefill", call_prefill(writer, attention, attention.visible, q, keys, values)
+        served_by, out = "prefill", call_prefill(writer, attention, attention.visible, axes.heads, q, keys, values)
     else:
         d_v = writer.size(attention.x.size)
         served_by, out = attend_rows(writer, attention, axes.sequences, axes.heads, q, values, keys, d_v, d_v)

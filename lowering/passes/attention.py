@@ -18,7 +18,11 @@ from lowering.record import Refusal
 
 @dataclass(frozen=True)
 class Attention:
-    """``output[*outer, i, x]``: softmax over j of ``scale * sum_e q[.., i, e] k[.., j, e]``, times ``v[.., j, x]``."""
+    """``output[*outer, i, x]``: softmax over j of ``scale * sum_e q[.., i, e] k[.., j, e]``, times ``v[.., j, x]``.
+
+    With a ``softcap`` that is not 0 the scores go through ``softcap * tanh(score / softcap)``. A ``sink`` is one more
+    score of each query, without a value.
+    """
 
     output: Node
     outer: tuple[Axis, ...]  # sequences and heads, as the output's dimensions have them
@@ -31,6 +35,8 @@ class Attention:
     v: Access
     scale: float | None  # None: e.size ** -0.5, which the operators take themselves, whatever the size is
     visible: Visible | Given
+    softcap: float = 0.0
+    sink: Access | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ A sequence's keys are one page, so that the block table is an iota, and lengths 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -64,8 +65,24 @@ def attend_rows(
         qk_start,
         attention.scale,
         visible.causal and not known(attention.i.size == 1),
+        **_options(writer, attention, visible, heads),
     )
     return "decode", first_result(writer, out)
+
+
+def _options(writer: Writer, attention: Attention, visible: Visible, heads: list[Axis]) -> dict[str, Any]:
+    """The options of attention that are not their defaults."""
+    options: dict[str, Any] = {}
+    if not known(visible.window == 0):
+        options["window"] = writer.size(visible.window)
+    if attention.softcap:
+        options["softcap"] = attention.softcap
+    if attention.sink is not None:
+        sink = writer.lay_out(attention.sink, [heads])
+        if sink.meta["val"].dtype != torch.float32:
+            sink = writer.call(prims.convert_element_type.default, sink, torch.float32)
+        options["attn_sink"] = sink
+    return options
 
 
 def first_result(writer: Writer, call: Node) -> Node:
@@ -128,7 +145,9 @@ def _plus(writer: Writer, node: Node, number: Size) -> Node:
     return node if known(number == 0) else writer.call(aten.add.Tensor, node, writer.size(number))
 
 
-def call_prefill(writer: Writer, attention: Attention, visible: Visible, q: Node, keys: Node, values: Node) -> Node:
+def call_prefill(
+    writer: Writer, attention: Attention, visible: Visible, heads: list[Axis], q: Node, keys: Node, values: Node
+) -> Node:
     """Ragged sequences, each followed by the keys it does not see as a sequence without queries.
 
     So a cache that is longer than what it holds is read in place.
@@ -146,6 +165,7 @@ def call_prefill(writer: Writer, attention: Attention, visible: Visible, q: Node
         cu_seqlens_k,
         visible.causal,
         attention.scale,
+        **_options(writer, attention, visible, heads),
     )
     return writer.view(first_result(writer, out), [b, s_q, h_q, attention.x.size])
 

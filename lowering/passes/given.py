@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from lowering.passes.axes import Access, Axis
 from lowering.passes.elements import broadcast, resolve
-from lowering.passes.forms import Affine, Condition, Literal, Negated, Opaque, Value
+from lowering.passes.forms import Affine, Condition, Literal, Negated, Opaque, Value, said
 from lowering.passes.graph import aten, inputs, known, prims, sources
 from lowering.passes.masks import Visible, hidden_unless, hides, seen_if, visible_keys
 from lowering.passes.values import described, operand
@@ -134,7 +134,10 @@ def decide(masks: Sequence[Mask], i: Axis, j: Axis, graph: Graph, *, safe: bool)
         opaque = any(isinstance(literal, Opaque) for literal in literals)
         if opaque and not any(_is_data(tensor.element.node) for tensor in tensors):
             raise
-        if any(_never_a_span(literal, i, j) for literal in literals) or not _can_be_one(tensors):
+        never = [literal for literal in literals if _never_a_span(literal, i, j)]
+        if never and isinstance(never[0], Affine):
+            raise Refusal(f"the mask hides early keys, and depends on data too: {said(never[0])}") from refusal
+        if never or not _can_be_one(tensors):
             raise
         return Given(tensors, str(refusal), safe)
 

@@ -2,7 +2,8 @@
 
 A mask hides what it sets to -inf (or to the most negative number of its type, which no score survives either) and adds
 0 to the rest. The conditions of all masks of one attention together must say "no key", "the keys before n" or "the keys
-up to ``i + start``", for all sequences and heads alike: that is what the operators can express.
+up to ``i + start``", and may say "the last ``window`` of these", for all sequences and heads alike: that is what the
+operators can express.
 
 Two more things must be proven. Every query sees a key: otherwise the model's result is the mean of all values, or NaN,
 where the operators' is 0. And the last query's keys exist: a mask may go on beyond the cache, lengths may not. Where
@@ -33,13 +34,15 @@ from lowering.record import Refusal
 class Visible:
     """The last query sees the first ``length`` of ``s_kv`` keys; with ``causal`` each earlier query sees one less.
 
-    ``length`` is None for all of them, and otherwise ``constant`` plus at most one element of a tensor. With such an
-    element it must be asked where the graph runs whether the first query sees a key: it does if ``length > earlier``.
+    With a ``window`` that is not 0 each query sees the last so many of those. ``length`` is None for all of them, and
+    otherwise ``constant`` plus at most one element of a tensor. With such an element it must be asked where the graph
+    runs whether the first query sees a key: it does if ``length > earlier``.
     """
 
     length: Affine | None = None
     causal: bool = False
     earlier: Size = 0
+    window: Size = 0
 
 
 def seen_if(mask: Value) -> Condition:
@@ -98,29 +101,52 @@ def visible_keys(seen: Condition, i: Axis, j: Axis, graph: Graph) -> Visible:
             raise Refusal(f"the mask depends on data: {literal.reason}")
         if isinstance(literal, Negated):
             raise Refusal(f"the mask is not causal: {said(literal)}")
-        if literal.factor(j) < 0:
-            raise Refusal(f"the mask hides early keys (a window, or not causal): {said(literal)}")
-    if len(literals) > 1:
+    bounds = [literal for literal in literals if isinstance(literal, Affine)]
+    ends, begins = ([bound for bound in bounds if (bound.factor(j) < 0) is early] for early in (False, True))
+    if len(ends) > 1 or len(begins) > 1:
         raise Refusal(f"the mask has several conditions: {' and '.join(map(said, literals))}")
-    (bound,) = literals
-    assert isinstance(bound, Affine)
+    last, causal = _last_key(ends[0], i, j) if ends else (Affine(j.size - 1), False)
+    window = _window(begins[0], last, causal, i, j) if begins else 0
+    if not ends:
+        return Visible(window=window)
+    length = last + Affine(i.size if causal else 1)
+    if last.loads():
+        _prove_written(last, length, graph, j.size)
+    else:
+        _prove_constant(last.constant, length.constant, j.size)
+        if known(length.constant == j.size):
+            return Visible(None, causal, window=window)
+    return Visible(length, causal, i.size - 1 if causal else 0, window)
+
+
+def _last_key(bound: Affine, i: Axis, j: Axis) -> tuple[Affine, bool]:
+    """The last key that the first query sees, and whether each query sees one more than the one before."""
     rate = bound.factor(i)
     if bound.factor(j) != 1 or rate not in (0, -1):
         raise Refusal(f"the mask is not causal: {said(bound)}")
-    start = Affine(bound.constant, tuple(term for term in bound.terms if term[0] not in (i, j))).scaled(-1)
-    if start.axes() or any(load.element.leaves() for load, _ in start.loads()):
+    last = _without(bound, i, j).scaled(-1)
+    if last.axes() or any(load.element.leaves() for load, _ in last.loads()):
         raise Refusal(f"the mask differs between queries, sequences or heads: {said(bound)}")
-    if len(start.loads()) > 1 or any(n != 1 for _, n in start.loads()):
+    if len(last.loads()) > 1 or any(n != 1 for _, n in last.loads()):
         raise Refusal(f"the mask depends on several tensors: {said(bound)}")
-    causal = rate == -1
-    length = start + Affine(i.size if causal else 1)
-    if start.loads():
-        _prove_written(start, length, graph, j.size)
-    else:
-        _prove_constant(start.constant, length.constant, j.size)
-        if known(length.constant == j.size):
-            return Visible(None, causal)
-    return Visible(length, causal, i.size - 1 if causal else 0)
+    return last, rate == -1
+
+
+def _window(bound: Affine, last: Affine, causal: bool, i: Axis, j: Axis) -> Size:
+    """How many keys a query sees, the last one included, if ``bound`` hides those before."""
+    rate = 0 if known(i.size == 1) else bound.factor(i)
+    if bound.factor(j) != -1 or rate != int(causal):
+        raise Refusal(f"the mask hides early keys, but is no window: {said(bound)}")
+    window = last + _without(bound, i, j).scaled(-1) + Affine(1)
+    if window.terms:
+        raise Refusal(f"the mask hides early keys, and how many are left is not proven: {said(bound)}")
+    if not known(window.constant >= 1):
+        raise Refusal(f"a window of {window.constant} keys is not proven to show any")
+    return window.constant
+
+
+def _without(bound: Affine, *axes: Axis) -> Affine:
+    return Affine(bound.constant, tuple(term for term in bound.terms if term[0] not in axes))
 
 
 def _prove_constant(start: Size | float, length: Size | float, s_kv: Size) -> None:

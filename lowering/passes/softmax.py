@@ -1,4 +1,4 @@
-"""Attention that is written out: softmax(scale * q k^T + mask) v.
+"""Attention that is written out: softmax(scale * q k^T + mask) v, its scores capped or not, with a sink or without.
 
 It is followed backwards from the product with v, one symbolic element at a time, through whatever moves data; every
 operator met on the way must be one whose meaning is known here, or the candidate is refused.
@@ -7,6 +7,7 @@ operator met on the way must be one whose meaning is known here, or the candidat
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from torch.fx import Node
 
 from lowering.passes.attention import Attention, check_scale, outer_axes, require_shape, require_type
-from lowering.passes.axes import Access, Axis, access, whole
+from lowering.passes.axes import Access, Axis, access, constant, replaced, whole
 from lowering.passes.elements import resolve
 from lowering.passes.forms import Affine
-from lowering.passes.given import Mask, decide, mask_of_choice, mask_that_is_added
+from lowering.passes.given import Given, Mask, decide, mask_of_choice, mask_that_is_added
 from lowering.passes.graph import (
     CONVERSIONS,
     FLOATS,
@@ -46,6 +47,8 @@ class _Chain:
     nodes: list[Node] = field(default_factory=list)  # whose only users must be one another
     masks: list[Mask] = field(default_factory=list)
     scale: float = 1.0
+    softcap: float = 0.0
+    sink: Access | None = None
     safe: bool = False  # a query that sees no key becomes 0, and not NaN
 
     def follow(self, element: Access) -> Access:
@@ -85,7 +88,9 @@ def match_softmax(product: Node) -> Attention:
     check_scale(scale)
     _check_users(chain, product)
     visible = decide(chain.masks, i, j, product.graph, safe=chain.safe)
-    return Attention(output, outer, i, j, e, x, q, k, v, scale, visible)
+    if isinstance(visible, Given) and (chain.softcap or chain.sink):
+        raise Refusal(f"scores are capped or have a sink, and the mask would be read at run time ({visible.why})")
+    return Attention(output, outer, i, j, e, x, q, k, v, scale, visible, chain.softcap, chain.sink)
 
 
 def _output_axes(product: Node) -> tuple[Node, tuple[Axis, ...], Axis, Axis]:
@@ -129,9 +134,9 @@ def _softmax_input(chain: _Chain, element: Access, j: Axis) -> Access:
     chain.nodes.append(node)
     if node.target in (aten._softmax.default, aten._safe_softmax.default, aten.softmax.int):
         bound = arguments(node)
-        _check_dim(element, bound["dim"], j)
+        over_sink = _over_sink(element, bound["dim"], j)
         chain.safe = chain.safe or node.target == aten._safe_softmax.default
-        return _skip_conversions(chain, chain.follow(Access(bound["self"], element.index)))
+        return _scores(chain, Access(bound["self"], element.index), j, over_sink)
     if node.target != aten.div.Tensor:
         raise Refusal(f"{node.target} between the softmax and the values")
     exponential, total = inputs(node)
@@ -147,24 +152,60 @@ def _softmax_input(chain: _Chain, element: Access, j: Axis) -> Access:
     scores, largest = inputs(shifted)
     if not is_call(largest, aten.amax.default) or inputs(largest)[0] is not scores:
         raise Refusal(f"{node} is not a softmax: its exponent is not the distance from the largest score")
+    over_sink = False
     for reduction in (total, largest):
         bound = arguments(reduction)
         dims = list(bound["dim"])
         if len(dims) != 1 or not bound["keepdim"]:
             raise Refusal(f"{reduction} reduces dimensions {dims}, not the keys alone")
-        _check_dim(element, dims[0], j)
+        over_sink = _over_sink(element, dims[0], j)
     chain.nodes.extend((exponential, total, shifted, largest))
-    return _skip_conversions(chain, chain.follow(Access(scores, element.index)))
+    return _scores(chain, Access(scores, element.index), j, over_sink)
 
 
-def _check_dim(element: Access, dim: int, j: Axis) -> None:
-    if not _is(element.entry(dim % len(element.index)), j):
-        if any(digit.axis is j for digit in element.entry(dim % len(element.index))):
-            total = shape(element.node)[dim]
-            raise Refusal(
-                f"a softmax over {total} scores, of which {j.size} belong to the keys: a sink, or keys cut off"
-            )
-        raise Refusal(f"{element.node} is a softmax over another dimension than the keys")
+def _over_sink(element: Access, dim: int, j: Axis) -> bool:
+    """Whether a softmax is over one more score than there are keys. Raises `Refusal` if it is over anything else."""
+    dim %= len(element.index)
+    entry, total = element.entry(dim), shape(element.node)[dim]
+    if _is(entry, j):
+        return False
+    if len(entry) == 1 and entry[0].axis is j and known(entry[0].offset == 0) and known(total == j.size + 1):
+        return True
+    if any(digit.axis is j for digit in entry):
+        raise Refusal(f"a softmax over {total} scores, of which {j.size} belong to the keys: keys are cut off")
+    raise Refusal(f"{element.node} is a softmax over another dimension than the keys")
+
+
+def _scores(chain: _Chain, element: Access, j: Axis, over_sink: bool) -> Access:
+    """The scores of the keys, of which a softmax was found; a sink beside them is kept."""
+    if not over_sink:
+        return _skip_conversions(chain, chain.follow(element))
+    while True:
+        element = _skip_conversions(chain, element)
+        dim = next(dim for dim, entry in enumerate(element.index) if any(digit.axis is j for digit in entry))
+        sink = resolve(Access(element.node, replaced(element.index, dim, constant(j.size, j.size + 1))))
+        scores = chain.follow(element)
+        if scores.node is not sink.node:
+            if any(axis is j for axis in scores.leaves()):
+                chain.sink = sink
+                return _skip_conversions(chain, scores)
+            raise Refusal(f"{scores.node} is not a score of each key")
+        element = _unshifted(chain, scores, dim)
+
+
+def _unshifted(chain: _Chain, element: Access, dim: int) -> Access:
+    """``x`` for an element of ``x - largest(x)``: a difference that is the same for all scores changes no softmax."""
+    node = element.node
+    scores, largest = inputs(node)[:2] if is_call(node, aten.sub.Tensor) and not node.kwargs else (None, None)
+    values = _peel(largest, aten.amax.default)
+    if is_call(largest, operator.getitem) and inputs(largest)[1] == 0:
+        reduction = inputs(largest)[0]
+        values = _peel(reduction, aten.max.dim)
+        chain.nodes.append(reduction)
+    if values is None or values is not scores or not known(shape(largest)[dim] == 1):
+        raise Refusal(f"{node} is among the scores of a softmax that has one more of them than there are keys")
+    chain.nodes.extend((node, largest))
+    return Access(scores, element.index)
 
 
 def _safe_softmax(chain: _Chain, element: Access, j: Axis) -> Access:
@@ -181,7 +222,7 @@ def _safe_softmax(chain: _Chain, element: Access, j: Axis) -> Access:
         raise Refusal(f"{element.node.target} between the softmax and the values")
     if not is_zero or compared is not scores or inputs(is_infinite)[1] != -math.inf:
         raise Refusal(f"{element.node} replaces more than the rows without a key")
-    _check_dim(element, arguments(any_finite)["dim"], j)
+    _over_sink(element, arguments(any_finite)["dim"], j)
     chain.nodes.extend((element.node, condition, any_finite, is_finite, is_infinite))
     chain.safe = True
     return Access(inner, element.index)
@@ -206,6 +247,9 @@ def _unmask(chain: _Chain, element: Access) -> Access:
             factor = _number(args[1])
             chain.scale = chain.scale / factor if node.target in QUOTIENTS else chain.scale * factor
             side = args[0]
+        elif node.target == aten.tanh.default:
+            _cap(chain, node)
+            side = args[0]
         elif node.target == aten.add.Tensor and not node.kwargs:
             _mask_comes_last(chain, node)
             side = _scores_side(node)
@@ -222,7 +266,17 @@ def _unmask(chain: _Chain, element: Access) -> Access:
     return element
 
 
+def _cap(chain: _Chain, node: Node) -> None:
+    """``outer * tanh(inner * score)`` is ``softcap * tanh(scale * score / softcap)``, tanh being odd."""
+    if chain.softcap:
+        raise Refusal(f"scores are capped twice, at {node}")
+    check_scale(chain.scale)
+    chain.softcap = abs(chain.scale)
+
+
 def _mask_comes_last(chain: _Chain, node: Node) -> None:
+    if chain.softcap:
+        raise Refusal(f"the mask at {node} is capped with the scores")
     if chain.scale != 1.0:
         raise Refusal(f"the scale {chain.scale} is applied to the mask too, at {node}")
 

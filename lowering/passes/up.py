@@ -163,6 +163,8 @@ def _require_no_other_use(node: Node, product: Node) -> None:
 def rewrite(writer: Writer, up: Up) -> None:
     """Write `decode_up` where `decode` stands, which reads its cache before anybody writes to it again."""
     attention = arguments(up.attention)
+    if attention["cu_seqlens_q"] is not None:
+        raise Refusal("its queries are ragged: heads are not where they are looked for")
     order = {node: i for i, node in enumerate(writer.graph.nodes)}
     if order[up.weight.node] > order[up.attention]:
         raise Refusal(f"the weight {up.weight.node} is computed after the attention")

@@ -42,7 +42,7 @@ extern "C"
   call.causal = {{causal}}, call.levels = 3;
   call.b = {{size(q, 0)}}, call.s_q = {{size(q, 1)}}, call.h_q = {{size(q, 2)}}, call.d_qk = {{size(q, 3)}};
   call.h_kv = {{size(kv_cache, 2)}}, call.d_v = {{d_v}}, call.qk_start = {{qk_start}};
-  call.softmax_scale = {{scale}};
+  call.softmax_scale = {{scale}}, call.softcap = {{softcap}};
   call.q = {{pointer(q)}};
 {%- for i in range(4) %}
   call.q_stride[{{i}}] = {{stride(q, i)}};
@@ -91,6 +91,7 @@ class Arguments:
     qk_start: int
     softmax_scale: float | None
     causal: bool
+    softcap: float
     tensors: tuple[str, ...]
 
 
@@ -146,6 +147,7 @@ class DecodeTemplate(CppTemplate):
                     d_v=a.d_v,
                     qk_start=a.qk_start,
                     scale=f"float({scale})",
+                    softcap=f"float({a.softcap!r})",
                     pointer=pointer,
                     rows=rows,
                     size=kernel.size,

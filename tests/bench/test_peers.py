@@ -76,6 +76,6 @@ def test_gathered_rows_are_those_of_the_reference(h_kv: int) -> None:
     keys, values = torch_paged.dense(inputs, torch_paged.head_table(inputs), kv_cache, None)
     tokens = vllm_cpu.token_table(inputs).long()
     for i in range(case.b):
-        rows = reference.gather_rows(kv_cache, inputs.block_table[i], case.s_kv)  # [s_kv, h_kv, d]
+        rows = reference.gather_rows(kv_cache, inputs.block_table[i], 0, case.s_kv)  # [s_kv, h_kv, d]
         assert torch.cat([values[i], keys[i]], dim=-1).equal(rows.transpose(0, 1))
         assert kv_cache.flatten(0, 1)[tokens[i, : case.s_kv]].equal(rows)

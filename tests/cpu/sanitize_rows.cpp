@@ -73,6 +73,12 @@ void attend(const Cache& cache, int64_t h_q) {
   dense.block_table = table.data(), dense.block_table_stride[0] = dense.max_pages = 3, dense.block_table_stride[1] = 1;
   dense.cache_seqlens = lengths.data(), dense.cache_seqlens_stride = 1;
   must(flashmla_decode(&dense, nullptr, 0, &kAlone, message), message);
+  dense.window = 5, dense.softcap = 2;
+  must(flashmla_decode(&dense, nullptr, 0, &kAlone, message), message);
+  dense.batch_invariant = dense.causal = 1;
+  const std::vector<int32_t> bounds = {0, kTokens, kTokens};
+  dense.cu_seqlens_q = bounds.data(), dense.cu_seqlens_q_stride = 1, dense.t_q = kTokens;
+  must(flashmla_decode(&dense, nullptr, 0, &kAlone, message), message);
 
   constexpr int32_t kLast = int32_t(kSlots - 1);
   const std::vector<int32_t> indices = {0,     kLast, -1, INT32_MIN, kLast + 1, INT32_MAX, -kLast, 2147480000,
@@ -86,7 +92,7 @@ void attend(const Cache& cache, int64_t h_q) {
   }
   for (const int64_t threads : {1, 7}) {  // whole queries, and pieces of them
     const FlashmlaRuntime runtime = {threads, kAlone.parallel};
-    must(flashmla_sparse("sparse_decode", &sparse, &runtime, message), message);
+    must(flashmla_sparse(&sparse, &runtime, message), message);
   }
 }
 

@@ -31,6 +31,12 @@ def test_any_case(isa: str, case: DecodeCase) -> None:
     check_decode(case)
 
 
+@settings(same_isa_for_all_examples, max_examples=100)
+@given(case=strategies.option_cases())
+def test_any_options(isa: str, case: DecodeCase) -> None:
+    check_decode(case)
+
+
 @settings(same_isa_for_all_examples, max_examples=25)
 @given(case=strategies.mla_cases())
 def test_mla_case(isa: str, case: DecodeCase) -> None:

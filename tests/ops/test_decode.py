@@ -50,6 +50,12 @@ def test_any_case(case: DecodeCase) -> None:
     check_decode(case)
 
 
+@settings(max_examples=700)
+@given(strategies.option_cases())
+def test_any_options(case: DecodeCase) -> None:
+    check_decode(case)
+
+
 @settings(max_examples=250)
 @given(strategies.mla_cases())
 def test_mla_case(case: DecodeCase) -> None:

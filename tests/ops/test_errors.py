@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmla_ops.errors import ArgumentError, FlashMLAError, NotDifferentiableError, from_message, typed
 from flashmla_ops.formats import NAMES
+from flashmla_ops.ops.decode import DECODE
 
 INT, LONG, BF16 = torch.int32, torch.int64, torch.bfloat16
 
@@ -28,6 +29,11 @@ def decode_arguments() -> Arguments:
         "d_v": 32,
         "attn_sink": torch.zeros(6),
     }
+
+
+def ragged() -> Arguments:
+    """Queries of two sequences that lie one after another."""
+    return {"q": torch.zeros(3, 6, 48), "cu_seqlens_q": torch.tensor([0, 1, 3], dtype=INT)}
 
 
 def out_arguments() -> Arguments:
@@ -65,6 +71,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
 
 FLOATS = "float32, bfloat16 or float16"
 Z = torch.zeros
+UNIFORM = "None with window, cu_seqlens_q or batch_invariant"
 
 # (operator, changed arguments made when run, argument of the error, expected, actual)
 MISUSES: list[tuple[str, Callable[[], Arguments], str, str, str]] = [
@@ -102,6 +109,22 @@ MISUSES: list[tuple[str, Callable[[], Arguments], str, str, str]] = [
     ("decode", lambda: {"schedule": Z(2, 9, dtype=INT)}, "schedule", "shape [n]", "2 dimensions"),
     ("decode", lambda: {"schedule": Z(14, dtype=LONG)}, "schedule", "int32", "int64"),
     ("decode", lambda: {"schedule": Z(13, dtype=INT)}, "schedule", "at least 14 elements", "13"),
+    ("decode", lambda: {"window": -1}, "window", "at least 1, or 0 for none", "-1"),
+    ("decode", lambda: {"softcap": -0.5}, "softcap", "a positive number, or 0 for none", "-0.5"),
+    ("decode", lambda: {"cu_seqlens_q": Z(3, dtype=INT)}, "q", "shape [t_q, h_q, d_qk]", "4 dimensions"),
+    ("decode", lambda: ragged() | {"cu_seqlens_q": Z(3)}, "cu_seqlens_q", "int32 or int64", "float32"),
+    (
+        "decode",
+        lambda: ragged() | {"cu_seqlens_q": Z(3, 1, dtype=INT)},
+        "cu_seqlens_q",
+        "shape [b + 1]",
+        "2 dimensions",
+    ),
+    ("decode", lambda: ragged() | {"cu_seqlens_q": Z(0, dtype=INT)}, "cu_seqlens_q", "at least 1 element", "0"),
+    ("decode", lambda: ragged() | {"cu_seqlens_q": Z(2, dtype=INT)}, "block_table", "1 sequences, as q", "2"),
+    ("decode", lambda: {"schedule": Z(14, dtype=INT), "window": 5}, "schedule", UNIFORM, "a tensor"),
+    ("decode", lambda: {"schedule": Z(14, dtype=INT), "batch_invariant": True}, "schedule", UNIFORM, "a tensor"),
+    ("decode", lambda: ragged() | {"schedule": Z(14, dtype=INT)}, "schedule", UNIFORM, "a tensor"),
     ("decode.out", lambda: {"out": Z(2, 3, 6, 32, dtype=BF16)}, "out", "float32", "bfloat16"),
     ("decode.out", lambda: {"out": Z(2, 3, 6, 31)}, "out", "shape [2, 3, 6, 32]", "[2, 3, 6, 31]"),
     ("decode.out", lambda: {"out": Z(2, 3, 6, 64)[..., ::2]}, "out", "a contiguous last dimension", "stride 2"),
@@ -198,6 +221,24 @@ def test_lengths_that_the_block_table_cannot_hold(op: str, lengths: list[int], a
     message = message_of(op, lambda: {"cache_seqlens": torch.tensor(lengths, dtype=INT)})
     error = from_message(message)
     assert (error.argument, error.expected, error.actual) == ("cache_seqlens", "lengths in [0, 12]", actual)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+@pytest.mark.parametrize(
+    ("bounds", "expected", "actual"),
+    [
+        ([1, 2, 3], "0 at [0]", "1"),
+        ([0, 2, 1], "at least 2 at [2]", "1"),
+        ([0, 2, 4], "3 at [2], the number of tokens", "4"),
+        ([0, 2, 2**32 + 3], "values that int32 holds", f"{2**32 + 3} at [2]"),
+    ],
+)
+def test_boundaries_of_ragged_queries(implementation: str, bounds: list[int], expected: str, actual: str) -> None:
+    call = DECODE.reference if implementation == "reference" else torch.ops.flashmla.decode
+    with pytest.raises((RuntimeError, ArgumentError)) as caught:
+        call(**decode_arguments() | ragged() | {"cu_seqlens_q": torch.tensor(bounds)})
+    error = from_message(str(caught.value))
+    assert (error.argument, error.expected, error.actual) == ("cu_seqlens_q", expected, actual)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,11 @@ kernels_only = pytest.mark.skipif(cpu.STATE.active == cpu.REFERENCE, reason=f"no
 
 
 @settings(max_examples=150)
-@given(case=strategies.decode_cases(), levels=st.sampled_from([1, 2]))
+@given(case=strategies.decode_cases() | strategies.option_cases(), levels=st.sampled_from([1, 2]))
 def test_decode_at_any_level(case: DecodeCase, levels: int) -> None:
     inputs = build(case)
-    arguments = {**inputs.kwargs(), "schedule": None}
-    out, lse = torch.ops.flashmla.decode(**arguments, levels=levels)
-    arguments.pop("schedule"), arguments.pop("row_format", None)
-    expected_out, expected_lse = reference.decode(**arguments)
+    out, lse = torch.ops.flashmla.decode(**inputs.kwargs(schedule=None), levels=levels)
+    expected_out, expected_lse = reference.decode(**inputs.reference_kwargs())
     for name, actual, expected, tolerance in zip(
         ("out", "lse"), (out, lse), (expected_out, expected_lse), tolerances(case, inputs), strict=True
     ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from flashmla_ops import cpu, reference
 from flashmla_ops.errors import from_message
 from flashmla_ops.ops.prefill import PREFILL
 from tests.support.compare import Tolerance, difference
+from tests.support.oracle import of_columns
 
 #: The bounds of the official package's dense prefill tests, and a tighter one for float32.
 OUT = {"float32": Tolerance(2e-6, 2e-5, 1e-9)}
@@ -32,6 +34,9 @@ class PrefillCase:
     dtype: str = "bfloat16"
     causal: bool = True
     softmax_scale: float | None = None
+    sink: bool = False
+    window: int = 0
+    softcap: float = 0.0
     strided: bool = False
     seed: int = 0
 
@@ -48,6 +53,9 @@ def prefill_cases(draw: st.DrawFn) -> PrefillCase:
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         causal=draw(st.booleans()),
         softmax_scale=draw(st.none() | st.sampled_from([0.0, -0.25, 1.0])),
+        sink=draw(st.booleans()),
+        window=draw(st.just(0) | st.integers(1, 5) | st.integers(1, 150)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.3, 30.0])),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
@@ -72,13 +80,23 @@ def build(case: PrefillCase) -> dict[str, Tensor]:
     }
 
 
+def options_of(case: PrefillCase) -> dict[str, object]:
+    sink = torch.randn(case.h_q, generator=torch.Generator().manual_seed(case.seed)) if case.sink else None
+    if sink is not None and len(sink) > 2:
+        sink[0], sink[1] = torch.inf, -torch.inf
+    options = {name: getattr(case, name) for name in ("causal", "softmax_scale", "window", "softcap")}
+    return options | {"attn_sink": sink}
+
+
 def check(case: PrefillCase) -> None:
-    inputs, options = build(case), {"causal": case.causal, "softmax_scale": case.softmax_scale}
+    inputs, options = build(case), options_of(case)
     out, lse = torch.ops.flashmla.prefill(**inputs, **options)
     expected = reference.prefill(**inputs, **options)
     dtype = getattr(torch, case.dtype)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
-    problem = difference("out", out, expected[0].to(dtype), OUT.get(case.dtype, OFFICIAL_OUT))
+    columns = sum(min(pair) > 0 for pair in case.lengths) * case.h_kv * case.d_v
+    tolerance = of_columns(OUT.get(case.dtype, OFFICIAL_OUT), case.dtype, columns)
+    problem = difference("out", out, expected[0].to(dtype), tolerance)
     problem = problem or difference("lse", lse, expected[1].float(), LSE)
     assert problem is None, f"{problem} | {case!r}"
 
@@ -95,7 +113,9 @@ def test_any_case(case: PrefillCase) -> None:
 def test_model_geometries(isa: str, dtype: str, h_q: int, h_kv: int, d_qk: int, d_v: int) -> None:
     with cpu.using(isa):
         for causal in (False, True):
-            check(PrefillCase(((300, 300), (1, 200), (130, 500), (0, 9), (5, 0)), h_q, h_kv, d_qk, d_v, dtype, causal))
+            case = PrefillCase(((300, 300), (1, 200), (130, 500), (0, 9), (5, 0)), h_q, h_kv, d_qk, d_v, dtype, causal)
+            check(case)
+            check(replace(case, sink=True, window=100, softcap=20.0))
 
 
 def test_a_query_before_the_first_key_sees_nothing() -> None:
@@ -134,6 +154,8 @@ def test_bounds_in_int64(implementation: str, names: tuple[str, ...]) -> None:
 def test_opcheck(dtype: str, strided: bool) -> None:
     inputs = build(PrefillCase(((5, 7), (0, 3)), dtype=dtype, strided=strided))
     opcheck(torch.ops.flashmla.prefill.default, tuple(inputs.values()), {"causal": True})
+    options = {"attn_sink": torch.randn(4), "window": 3, "softcap": 20.0}
+    opcheck(torch.ops.flashmla.prefill.default, tuple(inputs.values()), options)
 
 
 def test_repeats_bit_for_bit() -> None:
@@ -152,6 +174,12 @@ BAD = [
     ({"v": GOOD["v"].transpose(1, 2).contiguous().transpose(1, 2)}, "v", "a contiguous last dimension"),
     ({"cu_seqlens_q": GOOD["cu_seqlens_q"].short()}, "cu_seqlens_q", "int32 or int64"),
     ({"cu_seqlens_k": GOOD["cu_seqlens_k"][:2]}, "cu_seqlens_k", "3 elements, as cu_seqlens_q"),
+    ({"attn_sink": torch.zeros(3)}, "attn_sink", "4 heads, as q"),
+    ({"attn_sink": torch.zeros(4).double()}, "attn_sink", "float32"),
+    ({"window": -1}, "window", "at least 1, or 0 for none"),
+    ({"softcap": -1.0}, "softcap", "a positive number, or 0 for none"),
+    ({"softcap": torch.inf}, "softcap", "a positive number, or 0 for none"),
+    ({"softcap": torch.nan}, "softcap", "a positive number, or 0 for none"),
 ]
 BAD_VALUES = [
     ("cu_seqlens_q", [1, 4, 7], "0 at [0]", "1"),
@@ -163,8 +191,8 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize(("changed", "argument", "expected"), BAD)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_bad_argument_is_named(changed: dict[str, Tensor], argument: str, expected: str, device: str) -> None:
-    inputs = {name: tensor.to(device) for name, tensor in (GOOD | changed).items()}
+def test_a_bad_argument_is_named(changed: dict[str, Any], argument: str, expected: str, device: str) -> None:
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in (GOOD | changed).items()}
     with pytest.raises(RuntimeError) as raised:
         torch.ops.flashmla.prefill(**inputs)
     error = from_message(str(raised.value))

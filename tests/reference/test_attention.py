@@ -78,7 +78,7 @@ def test_append_and_gather_are_inverse() -> None:
     pages = torch.tensor([2, 0, 3, 9999], dtype=torch.int32)
     slots = torch.tensor([int(pages[t // 3]) * 3 + t % 3 for t in range(7)])
     reference.append(cache, rows, slots)
-    assert torch.equal(reference.gather_rows(cache, pages, 7), rows)
+    assert torch.equal(reference.gather_rows(cache, pages, 0, 7), rows)
     assert int(cache.isnan().sum()) == (12 - 7) * 10
     with pytest.raises(ArgumentError, match=r"got 9999 at \[5, 3\]"):
-        reference.gather_rows(cache, pages, 10, sequence=5)
+        reference.gather_rows(cache, pages, 0, 10, sequence=5)

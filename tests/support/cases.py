@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashmla_ops.reference.attention import visible
 from tests.support.poison import DEAD_PAGE, strided
 from tests.support.threads import threads
 
@@ -31,6 +33,10 @@ class DecodeCase:
     num_parts: int | None = None  # None: no schedule
     sink: bool = False
     strided: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    s_qs: tuple[int, ...] | None = None  # query tokens of each sequence: ragged, and s_q does not count
+    batch_invariant: bool = False
     q_spread: float = 0.1  # standard deviation of q: 0.1 gives nearly equal weights, 30 nearly one-hot ones
     seed: int = 0
 
@@ -39,9 +45,23 @@ class DecodeCase:
         return self.d - self.qk_start + (self.d_k or 0)
 
     @property
+    def tokens(self) -> int:
+        """Query tokens of all sequences."""
+        return len(self.lengths) * self.s_q if self.s_qs is None else sum(self.s_qs)
+
+    def attended(self, i: int) -> tuple[int, int]:
+        """Where the rows that any query of sequence i sees begin and end."""
+        s_q = self.s_q if self.s_qs is None else self.s_qs[i]
+        begins, ends = visible(s_q, self.lengths[i], self.causal, self.window)
+        return min(begins, default=0), max(ends, default=0)
+
+    @property
     def small(self) -> bool:
         """Too little work for threads: waking them would take longer than the work itself."""
-        return sum(self.lengths) * self.h_kv * self.d < 2**23 and sum(self.lengths) * self.s_q * self.h_q < 2**19
+        return (
+            sum(self.lengths) * self.h_kv * self.d < 2**23
+            and sum(self.lengths) * max(self.s_qs or (self.s_q,)) * self.h_q < 2**19
+        )
 
     @property
     def scale(self) -> float:
@@ -65,31 +85,37 @@ class DecodeInputs:
     causal: bool = False
     schedule: Tensor | None = None
     attn_sink: Tensor | None = None  # [h_q] float32
+    window: int = 0
+    softcap: float = 0.0
+    cu_seqlens_q: Tensor | None = None  # [b + 1] int32
+    batch_invariant: bool = False
 
     def kwargs(self, **changes: Any) -> dict[str, Any]:
         """The operator's arguments by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | changes
 
     def reference_kwargs(self, **changes: Any) -> dict[str, Any]:
-        """The arguments of `flashmla_ops.reference.decode`, which knows no schedule."""
-        kwargs = self.kwargs(**changes)
-        del kwargs["schedule"]
-        return kwargs
+        """The arguments of `flashmla_ops.reference.decode`, which knows no way to compute."""
+        return {name: x for name, x in self.kwargs(**changes).items() if name not in ("schedule", "batch_invariant")}
 
 
 def paged_layout(case: DecodeCase, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A block table with shuffled pages and dead entries, and which slots are live: [b, max_pages], [n_slots]."""
+    """A block table with shuffled pages and dead entries, and which slots are live: [b, max_pages], [n_slots].
+
+    Dead is what no query sees: rows past a sequence's end, and those before the windows of all of its queries.
+    """
     counts = [-(-length // case.page_size) for length in case.lengths]
     n_pages = sum(counts) + 2  # two pages that belong to nobody
     pages = torch.randperm(n_pages, generator=generator, dtype=torch.int32)
     block_table = torch.full((len(counts), max(counts, default=0) + 1), DEAD_PAGE, dtype=torch.int32)
     live = torch.zeros(n_pages, case.page_size, dtype=torch.bool)
     taken = 0
-    for i, (count, length) in enumerate(zip(counts, case.lengths, strict=True)):
-        own = pages[taken : taken + count]
-        block_table[i, :count] = own
+    for i, count in enumerate(counts):
+        own, (begin, end) = pages[taken : taken + count], case.attended(i)
+        first = begin // case.page_size
+        block_table[i, first:count] = own[first:]
         offsets = torch.arange(count * case.page_size).view(count, case.page_size)
-        live[own.long()] = offsets < length
+        live[own.long()] = (offsets >= begin) & (offsets < end)
         taken += count
     return block_table, live.flatten()
 
@@ -127,8 +153,11 @@ def _build(case: DecodeCase) -> DecodeInputs:
             return tensor
         return strided(tensor, generator, contiguous_rows=contiguous_rows)
 
+    tokens, bounds = (len(case.lengths), case.s_q), None
+    if case.s_qs is not None:
+        tokens, bounds = (case.tokens,), torch.tensor([*accumulate(case.s_qs, initial=0)], dtype=torch.int32)
     return DecodeInputs(
-        q=lay(rows(len(case.lengths), case.s_q, case.h_q, case.d_qk, spread=case.q_spread)),
+        q=lay(rows(*tokens, case.h_q, case.d_qk, spread=case.q_spread)),
         kv_cache=lay(cache(case.d)),
         k_cache=lay(None if case.d_k is None else cache(case.d_k)),
         block_table=lay(block_table, contiguous_rows=False),
@@ -139,4 +168,8 @@ def _build(case: DecodeCase) -> DecodeInputs:
         causal=case.causal,
         schedule=lay(schedule, contiguous_rows=False),
         attn_sink=lay(sink, contiguous_rows=False),
+        window=case.window,
+        softcap=case.softcap,
+        cu_seqlens_q=lay(bounds, contiguous_rows=False),
+        batch_invariant=case.batch_invariant,
     )

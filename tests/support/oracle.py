@@ -37,6 +37,13 @@ ROUND_WEIGHTS = ("avx512_bf16", "emulated")
 FEW_COLUMNS = 64
 
 
+def of_columns(tolerance: Tolerance, dtype: str, columns: int) -> Tolerance:
+    """What results of so many columns, all sequences and KV heads together, may be off by."""
+    if dtype == "bfloat16" and cpu.STATE.active in ROUND_WEIGHTS and columns < FEW_COLUMNS:
+        return replace(tolerance, cosine=max(8.0, FEW_COLUMNS / max(columns, 1)) * tolerance.cosine)
+    return tolerance
+
+
 def tolerances(case: DecodeCase, inputs: DecodeInputs) -> tuple[Tolerance, Tolerance]:
     """For out and lse. The official bounds assume the official data (scores far below 1); larger scores widen lse's."""
     if case.dtype == "float32":
@@ -45,10 +52,8 @@ def tolerances(case: DecodeCase, inputs: DecodeInputs) -> tuple[Tolerance, Toler
         largest = float(values.abs().max()) if values.numel() else 0.0
         out = Tolerance(absolute=(2.0**-19 + 2 * error) * largest, relative=0.0, cosine=1e-9)
         return out, Tolerance(absolute=2.0**-20 + error, relative=2.0**-21, cosine=1e-9)
-    out = OFFICIAL_OUT
     columns = sum(length > 0 for length in case.lengths) * case.h_kv * case.d_v
-    if case.dtype == "bfloat16" and cpu.STATE.active in ROUND_WEIGHTS and columns < FEW_COLUMNS:
-        out = replace(out, cosine=max(8.0, FEW_COLUMNS / max(columns, 1)) * out.cosine)
+    out = of_columns(OFFICIAL_OUT, case.dtype, columns)
     if case.q_spread <= 0.1 and case.softmax_scale is None:
         return out, OFFICIAL_LSE
     return out, replace(OFFICIAL_LSE, absolute=max(OFFICIAL_LSE.absolute, score_error(case, inputs)))

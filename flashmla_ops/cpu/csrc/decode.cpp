@@ -1,7 +1,53 @@
 // The schedule, decode and the merge of states, with the kernels of this processor.
 #include "flashmla/decode.h"
 
+#include "flashmla/bounds.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/sequences.h"
+
+namespace flashmla {
+namespace {
+
+// Whether there is more to a call than whole sequences with equally many queries, which is what schedules are for.
+bool has_own_sequences(const FlashmlaDecode& call) { return call.cu_seqlens_q || call.window || call.batch_invariant; }
+
+const std::vector<Sequences::Sequence>& sequences_of(const FlashmlaDecode& call) {
+  const int64_t size = call.dtype == FLASHMLA_F32 ? 4 : 2;
+  std::vector<Sequences::Sequence>& sequences = Sequences::kept();
+  for (int64_t i = 0; i < call.b; i++) {
+    FlashmlaDecode one = call;
+    if (call.cu_seqlens_q) {
+      const Bounds bounds{call.cu_seqlens_q, call.cu_seqlens_q_stride};
+      one.cu_seqlens_q = nullptr, one.s_q = bounds[i + 1] - bounds[i];
+      one.q = static_cast<const char*>(call.q) + bounds[i] * call.q_stride[1] * size;
+      one.out = static_cast<char*>(call.out) + bounds[i] * call.out_stride[1] * size;
+      one.lse = call.lse + bounds[i] * call.lse_stride[2];
+      one.q_stride[0] = one.out_stride[0] = one.lse_stride[0] = 0;
+    }
+    sequences.push_back({one, i, call.cache_seqlens[i * call.cache_seqlens_stride]});
+  }
+  return sequences;
+}
+
+int decode_sequences(const FlashmlaDecode& call, const FlashmlaRuntime& runtime, char* message) try {
+  if (check_lengths(call, message)) return 1;
+  if (call.cu_seqlens_q) {
+    const Bounds bounds{call.cu_seqlens_q, call.cu_seqlens_q_stride};
+    if (bounds.check(call.op, "cu_seqlens_q", call.b, call.t_q, message)) return 1;
+  }
+  if (call.h_q == 0) return 0;
+  Sequences sequences(sequences_of(call), runtime.num_threads);
+  if (sequences.run(runtime)) return 0;
+  if (sequences.bad_page) return name_bad_page(call, message);
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
+  return 1;
+} catch (const std::bad_alloc&) {
+  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
+  return 1;
+}
+
+}  // namespace
+}  // namespace flashmla
 
 using namespace flashmla;
 
@@ -29,6 +75,7 @@ int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64
 
 int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,
                     const FlashmlaRuntime* runtime, char* message) {
+  if (has_own_sequences(*call)) return decode_sequences(*call, *runtime, message);
   return decode(kernels(), *call, schedule, schedule_numel, *runtime, message);
 }
 

@@ -65,10 +65,12 @@ private:
   int64_t columns_;
 };
 
+int64_t tokens(const FlashmlaDecode& call) { return call.cu_seqlens_q ? call.t_q : call.b * call.s_q; }
+
 FlashmlaBmm product_of(const FlashmlaDecode& attention, const FlashmlaUp& up) {
   FlashmlaBmm call{};
   call.dtype = attention.dtype;
-  call.batch = attention.h_q, call.m = attention.b * attention.s_q, call.k = attention.d_v, call.n = up.d_up;
+  call.batch = attention.h_q, call.m = tokens(attention), call.k = attention.d_v, call.n = up.d_up;
   call.a = attention.out, call.a_stride[0] = attention.out_stride[2], call.a_stride[1] = attention.d_v;
   call.weight = up.weight, call.weight_along_k = up.weight_along_k;
   for (int i = 0; i < 3; i++) call.weight_stride[i] = up.weight_stride[i];
@@ -84,7 +86,7 @@ using namespace flashmla;
 extern "C" int flashmla_decode_up(const FlashmlaDecode* attention, const FlashmlaUp* up, const int32_t* schedule,
                                   int64_t schedule_numel, const FlashmlaRuntime* runtime, char* message) {
   FlashmlaDecode call = *attention;
-  const int64_t rows = call.b * call.s_q, size = call.dtype == FLASHMLA_F32 ? 4 : 2;
+  const int64_t rows = tokens(call), size = call.dtype == FLASHMLA_F32 ? 4 : 2;
   call.out = latents.reserve(size_t(std::max<int64_t>(call.h_q * rows * call.d_v * size, 1)));
   if (call.out == nullptr) return out_of_memory(message);
   call.out_stride[0] = call.s_q * call.d_v, call.out_stride[1] = call.d_v, call.out_stride[2] = rows * call.d_v;

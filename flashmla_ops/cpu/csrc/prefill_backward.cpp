@@ -70,7 +70,7 @@ private:
   };
 
   FlashmlaGradients gradients_of(int64_t i) const {
-    const int64_t begin = bound(attention_.cu_seqlens_q, attention_.cu_seqlens_q_stride, i);
+    const int64_t begin = bounds_q(attention_)[i];
     const int64_t size = attention_.dtype == FLASHMLA_F32 ? 4 : 2;
     FlashmlaGradients one = call_.gradients;
     one.out = static_cast<const char*>(one.out) + begin * one.out_stride[1] * size;
@@ -144,7 +144,7 @@ private:
     const int64_t h_kv = attention_.h_kv, d_v = attention_.d_v, d_qk = attention_.d_qk;
     const int64_t size = attention_.dtype == FLASHMLA_F32 ? 4 : 2, n = sum.end - sum.begin;
     const int64_t floats = length_of(attention_, sum.sequence) * row_floats_;
-    const int64_t token = bound(attention_.cu_seqlens_k, attention_.cu_seqlens_k_stride, sum.sequence) + sum.begin;
+    const int64_t token = bounds_k(attention_)[sum.sequence] + sum.begin;
     const float* parts[FLASHMLA_MAX_PARTS];
     for (int64_t p = 0; p < sum.parts; p++) parts[p] = sums + p * floats + sum.begin * row_floats_;
     if (call_.dv) {

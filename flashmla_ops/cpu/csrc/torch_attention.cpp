@@ -12,8 +12,9 @@ using namespace flashmla;
 
 void run_decode(const DecodeArguments& a, const Tensor& out, const Tensor& lse) {
   FlashmlaDecode call = decode_call(a);
+  const auto bounds = set_boundaries(call, a);
   call.out = out.mutable_data_ptr();
-  for (int i = 0; i < 3; i++) call.out_stride[i] = out.stride(i);
+  set_strides(call.out_stride, out);
   set_lse(call, lse);
   const ScheduleArgument schedule(a.schedule);
   char message[FLASHMLA_MESSAGE];
@@ -49,7 +50,10 @@ std::tuple<Tensor, Tensor> prefill(const PrefillArguments& a) {
   const Boundaries bounds_k(Check{a.kOp}, "cu_seqlens_k", a.cu_seqlens_k);
   const Tensor out = new_tensor(results[0]), lse = new_tensor(results[1]);
   FlashmlaPrefill call = prefill_call(a, bounds_q, bounds_k);
-  call.levels = int32_t(a.levels);
+  call.levels = int32_t(a.levels), call.softcap = float(a.softcap), call.window = a.window;
+  if (a.attn_sink) {
+    call.attn_sink = a.attn_sink->const_data_ptr<float>(), call.attn_sink_stride = a.attn_sink->stride(0);
+  }
   call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();

@@ -12,6 +12,7 @@ std::tuple<Tensor, Tensor> decode_up(const DecodeUpArguments& a) {
   const Tensor out = new_tensor(results[0]), lse = new_tensor(results[1]);
   const Tensor& weight = a.weight;
   FlashmlaDecode call = decode_call(a);
+  const auto bounds = set_boundaries(call, a);
   set_lse(call, lse);
   FlashmlaUp up{};
   up.weight = weight.const_data_ptr(), up.d_up = weight.size(2), up.out = out.mutable_data_ptr();

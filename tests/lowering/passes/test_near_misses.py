@@ -67,6 +67,16 @@ def _sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
     return torch.softmax(together, -1)[..., :-1] @ v
 
 
+def _sink_first(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    together = torch.cat([sink.expand(B, H, q.shape[2], 1), scores(q, k)], dim=-1)
+    return torch.softmax(together, -1)[..., 1:] @ v
+
+
+def _two_sinks(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    together = torch.cat([scores(q, k), sink.expand(B, H, q.shape[2], 2)], dim=-1)
+    return torch.softmax(together, -1)[..., :-2] @ v
+
+
 def _scaled_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     i, j = positions(q, k)
     mask = torch.where(j <= i + 4, 0.0, torch.finfo(q.dtype).min)
@@ -107,8 +117,14 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "strict-mask": NearMiss(masked(lambda i, j: j < i), "first query is not proven to see a key"),
     "one-too-far": NearMiss(masked(lambda i, j: j <= i + 5), "not proven to be at most the 9"),
     "anti-causal": NearMiss(masked(lambda i, j: j >= i), "hides early keys"),
-    "sliding-window": NearMiss(
-        masked(lambda i, j: (j <= i + 4) & (j > i)), "hides early keys (a window, or not causal): query + 1 <= key"
+    "window-of-the-past": NearMiss(
+        masked(lambda i, j: (j <= i + 4) & (j > 2 * i)), "hides early keys, but is no window"
+    ),
+    "two-sided-window": NearMiss(masked(lambda i, j: j >= i + 1), "hides early keys, but is no window"),
+    "prefix-and-window": NearMiss(masked(lambda i, j: (j < 7) & (j > i)), "hides early keys, but is no window"),
+    "empty-window": NearMiss(masked(lambda i, j: (j <= i + 2) & (j > i + 2)), "window of 0 keys"),
+    "window-from-data": NearMiss(
+        with_data(lambda i, j, n: (j <= i + 4) & (j > i + 4 - n) & (j > i)), "depends on data too", (Q, K, V, AT)
     ),
     "dilated": NearMiss(masked(lambda i, j: j <= 2 * i), "not causal"),
     "reversed-queries": NearMiss(masked(lambda i, j: j <= 4 - i), "not causal"),
@@ -132,15 +148,23 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "distance-bias": NearMiss(between(lambda s: s + torch.arange(9)), "a bias and no mask"),
     "bonus": NearMiss(between(lambda s: s + torch.where(torch.arange(9) < 4, 0.5, -math.inf)), "not 0 or -inf"),
     # between the scores and the values
-    "soft-capping": NearMiss(between(lambda s: 30 * torch.tanh(s / 30)), "tanh"),
+    "capped-twice": NearMiss(between(lambda s: torch.tanh(3 * torch.tanh(s))), "capped twice"),
+    "mask-inside-the-cap": NearMiss(
+        between(lambda s: torch.tanh(s.masked_fill(torch.ones(5, 9).tril(4) == 0, -math.inf))), "capped with the scores"
+    ),
+    "capped-by-another-function": NearMiss(between(lambda s: torch.atan(s)), "atan"),
     "dropout": NearMiss(between(lambda p: F.dropout(p, 0.1), behind=True), "between the softmax and the values"),
     "sdpa-dropout": NearMiss(sdpa(dropout_p=0.1), "between the softmax and the values"),
     "probabilities-squared": NearMiss(between(lambda p: p * p, behind=True), "between the softmax and the values"),
     "top-k": NearMiss(
         between(lambda s: s.masked_fill(s < s.topk(4).values[..., -1:], -math.inf)), "where|depends on data|not combine"
     ),
-    "attention-sink": NearMiss(
-        _sink, "10 scores, of which 9 belong to the keys: a sink", (Q, K, V, torch.ones(1, H, 1, 1))
+    "sink-of-each-query": NearMiss(_sink, "is read along", (Q, K, V, torch.ones(1, H, 5, 1))),
+    "sink-of-each-sequence": NearMiss(_sink, "is read along", (Q, K, V, torch.ones(B, H, 1, 1))),
+    "sink-first": NearMiss(_sink_first, "keys are cut off", (Q, K, V, torch.ones(1, H, 1, 1))),
+    "two-sinks": NearMiss(_two_sinks, "keys are cut off", (Q, K, V, torch.ones(1, H, 1, 1))),
+    "one-key-cut-off": NearMiss(
+        lambda q, k, v: torch.softmax(scores(q, k), -1)[..., :-1] @ v[..., :-1, :], "among the scores of a softmax"
     ),
     "softmax-over-queries": NearMiss(
         lambda q, k, v: torch.softmax(scores(q, k), -2) @ v, "another dimension than the keys"

@@ -224,9 +224,9 @@ private:
 
   // How many of the block's tokens each row sees: as many as the row before, or more.
   void look(int n, int64_t first_token) {
-    if (visible(call_, item_, item_.row) - first_token >= n) return std::fill(visible_, visible_ + rows_, float(n));
+    if (visible(call_, item_, item_.row).end - first_token >= n) return std::fill(visible_, visible_ + rows_, float(n));
     for (int64_t r = 0; r < rows_; r++) {
-      const int64_t sees = visible(call_, item_, item_.row + std::min(r, item_.rows - 1)) - first_token;
+      const int64_t sees = visible(call_, item_, item_.row + std::min(r, item_.rows - 1)).end - first_token;
       visible_[r] = float(std::clamp<int64_t>(sees, 0, n));
     }
   }

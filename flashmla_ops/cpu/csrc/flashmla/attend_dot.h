@@ -3,6 +3,8 @@
 // place, each key and value once for up to four query rows; what bounds this is memory, not arithmetic.
 #pragma once
 
+#include <algorithm>
+
 #include "flashmla/rows.h"
 #include "flashmla/scratch.h"
 #include "flashmla/softmax.h"
@@ -135,7 +137,11 @@ private:
     for (int64_t r = 0; r < item_.rows; r++) {
       float* scores = scores_ + r * kBlock;
       const float old = into_.m[r];
-      if (scale_them) into_.m[r] = scale_row(scores, n, visible(call_, item_, item_.row + r) - first_token, old);
+      if (scale_them) {
+        cap_scores<Isa>(call_, scores, round_up(n, W), call_.softmax_scale);
+        const Tokens sees = visible(call_, item_, item_.row + r);
+        into_.m[r] = scale_row(scores, n, {sees.begin - first_token, sees.end - first_token}, old);
+      }
       if (!weigh_them) continue;
       const F subtract = finite_maximum(Isa::set1(into_.m[r]));
       const F rescale = exp2<Isa>(Isa::set1(old) - subtract);
@@ -150,14 +156,13 @@ private:
     }
   }
   // Returns the larger of `old` and the scaled scores that the row sees.
-  float scale_row(float* scores, int n, int64_t seen, float old) const {
-    const F scale = Isa::set1(call_.softmax_scale * kLog2E);
+  float scale_row(float* scores, int n, Tokens sees, float old) const {
+    const F scale = Isa::set1(score_scale(call_));
     F maximum = Isa::set1(old);
     for (int t = 0; t < n; t += W) {
       Isa::store(scores + t, Isa::load(scores + t) * scale);
-      for (int64_t i = seen < n ? seen : n; i < t + W; i++) {
-        if (i >= t) scores[i] = -INFINITY;
-      }
+      for (int64_t i = t; i < t + W && i < sees.begin; i++) scores[i] = -INFINITY;
+      for (int64_t i = std::max<int64_t>(sees.end < n ? sees.end : n, t); i < t + W; i++) scores[i] = -INFINITY;
       maximum = Isa::max(maximum, Isa::load(scores + t));
     }
     return Isa::max(maximum);

@@ -90,6 +90,7 @@ private:
       if (scores) {
         here.pad(kTokens);
         for (int first = 0; first < here.n; first += kTokens) score(here, first, each);
+        cap_scores<Isa>(call_, scores_, round_up(here.n * R, W), std::fabs(call_.softmax_scale));
       }
       weigh(here.n, t, scores, values);
       if (values) accumulate(here, t == begin, each);
@@ -186,15 +187,19 @@ private:
   }
   // The block's scores as vectors of G tokens: lane t * R + r of the i-th is row r at token i * G + t.
   BlockScores<Isa> scores_of(int n, int64_t first_token) const {
-    float seen[W];
+    float seen[W], unseen[W];
     bool all = n % G == 0;
     for (int r = 0; r < R; r++) {
-      const int64_t row = visible(call_, item_, item_.row + (r < item_.rows ? r : item_.rows - 1)) - first_token;
-      all &= row >= n;
-      for (int t = 0; t < G; t++) seen[t * R + r] = (float(row < n ? row : n) - float(t)) / G;
+      const Tokens row = visible(call_, item_, item_.row + (r < item_.rows ? r : item_.rows - 1));
+      const int64_t begin = row.begin - first_token, end = row.end - first_token;
+      all &= begin <= 0 && end >= n;
+      for (int t = 0; t < G; t++) {
+        seen[t * R + r] = (float(end < n ? end : n) - float(t)) / G;
+        unseen[t * R + r] = (float(begin < n ? begin : n) - float(t)) / G;
+      }
     }
-    const F scale = Isa::set1(std::fabs(call_.softmax_scale) * kLog2E);
-    return {scores_, W, (n + G - 1) / G, scale, Isa::load(seen), all};
+    const F scale = Isa::set1(std::fabs(score_scale(call_)));
+    return {scores_, W, 0, (n + G - 1) / G, scale, Isa::load(unseen), Isa::load(seen), all};
   }
 
   template <class Each>

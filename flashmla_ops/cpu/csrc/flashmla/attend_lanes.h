@@ -61,6 +61,7 @@ private:
       look(here.n, t);
       if (scores) {
         for (const Part& part : parts_) score(part, here, each);
+        cap();
       }
       weigh(scores, values);
       if (values) accumulate(here, t == begin, each);
@@ -96,6 +97,7 @@ private:
     weights_ = M::pairs ? scratch.take<Unit>(rows_ * kBlock / 2) : nullptr;
     rescale_ = scratch.take<float>(rows_);
     visible_ = scratch.take<float>(rows_);
+    hidden_ = scratch.take<float>(rows_);
     bytes_.scores = scratch.used() - bytes_.copies;
   }
 
@@ -179,7 +181,8 @@ private:
       const int64_t end = begin + pass < part.units ? begin + pass : part.units;
       for (int64_t first = 0; first < rows_; first += kPanel) {
         const int64_t step = tile_tokens(first), tokens = seen(first + panel_width(first));
-        for (int64_t t = 0; t < tokens; t += step) score_tokens(part, rows, first, t, begin, end, each);
+        for (int64_t t = unseen(first) / step * step; t < tokens; t += step)
+          score_tokens(part, rows, first, t, begin, end, each);
       }
     }
   }
@@ -209,25 +212,49 @@ private:
 
   // How many tokens of the block rows up to `end` see: a row sees as many as the one before, or more.
   int seen(int64_t end) const { return int(visible_[end - 1]); }
+  // How many of its first tokens no row from `begin` on sees.
+  int unseen(int64_t begin) const { return int(hidden_[begin]); }
   void look(int n, int64_t first_token) {
     const int64_t group = group_size(call_);
-    int64_t sees = visible(call_, item_, item_.row) - first_token, left = group - item_.row % group;
-    if (sees >= n) return std::fill(visible_, visible_ + rows_, float(n));
+    int64_t left = group - item_.row % group;
+    Tokens sees = visible(call_, item_, item_.row);
+    sees.begin -= first_token, sees.end -= first_token;
+    const int64_t last = visible(call_, item_, item_.row + rows_ - 1).begin - first_token;
+    whole_ = sees.end >= n && last <= 0;
+    if (whole_) {
+      std::fill(visible_, visible_ + rows_, float(n)), std::fill(hidden_, hidden_ + rows_, 0.0f);
+      return;
+    }
+    const auto in_block = [n](int64_t token) { return float(token < 0 ? 0 : token > n ? n : token); };
     for (int64_t r = 0; r < rows_; r++, left--) {
-      if (left == 0) sees += call_.causal, left = group;
-      visible_[r] = sees < 0 ? 0.0f : sees > n ? float(n) : float(sees);
+      if (left == 0) {
+        sees = visible(call_, item_, item_.row + r), left = group;
+        sees.begin -= first_token, sees.end -= first_token;
+      }
+      visible_[r] = in_block(sees.end), hidden_[r] = in_block(sees.begin);
+    }
+  }
+
+  void cap() {
+    if (!(call_.softcap > 0)) return;
+    for (int64_t first = 0; first < rows_; first += kPanel) {
+      const int64_t width = panel_width(first), begin = unseen(first), end = seen(first + width);
+      float* scores = scores_ + first * kBlock + begin * width;
+      if (begin < end) cap_scores<Isa>(call_, scores, (end - begin) * width, std::fabs(call_.softmax_scale));
     }
   }
 
   // Scores become weights, where they are, or for pairs two tokens' in one unit: [vector of rows][token pair][W].
   // At level 1 the maximum of all blocks is found first.
   void weigh(bool find_maximum, bool weigh_them) {
-    const F scale = Isa::set1(std::fabs(call_.softmax_scale) * kLog2E);
+    const F scale = Isa::set1(std::fabs(score_scale(call_)));
     for (int64_t r = 0; r < rows_; r += W) {
       const int64_t first = r / kPanel * kPanel, width = panel_width(first);
       float* scores = scores_ + first * kBlock + (r - first);
-      const int n = seen(r + W);
-      const BlockScores<Isa> block{scores, width, n, scale, Isa::load(visible_ + r), visible_[r] >= n};
+      const int begin = unseen(r) / kExp * kExp, n = seen(r + W);
+      const bool all = whole_ || (visible_[r] >= n && hidden_[r + W - 1] <= begin);
+      const F hidden = Isa::load(hidden_ + r), visible = Isa::load(visible_ + r);
+      const BlockScores<Isa> block{scores, width, begin, n, scale, hidden, visible, all};
       const F old = Isa::load(into_.m + r), maximum = find_maximum ? block.maximum(old) : old;
       Isa::store(into_.m + r, maximum);
       if (!weigh_them) continue;
@@ -280,6 +307,8 @@ private:
       }
     };
     for (int64_t r = 0; r < rows_; r += kValueRows) {
+      const int first_unit = unseen(r / W * W) / kExp * kExp / kTokensPerUnit;
+      const auto later = [&](int t, int n) __attribute__((always_inline)) { return values(first_unit + t, n); };
       const Unit* weights;
       int64_t stride;
       if constexpr (M::pairs) {
@@ -288,8 +317,9 @@ private:
         const int64_t first = r / kPanel * kPanel;
         weights = scores_ + first * kBlock + (r - first), stride = panel_width(first);
       }
-      value_tile<M, kValueRows, N>(weights, stride, values, into_.o + r * into_.stride + column, into_.stride,
-                                   rescale_ + r, value_units(seen(r / W * W + W)), first_block, each);
+      const int units = value_units(seen(r / W * W + W)) - first_unit;
+      value_tile<M, kValueRows, N>(weights + first_unit * stride, stride, later, into_.o + r * into_.stride + column,
+                                   into_.stride, rescale_ + r, units, first_block, each);
     }
   }
   struct Vector {
@@ -311,8 +341,10 @@ private:
   Unit *queries_, *keys_, *values_, *weights_;
   T* zeros_;    // a row of them: the partner of the last token where their number is odd
   T* decoded_;  // the block's rows, where they are not read in place
-  float *all_scores_, *rescale_, *visible_;
-  float* scores_ = nullptr;  // of the block: level 1 keeps those of all blocks
+  float *all_scores_, *rescale_;
+  float *visible_, *hidden_;  // of each row, how many of the block's tokens come before its last one, and its first
+  bool whole_ = true;         // every row sees the whole block
+  float* scores_ = nullptr;   // of the block: level 1 keeps those of all blocks
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

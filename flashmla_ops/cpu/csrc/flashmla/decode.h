@@ -191,12 +191,25 @@ inline int check_lengths(const FlashmlaDecode& call, char* message) {
   return 0;
 }
 
+// The tokens of a sequence that any of its queries sees.
+inline Tokens attended(FlashmlaDecode call, int64_t sequence) {
+  const int64_t length = call.cache_seqlens[sequence * call.cache_seqlens_stride];
+  if (call.cu_seqlens_q) {
+    const int32_t* bounds = call.cu_seqlens_q + sequence * call.cu_seqlens_q_stride;
+    call.s_q = bounds[call.cu_seqlens_q_stride] - bounds[0];
+  }
+  if (call.s_q == 0) return {0, 0};
+  const Item item{sequence, 0, 0, 0, length};
+  const int64_t end = std::clamp<int64_t>(visible(call, item, call.s_q * group_size(call) - 1).end, 0, length);
+  return {std::min(visible(call, item, 0).begin, end), end};
+}
+
 // The first bad page in the order of the table, whichever thread met one first.
 inline int name_bad_page(const FlashmlaDecode& call, char* message) {
   char expected[128], actual[128];
   for (int64_t i = 0; i < call.b; i++) {
-    const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
-    for (int64_t j = 0; j * call.page_size < length; j++) {
+    const Tokens tokens = attended(call, i);
+    for (int64_t j = tokens.begin / call.page_size; j * call.page_size < tokens.end; j++) {
       const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
       if (page >= 0 && page < call.n_pages) continue;
       return fail(message, call.op, "block_table", text(expected, "pages in [0, %lld)", (long long)call.n_pages),

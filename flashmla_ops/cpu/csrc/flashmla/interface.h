@@ -31,11 +31,18 @@ struct FlashmlaDecode {
   int32_t causal;
   int64_t b, s_q, h_q, h_kv, d_qk, d_v, qk_start;
   float softmax_scale;
-  int32_t levels;      // 1: whole rows of scores; 2: blocks; 3: blocks, and sequences cut into parts
+  float softcap;            // scaled scores become softcap * tanh(score / softcap); 0: they stay
+  int64_t window;           // a query sees the last so many of the tokens that it would see without; 0: all
+  int32_t levels;           // 1: whole rows of scores; 2: blocks; 3: blocks, and sequences cut into parts
+  int32_t batch_invariant;  // results of a sequence are the same bits in every batch, on any number of threads
   int32_t row_format;  // 0: elements of `dtype`; else a number of flashmla/formats.h, and strides of kv count bytes
 
   const void* q;  // [b, s_q, h_q, d_qk]
   int64_t q_stride[4];
+  // Or else null. Sequence i has the query tokens [cu_seqlens_q[i], cu_seqlens_q[i + 1]) of t_q; then s_q does not
+  // count, nor do the first strides of q, out and lse.
+  const int32_t* cu_seqlens_q;  // [b + 1]
+  int64_t cu_seqlens_q_stride, t_q;
 
   FlashmlaCache kv;  // rows hold the value at [0, d_v) and the key, or its first part, at [qk_start, d)
   FlashmlaCache k;   // the rest of the key; data is null and d is 0 where there is none
@@ -79,14 +86,17 @@ struct FlashmlaPrefill {
   FlashmlaDType dtype;
   int32_t causal;
   int64_t b, h_q, h_kv, d_qk, d_v, t_q, t_k;
-  float softmax_scale;
-  int32_t levels;  // 1: whole rows of scores; 2 and 3: blocks
+  float softmax_scale, softcap;
+  int64_t window;
+  int32_t levels;  // 1: whole rows of scores; 2: blocks; 3: blocks, and long sequences of few queries cut into parts
   const void* q;   // [t_q, h_q, d_qk]
   int64_t q_stride[3];
   const void *k, *v;  // [t_k, h_kv, d_qk], [t_k, h_kv, d_v], last dimension contiguous
   int64_t k_stride[2], v_stride[2];
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [b + 1]
   int64_t cu_seqlens_q_stride, cu_seqlens_k_stride;
+  const float* attn_sink;  // [h_q] or null
+  int64_t attn_sink_stride;
   void* out;   // [t_q, h_q, d_v], contiguous
   float* lse;  // [h_q, t_q], contiguous
 };

@@ -15,6 +15,16 @@ struct Item {
 
 inline int64_t group_size(const FlashmlaDecode& call) { return call.h_q / call.h_kv; }
 
+// The tokens [begin, end) of a sequence.
+struct Tokens {
+  int64_t begin, end;
+};
+// Those that query row `row` of a KV head sees (bottom-right alignment). `end` is 0 or less where it sees none.
+inline Tokens visible(const FlashmlaDecode& call, const Item& item, int64_t row) {
+  const int64_t end = call.causal ? item.length - call.s_q + row / group_size(call) + 1 : item.length;
+  return {call.window && end > call.window ? end - call.window : 0, end};
+}
+
 // Unnormalised results of an item over some of its tokens: softmax weights are 2^(score - m), l is their sum.
 struct Accumulator {
   float* o;        // [rows, stride]

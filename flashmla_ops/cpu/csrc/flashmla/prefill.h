@@ -3,29 +3,27 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
 
+#include "flashmla/bounds.h"
 #include "flashmla/kernels.h"
 
 namespace flashmla {
 
-inline int64_t bound(const int32_t* bounds, int64_t stride, int64_t i) { return bounds[i * stride]; }
+inline Bounds bounds_q(const FlashmlaPrefill& call) { return {call.cu_seqlens_q, call.cu_seqlens_q_stride}; }
+inline Bounds bounds_k(const FlashmlaPrefill& call) { return {call.cu_seqlens_k, call.cu_seqlens_k_stride}; }
 
-inline int64_t length_of(const FlashmlaPrefill& call, int64_t i) {
-  const int64_t stride = call.cu_seqlens_k_stride;
-  return bound(call.cu_seqlens_k, stride, i + 1) - bound(call.cu_seqlens_k, stride, i);
-}
+inline int64_t length_of(const FlashmlaPrefill& call, int64_t i) { return bounds_k(call)[i + 1] - bounds_k(call)[i]; }
 
 // The call that is sequence i, with the results that `call` has.
 inline FlashmlaDecode sequence_of(const FlashmlaPrefill& call, int64_t i) {
   static constexpr int32_t kFirstPage = 0;
-  const int64_t q_begin = bound(call.cu_seqlens_q, call.cu_seqlens_q_stride, i);
-  const int64_t k_begin = bound(call.cu_seqlens_k, call.cu_seqlens_k_stride, i);
+  const int64_t q_begin = bounds_q(call)[i], k_begin = bounds_k(call)[i];
   const int64_t size = call.dtype == FLASHMLA_F32 ? 4 : 2;
   FlashmlaDecode one{};
-  one.dtype = call.dtype, one.causal = call.causal, one.softmax_scale = call.softmax_scale;
-  one.levels = call.levels;
-  one.b = 1, one.s_q = bound(call.cu_seqlens_q, call.cu_seqlens_q_stride, i + 1) - q_begin;
+  one.op = "prefill", one.dtype = call.dtype, one.causal = call.causal, one.levels = call.levels;
+  one.softmax_scale = call.softmax_scale, one.softcap = call.softcap, one.window = call.window;
+  one.attn_sink = call.attn_sink, one.attn_sink_stride = call.attn_sink_stride;
+  one.b = 1, one.s_q = bounds_q(call)[i + 1] - q_begin;
   one.h_q = call.h_q, one.h_kv = call.h_kv, one.d_qk = call.d_qk, one.d_v = one.qk_start = call.d_v;
   one.q = static_cast<const char*>(call.q) + q_begin * call.q_stride[0] * size;
   std::copy(call.q_stride, call.q_stride + 3, one.q_stride + 1);
@@ -46,35 +44,12 @@ inline FlashmlaDecode sequence_of(const FlashmlaPrefill& call, int64_t i) {
 
 // Tokens that the item's last row sees, of those of its sequence.
 inline int64_t tokens_of(const FlashmlaDecode& one, const Item& item) {
-  if (!one.causal) return item.length;
-  const int64_t last = (item.row + item.rows - 1) / (one.h_q / one.h_kv);
-  return std::clamp<int64_t>(item.length - one.s_q + last + 1, 0, item.length);
+  return std::clamp<int64_t>(visible(one, item, item.row + item.rows - 1).end, 0, item.length);
 }
 
-inline int check_bounds(const char* op, const char* name, const int32_t* bounds, int64_t stride, int64_t b,
-                        int64_t tokens, char* message) {
-  const char* form = "flashmla::%s: argument '%s': expected %s%lld at [%lld]%s, got %d";
-  if (bounds[0] != 0) {
-    std::snprintf(message, FLASHMLA_MESSAGE, form, op, name, "", 0LL, 0LL, "", bounds[0]);
-    return 1;
-  }
-  for (int64_t i = 1; i <= b; i++) {
-    if (bounds[i * stride] < bounds[(i - 1) * stride]) {
-      std::snprintf(message, FLASHMLA_MESSAGE, form, op, name, "at least ", (long long)bounds[(i - 1) * stride],
-                    (long long)i, "", bounds[i * stride]);
-      return 1;
-    }
-  }
-  if (bounds[b * stride] != tokens) {
-    std::snprintf(message, FLASHMLA_MESSAGE, form, op, name, "", (long long)tokens, (long long)b,
-                  ", the number of tokens", bounds[b * stride]);
-    return 1;
-  }
-  return 0;
-}
 inline int check_bounds(const char* op, const FlashmlaPrefill& call, char* message) {
-  return check_bounds(op, "cu_seqlens_q", call.cu_seqlens_q, call.cu_seqlens_q_stride, call.b, call.t_q, message) ||
-         check_bounds(op, "cu_seqlens_k", call.cu_seqlens_k, call.cu_seqlens_k_stride, call.b, call.t_k, message);
+  return bounds_q(call).check(op, "cu_seqlens_q", call.b, call.t_q, message) ||
+         bounds_k(call).check(op, "cu_seqlens_k", call.b, call.t_k, message);
 }
 
 }  // namespace flashmla

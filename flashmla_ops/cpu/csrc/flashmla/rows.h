@@ -215,11 +215,6 @@ __attribute__((always_inline)) inline bool for_blocks(const FlashmlaDecode& call
   return true;
 }
 
-// How many of the sequence's tokens query row `row` of a KV head sees (bottom-right alignment); 0 or less: none.
-inline int64_t visible(const FlashmlaDecode& call, const Item& item, int64_t row) {
-  return call.causal ? item.length - call.s_q + row / group_size(call) + 1 : item.length;
-}
-
 template <class T>
 const T* query(const FlashmlaDecode& call, const Item& item, int64_t row) {
   const int64_t token = row / group_size(call), head = item.kv_head * group_size(call) + row % group_size(call);

@@ -52,26 +52,57 @@ F finite_maximum(F m) {
   return m == F{} - INFINITY ? F{} : m;
 }
 
-// One vector of rows over a block of n scores, `step` floats apart; a score counts times `scale`, which is no less than
-// 0, and not at all from `visible` of its row on (`all`: there are none).
+// tanh(x), of relative error below 3e-7: Cephes' polynomial below 0.625, and above it (1 - e) / (1 + e), e being exp(-2
+// x) (Moshier, Methods and Programs for Mathematical Functions, 1989).
+template <class Isa>
+typename Isa::F tanh(typename Isa::F x) {
+  using F = typename Isa::F;
+  const F size = Isa::max(x, F{} - x), square = x * x;
+  F p = Isa::set1(-5.70498872745e-3f);
+  for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) {
+    p = Isa::fma(p, square, Isa::set1(c));
+  }
+  const F e = exp2<Isa>(size * Isa::set1(-2 * kLog2E));
+  const F far = (Isa::set1(1.0f) - e) / (Isa::set1(1.0f) + e);
+  const F signed_far = x < F{} ? F{} - far : far;
+  return size < Isa::set1(0.625f) ? Isa::fma(p * square, x, x) : signed_far;
+}
+
+// What products of queries and keys are scaled by on their way to powers of two. With a softcap they have been capped.
+inline float score_scale(const FlashmlaDecode& call) {
+  return (call.softcap > 0 ? call.softcap : call.softmax_scale) * kLog2E;
+}
+// Products of queries and keys become tanh(product * softmax_scale / softcap), if there is a softcap. n is a multiple
+// of a vector.
+template <class Isa>
+void cap_scores(const FlashmlaDecode& call, float* scores, int64_t n, float softmax_scale) {
+  if (!(call.softcap > 0)) return;
+  const double factor = double(softmax_scale) / call.softcap, most = 3.4e38;
+  const auto scale = Isa::set1(float(factor > most ? most : factor < -most ? -most : factor));
+  for (int64_t i = 0; i < n; i += Isa::W) Isa::store(scores + i, tanh<Isa>(Isa::load(scores + i) * scale));
+}
+
+// One vector of rows over the scores [begin, n) of a block, `step` floats apart; a score counts times `scale`, which is
+// no less than 0, and only from `hidden` of its row on and before `visible` (`all`: these hide none). `begin` is a
+// multiple of kExp.
 template <class Isa>
 struct BlockScores {
   using F = typename Isa::F;
   const float* scores;
   int64_t step;
-  int n;
-  F scale, visible;
+  int begin, n;
+  F scale, hidden, visible;
   bool all;
 
   // The larger of `maximum` and theirs.
   F maximum(F maximum) const {
-    if (n == 0) return maximum;
-    F largest = Isa::load(scores);
+    if (n <= begin) return maximum;
     if (all) {
-      for (int t = 1; t < n; t++) largest = Isa::max(largest, Isa::load(scores + t * step));
+      F largest = Isa::load(scores + begin * step);
+      for (int t = begin + 1; t < n; t++) largest = Isa::max(largest, Isa::load(scores + t * step));
       return Isa::max(maximum, largest * scale);
     }
-    for (int t = 0; t < n; t++) maximum = Isa::max(maximum, hide(t, Isa::load(scores + t * step) * scale));
+    for (int t = begin; t < n; t++) maximum = Isa::max(maximum, hide(t, Isa::load(scores + t * step) * scale));
     return maximum;
   }
 
@@ -82,7 +113,7 @@ struct BlockScores {
     const F subtract = finite_maximum(maximum), rescale = exp2<Isa>(old - subtract);
     F total = Isa::load(l) * rescale;
     static_assert(kExp == 4);
-    for (int t = 0; t < n; t += kExp) {
+    for (int t = begin; t < n; t += kExp) {
       F p[kExp];
 #pragma GCC unroll 8
       for (int i = 0; i < kExp; i++) p[i] = Isa::fma(Isa::load(scores + (t + i) * step), scale, F{} - subtract);
@@ -98,7 +129,10 @@ struct BlockScores {
   }
 
 private:
-  F hide(int t, F s) const { return Isa::set1(float(t)) < visible ? s : F{} - INFINITY; }
+  F hide(int t, F s) const {
+    const F at = Isa::set1(float(t)), nothing = F{} - INFINITY;
+    return at < visible ? (at < hidden ? nothing : s) : nothing;
+  }
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "flashmla/contracts.h"
+#include "flashmla/torch_bounds.h"
 
 namespace flashmla {
 
@@ -27,11 +28,11 @@ FlashmlaDecode native_decode_call(const Arguments& a) {
   call.op = Arguments::kOp;
   call.dtype = dtype_of(a.q);
   call.causal = a.causal;
-  call.b = a.q.size(0), call.s_q = a.q.size(1), call.h_q = a.q.size(2), call.d_qk = a.q.size(3);
+  call.b = a.cache_seqlens.size(0), call.s_q = a.q.size(-3), call.h_q = a.q.size(-2), call.d_qk = a.q.size(-1);
   call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
   call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
   call.q = a.q.const_data_ptr();
-  for (int i = 0; i < 4; i++) call.q_stride[i] = a.q.stride(i);
+  for (int i = 1; i <= a.q.dim(); i++) call.q_stride[4 - i] = a.q.stride(-i);
   call.kv = cache_of(a.kv_cache);
   if (a.k_cache) call.k = cache_of(*a.k_cache);
   call.n_pages = a.kv_cache.size(0), call.page_size = a.kv_cache.size(1);
@@ -51,15 +52,30 @@ FlashmlaDecode native_decode_call(const Arguments& a) {
 template <class Arguments>
 FlashmlaDecode decode_call(const Arguments& a) {
   FlashmlaDecode call = native_decode_call(a);
-  call.levels = int32_t(a.levels);
+  call.levels = int32_t(a.levels), call.batch_invariant = a.batch_invariant;
+  call.softcap = float(a.softcap), call.window = a.window;
+  if (a.cu_seqlens_q) call.t_q = call.s_q, call.s_q = 0;
   call.row_format = number_of_format(a.row_format);
   call.kv = cache_of(a.kv_cache, call.row_format);
   return call;
 }
 
+// Strides of b, s_q and h_q of an out; the first is 0 where sequences are ragged.
+inline void set_strides(int64_t (&strides)[3], const Tensor& out) {
+  for (int i = 2; i <= out.dim(); i++) strides[4 - i] = out.stride(-i);
+}
 inline void set_lse(FlashmlaDecode& call, const Tensor& lse) {
   call.lse = lse.mutable_data_ptr<float>();
-  for (int i = 0; i < 3; i++) call.lse_stride[i] = lse.stride(i);
+  for (int i = 1; i <= lse.dim(); i++) call.lse_stride[3 - i] = lse.stride(-i);
+}
+
+// Sets the call's cu_seqlens_q, which lie in what this returns or in the argument.
+template <class Arguments>
+std::optional<Boundaries> set_boundaries(FlashmlaDecode& call, const Arguments& a) {
+  if (!a.cu_seqlens_q) return std::nullopt;
+  Boundaries bounds(Check{Arguments::kOp}, "cu_seqlens_q", *a.cu_seqlens_q);
+  call.cu_seqlens_q = bounds.data, call.cu_seqlens_q_stride = bounds.stride;
+  return bounds;
 }
 
 // A schedule as the C interface takes it. A strided one is not worth a path of its own.
