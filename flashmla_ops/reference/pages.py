@@ -106,9 +106,9 @@ def _exact_mass(
     sequence: int,
 ) -> Tensor:  # [h_kv, group, s_q, pages in use]
     page_size, s_q = kv_cache.size(1), q.size(2)
-    keys = gather_rows(kv_cache, pages, length, op="page_mass", sequence=sequence)[..., qk_start:]
+    keys = gather_rows(kv_cache, pages, 0, length, op="page_mass", sequence=sequence)[..., qk_start:]
     if k_cache is not None:
-        keys = torch.cat([keys, gather_rows(k_cache, pages, length, op="page_mass", sequence=sequence)], dim=-1)
+        keys = torch.cat([keys, gather_rows(k_cache, pages, 0, length, op="page_mass", sequence=sequence)], dim=-1)
     scores = torch.einsum("hgsd,thd->hgst", q, keys.double())
     last = torch.arange(s_q, device=q.device) + length - s_q
     scores = scores.masked_fill(torch.arange(length, device=q.device) > last[:, None], -math.inf)
