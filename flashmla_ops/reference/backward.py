@@ -112,10 +112,10 @@ def decode_backward(
     dsink = None if attn_sink is None else torch.zeros_like(attn_sink, dtype=torch.float64)
     in_kv = kv_cache.size(3) - qk_start
     for i, n in enumerate(cache_seqlens.tolist()):
-        rows = gather_rows(kv_cache, block_table[i], n, op="decode_backward", sequence=i)
+        rows = gather_rows(kv_cache, block_table[i], 0, n, op="decode_backward", sequence=i)
         key = rows[..., qk_start:]
         if k_cache is not None:
-            key = torch.cat([key, gather_rows(k_cache, block_table[i], n, op="decode_backward", sequence=i)], dim=-1)
+            key = torch.cat([key, gather_rows(k_cache, block_table[i], 0, n, op="decode_backward", sequence=i)], dim=-1)
         results = (dout[i], None if dlse is None else dlse[i], q[i], key, rows[..., :d_v], out[i], lse[i])
         dq[i], dkey, dvalue = attention_backward(*results, causal, scale, attn_sink)
         positions = torch.arange(n, device=q.device)

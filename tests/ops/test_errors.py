@@ -264,10 +264,6 @@ def test_tensors_of_another_device(op: str, name: str) -> None:
 
 
 GRADIENTS = [
-    ("decode", "q"),
-    ("decode", "kv_cache"),
-    ("decode", "k_cache"),
-    ("decode", "attn_sink"),
     ("append_", "rows"),
     ("append_.two", "k_rows"),
     ("merge_states", "outs[1]"),
