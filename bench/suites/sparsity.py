@@ -107,7 +107,8 @@ def bind_dense(inputs: SparsityInputs) -> Bound:
     return decode
 
 
-def problem(case: SparsityCase, peers: Sequence[Peer[SparsityInputs]], cold_bytes: int) -> Problem:
+def make_inputs(case: SparsityCase) -> tuple[SparsityInputs, Tensor, Tensor]:
+    """Inputs, the cache ``[n_pages, page_size, h_kv, d]`` and its summaries."""
     generator = torch.Generator().manual_seed(0)
     dtype = DTYPES[case.dtype]
     # The queries of a KV head point the same way but for a part of their own.
@@ -117,17 +118,22 @@ def problem(case: SparsityCase, peers: Sequence[Peer[SparsityInputs]], cold_byte
     table = torch.randperm(case.b * case.pages, generator=generator).view(case.b, case.pages).int()
     cache = make_rows(case, q, table, generator)
     lengths = torch.full((case.b,), case.s_kv, dtype=torch.int32)
-    inputs = SparsityInputs(case, q, table, lengths, DynamicSparsity(case.mode))
-    expected, _ = DECODE.reference(q[:1], cache, None, table[:1], lengths[:1], case.d_v, case.qk_start)
+    return SparsityInputs(case, q, table, lengths, DynamicSparsity(case.mode)), cache, summarized(case, cache)
+
+
+def problem(case: SparsityCase, peers: Sequence[Peer[SparsityInputs]], cold_bytes: int) -> Problem:
+    inputs, cache, summaries = make_inputs(case)
+    tables = (inputs.block_table[:1], inputs.cache_seqlens[:1])
+    expected, _ = DECODE.reference(inputs.q[:1], cache, None, *tables, case.d_v, case.qk_start)
     work = Work(
         title=describe(case, NAME),
         case=asdict(case),
         flops=2.0 * case.b * case.h_q * case.s_kv * (case.d_qk + case.d_v),
-        bytes=float(case.b * case.h_kv * case.s_kv * case.d * dtype.itemsize),
-        dtype=dtype,
+        bytes=float(case.b * case.h_kv * case.s_kv * case.d * DTYPES[case.dtype].itemsize),
+        dtype=DTYPES[case.dtype],
         tolerance=TOLERANCE[case.dtype],
     )
-    copies = copies_of((cache, summarized(case, cache)), cold_bytes, _clone)
+    copies = copies_of((cache, summaries), cold_bytes, _clone)
     return make_problem(work, inputs, copies, bind_ours, peers, expected.double(), lambda out: out[:1])
 
 

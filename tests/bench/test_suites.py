@@ -31,8 +31,11 @@ from bench.suites import (
     select,
     small_gemm,
     sparse,
+    sparsity,
 )
 from flashmla_ops import reference
+from flashmla_ops.sparsity import Cached
+from flashmla_ops.sparsity import select as chosen_pages
 
 TINY = PagedCase(b=2, h_q=3, s_kv=11, dtype="fp32", page_size=4, d_qk=24, d_v=16)
 TINY_CASES = [
@@ -51,6 +54,9 @@ TINY_CASES = [
     ("sparse", sparse.SparseCase(2, 16, 20, "fp8_v32", n_rows=128)),
     ("sparse", sparse.SparseCase(2, 16, 20, "fp8_v41", extra_topk=9, n_rows=128)),
     ("sparse", sparse.SparseCase(3, 5, 20, "fp8_model1", prefill=True, n_rows=128)),
+    ("sparsity", sparsity.SparsityCase(2, 6, 3, 32, 32, 1500, 0.4)),
+    ("sparsity", sparsity.SparsityCase(2, 6, 3, 32, 32, 1500, 0.4, mode="estimate")),
+    ("sparsity", sparsity.SparsityCase(1, 4, 1, 48, 32, 1500, 0.4)),
     ("small_gemm", small_gemm.GemmCase(2, 32, 16, "bf16", "bf16")),
     ("small_gemm", small_gemm.GemmCase(2, 32, 16, "bf16", "int8")),
     ("small_gemm", small_gemm.GemmCase(2, 128, 512, "bf16", "W_UK", 3)),
@@ -107,6 +113,15 @@ def test_a_compiled_first_step_is_right(case: compile_time.CompileCase) -> None:
     with torch.no_grad():
         for name, call in problem.calls.items():
             assert problem.error(name, call()) <= problem.work.tolerance
+
+
+@pytest.mark.parametrize("mode", ["certified", "estimate"])
+def test_pages_that_do_not_matter_are_skipped(mode: str) -> None:
+    case = sparsity.SparsityCase(2, 6, 3, 64, 64, 4096, 0.3, mode=mode)
+    inputs, cache, summaries = sparsity.make_inputs(case)
+    cached = Cached(cache, None, inputs.block_table, inputs.cache_seqlens, summaries)
+    attended = chosen_pages(inputs.q, cached, inputs.sparsity, case.qk_start, None).lengths
+    assert 0.2 < float(attended.double().mean()) / case.s_kv < 0.5
 
 
 def test_exact_is_the_reference() -> None:

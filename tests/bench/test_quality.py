@@ -1,0 +1,60 @@
+"""The measurement of quality: what is read, and a tiny model from one end to the other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.quality import table
+from bench.quality.evaluate import evaluate
+from bench.quality.texts import documentation, haystacks
+from flashmla_ops.sparsity import DynamicSparsity
+from tests.integrations.grouped import tiny_grouped
+
+
+class Bytes:
+    """A tokenizer: a token is a byte, below 250."""
+
+    def __call__(self, text: str, return_tensors: str | None = None, **_: Any) -> Any:
+        ids = [min(byte, 249) for byte in text.encode()]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if return_tensors else ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_needles_lie_at_their_depths() -> None:
+    depths = [0.1, 0.5, 0.9]
+    for stack, depth in zip(haystacks(Bytes(), 2000, depths, 3), depths, strict=True):
+        text = Bytes().decode(stack.ids[0].tolist())
+        assert stack.ids.shape == (1, 2000)
+        assert abs(text.index(f"library is {stack.answer}") / 2000 - depth) < 0.1
+        assert text.endswith("secret number of the library is")
+        assert text.count("secret number of the garden") == 1
+
+
+def test_texts_lie_apart() -> None:
+    texts = documentation(Bytes(), 3, 500)
+    assert texts.shape == (3, 500)
+    assert len({tuple(text.tolist()) for text in texts}) == 3
+
+
+def test_nothing_skipped_changes_nothing() -> None:
+    model = tiny_grouped()
+    selectors = {
+        "all": DynamicSparsity(eps=0.0, min_context=0, page_size=8),
+        "few": DynamicSparsity("boxes", keep=0.1, min_context=0, page_size=8),
+    }
+    with torch.no_grad():
+        ids = documentation(Bytes(), 2, 200)
+        rows = evaluate("tiny", model, Bytes(), ids, 10, haystacks(Bytes(), 200, [0.5], 1), selectors)
+    everything, few = rows
+    assert everything.tokens == 20
+    assert abs(everything.perplexity / everything.perplexity_dense - 1) < 1e-4
+    assert everything.same_token == 1.0
+    assert everything.rows_skipped == 0.0
+    assert few.rows_skipped > 0.5
+    assert few.perplexity != few.perplexity_dense
+    assert table._line(few.as_json())[:2] == ("200", "few")
