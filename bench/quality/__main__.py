@@ -4,7 +4,8 @@
     python -m bench.quality run tiny_mla_lm --lengths 1024
     python -m bench.quality table
 
-FOLDER holds SmolLM2-135M-Instruct as transformers saves it. Results go to bench/quality/results, one file a model.
+FOLDER holds SmolLM2-135M-Instruct as transformers saves it. Results go to bench/quality/results, one file a model, in
+which those of other lengths stay.
 """
 
 from __future__ import annotations
@@ -46,18 +47,19 @@ def run(arguments: argparse.Namespace) -> None:
     folder = TINY if tiny else arguments.weights
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")))
-    rows = []
+    file = RESULTS / f"{arguments.model}.json"
+    before = json.loads(file.read_text()) if file.exists() else []
+    rows = [row for row in before if row["length"] not in arguments.lengths]
     with torch.no_grad():
         for length in arguments.lengths:
             ids = documentation(tokenizer, arguments.texts, length)
             depths = [(i + 0.5) / arguments.needles for i in range(arguments.needles)]
             stacks = haystacks(tokenizer, length, depths, n_needles=1 + 2 * arguments.distractors)
-            rows += evaluate(arguments.model, model, tokenizer, ids, arguments.decoded, stacks, selectors())
-            for row in rows[-len(selectors()) :]:
-                print(row, flush=True)
+            measured = evaluate(arguments.model, model, tokenizer, ids, arguments.decoded, stacks, selectors())
+            rows += [row.as_json() for row in measured]
+            print(*measured, sep="\n", flush=True)
             RESULTS.mkdir(exist_ok=True)
-            content = json.dumps([row.as_json() for row in rows], indent=1)
-            (RESULTS / f"{arguments.model}.json").write_text(content + "\n")
+            file.write_text(json.dumps(sorted(rows, key=lambda row: row["length"]), indent=1) + "\n")
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ def table() -> str:
     parts = []
     for file in sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
-        first = rows[0]
-        decoded = first["tokens"] // first["texts"]
-        parts.append(f"{first['model']}: {first['texts']} texts, the last {decoded} tokens of each decoded.")
+        sizes = {row["length"]: (row["texts"], row["tokens"] // row["texts"]) for row in rows}
+        of_each = "; ".join(f"at {n}, {texts} texts, the last {last} tokens" for n, (texts, last) in sizes.items())
+        parts.append(f"**{rows[0]['model']}** (decoded: {of_each})")
         lines = [HEADS, ("---",) * len(HEADS), *(_line(row) for row in rows)]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)

@@ -64,11 +64,12 @@ def attend(
     qk_start: int = 0,
     softmax_scale: float | None = None,
     tally: Tally | None = None,
+    levels: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse and lost [b, h_q, s_q] float32
     """Causal attention of ``q`` to the pages that matter to it.
 
     ``lse`` is that of what was attended to; ``lost`` no less than the share of each query's softmax that was skipped,
-    and 1 where nothing is known of it. ``tally`` counts the call.
+    and 1 where nothing is known of it. ``tally`` counts the call; ``levels`` is that of `flashmla::decode`.
     """
     b, s_q, h_q, _ = q.shape
     h_kv = cache.kv_cache.size(2)
@@ -83,6 +84,7 @@ def attend(
         qk_start,
         softmax_scale,
         causal=True,
+        levels=levels,
     )
     lse = lse.view(b, h_q, s_q)
     lost = share_lost(chosen, lse)
@@ -93,8 +95,9 @@ def attend(
 
 def share_lost(chosen: Chosen, lse: Tensor) -> Tensor:
     """A bound of the share of each query's softmax that was skipped; ``lse`` is that of what was attended to."""
-    # What rounding may do to lse, and an empty sequence, whose lse is +inf.
-    return torch.sigmoid(chosen.residue - lse + 1e-4)
+    # Kernels round lse. It is +inf where there are no rows, and nothing is lost.
+    room = 1e-4 + 2**-20 * lse.abs().where(lse.isfinite(), 0.0)
+    return torch.sigmoid(chosen.residue - lse + room)
 
 
 def record(

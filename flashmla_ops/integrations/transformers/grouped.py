@@ -155,7 +155,8 @@ def _listed(
         seqlens = rows.cache_seqlens if s_q == 1 else torch.full_like(rows.cache_seqlens, s_q)
     if (cached := cached_in_pages(layer, rows, seqlens)) is not None:
         sparsity = layer.sparsity
-        return attend(q, cached, sparsity, d_v, d_v, scaling, sparsity.tally(module.layer_idx))[0]
+        tally = sparsity.tally(module.layer_idx)
+        return attend(q, cached, sparsity, d_v, d_v, scaling, tally, module.levels)[0]
     out, _ = torch.ops.flashmla.decode(
         q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, d_v, d_v, causal=True, **options
     )
