@@ -3,7 +3,7 @@
 A page's mass for a query is the logarithm of the sum of ``exp(score)`` over its rows. `summarize_` writes what is kept
 of the keys of pages that have become complete (`flashmla_ops.sparsity.summaries` has the kinds). `page_mass` estimates
 masses from that, with a slack within which the truth is proven to lie; the first ``sink_pages`` pages of a sequence,
-its last ``local_pages``, and what some query does not see whole, are always attended to, and their mass is exact.
+the last ``local_pages`` that its first query sees, and all after them, are always attended to: their mass is exact.
 `choose_pages` chooses, for the query heads of each KV head together; `decode` then attends to what was chosen, with
 one sequence for each KV head: `flashmla_ops.sparsity.attend` joins the three. Keys are those of `decode`:
 

@@ -17,7 +17,10 @@ RULES = ("certified", "share", "fraction", "mask")
 
 @dataclass(frozen=True)
 class Always:
-    """The pages that are always attended to, of a sequence of ``length`` rows whose last ``s_q`` are the queries'."""
+    """The pages that are always attended to: the first ones, and the last that the first query sees and all after.
+
+    A sequence has ``length`` rows, the last ``s_q`` of which are the queries' own.
+    """
 
     page_size: int
     sink_pages: int
@@ -25,12 +28,11 @@ class Always:
     min_context: int
 
     def candidates(self, length: int, s_q: int) -> range:
-        """The other pages. Every query sees all of their rows."""
-        pages = -(-length // self.page_size)
-        full = (length - s_q + 1) // self.page_size
+        """The other pages. Every query sees all of their rows, and rows after them."""
+        seen = -(-(length - s_q + 1) // self.page_size)  # by the first query
         if length < self.min_context:
             return range(0)
-        return range(self.sink_pages, max(self.sink_pages, min(full, pages - self.local_pages)))
+        return range(self.sink_pages, max(self.sink_pages, seen - self.local_pages))
 
 
 def summarize(

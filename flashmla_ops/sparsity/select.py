@@ -95,9 +95,10 @@ def attend(
 
 def share_lost(chosen: Chosen, lse: Tensor) -> Tensor:
     """A bound of the share of each query's softmax that was skipped; ``lse`` is that of what was attended to."""
-    # Kernels round lse. It is +inf where there are no rows, and nothing is lost.
+    # Kernels round lse. Where it is +inf nothing was attended to: all is lost, or there was nothing.
     room = 1e-4 + 2**-20 * lse.abs().where(lse.isfinite(), 0.0)
-    return torch.sigmoid(chosen.residue - lse + room)
+    lost = torch.sigmoid(chosen.residue - lse.where(lse.isfinite(), -torch.inf) + room)
+    return torch.where(chosen.residue == -torch.inf, 0.0, (lost * (1 + 2**-22)).clamp_max(1.0))
 
 
 def record(

@@ -58,9 +58,9 @@ public:
       : call_(call), sequence_(sequence), head_(head),
         length_(call.cache_seqlens[sequence * call.cache_seqlens_stride]), pages_(pages_of(length_, call.page_size)),
         group_(call.h_q / call.h_kv), rows_(group_ * call.s_q), skipped_(size_t(pages_), 0) {
-    const int64_t full = (length_ - call.s_q + 1) / call.page_size;
     first_ = call.always.sink_pages;
-    last_ = length_ < call.always.min_context ? 0 : std::min(full, pages_ - call.always.local_pages);
+    last_ = pages_of(length_ - call.s_q + 1, call.page_size) - call.always.local_pages;
+    if (length_ < call.always.min_context) last_ = 0;
   }
 
   void run() {

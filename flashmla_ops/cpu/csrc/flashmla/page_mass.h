@@ -50,8 +50,7 @@ public:
   void run() {
     pack_queries();
     const FlashmlaAlways& always = call_.always;
-    const int64_t pages = divided(item_.length), full = (item_.length - call_.s_q + 1) / call_.keys.page_size;
-    const int64_t last = std::min(full, pages - always.local_pages);
+    const int64_t last = divided(item_.length - call_.s_q + 1) - always.local_pages;
     for (int64_t page = item_.begin; page < item_.end; page++) {
       if (page >= always.sink_pages && page < last) {
         const char* summary = call_.summaries.data + number(page) * call_.summaries.page_stride +
