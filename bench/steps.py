@@ -1,14 +1,15 @@
 """A decode step of a whole model as a benchmark case: the model, its cache, the exact logits and our step.
 
-The geometry is DeepSeek-V2-Lite's in two dense layers. All implementations share one set of weights, far larger than
-any cache, so that each step reads them from memory.
+Where nothing else is said the geometry is DeepSeek-V2-Lite's in two dense layers. All implementations share one set of
+weights, far larger than any cache, so that each step reads them from memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ class StepCase:
 class StepInputs:
     case: StepCase
     model: Any  # of transformers, as it is, with SDPA
-    rows: Sequence[tuple[Tensor, Tensor]]  # of each layer: latents [1, 1, s_kv, d_c], rotary keys [1, 1, s_kv, d_r]
+    #: Of each layer: latents and rotary keys [b, 1, s_kv, d], or keys and values [b, h_kv, s_kv, d].
+    rows: Sequence[tuple[Tensor, Tensor]]
 
     def sharing_weights(self) -> Any:
         """Another model over the same parameters, to be changed at will."""
@@ -69,20 +71,31 @@ def model_in(dtype: torch.dtype) -> Any:
     from flashmla_ops.demo.steps import v2_lite  # transformers takes seconds to import, and no other suite needs it
 
     model = v2_lite().requires_grad_(False)
+    return sharpened(model).to(dtype)
+
+
+def sharpened(model: Any) -> Any:
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.mul_(SHARPNESS)
-    return model.to(dtype)
+    return model
+
+
+def row_shapes(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads and elements of the two states of a token that a layer caches, in the order in which it hands them over."""
+    if hasattr(config, "kv_lora_rank"):
+        return (1, config.kv_lora_rank), (1, config.qk_rope_head_dim)
+    return ((config.num_key_value_heads, config.head_dim),) * 2
 
 
 def make_inputs(case: StepCase, model: Any) -> StepInputs:
     """Random rows: attention does not care which tokens they came from."""
     generator = torch.Generator().manual_seed(case.s_kv)
-    config = model.config
+    first, second = row_shapes(model.config)
 
-    def states(width: int) -> Tensor:
-        return torch.randn((case.b, 1, case.s_kv, width), generator=generator).to(model.dtype)
+    def states(heads: int, width: int) -> Tensor:
+        return torch.randn((case.b, heads, case.s_kv, width), generator=generator).to(model.dtype)
 
-    rows = [(states(config.kv_lora_rank), states(config.qk_rope_head_dim)) for _ in range(config.num_hidden_layers)]
+    rows = [(states(*first), states(*second)) for _ in range(model.config.num_hidden_layers)]
     return StepInputs(case, model, rows)
 
 
@@ -90,11 +103,36 @@ def exact(inputs: StepInputs) -> Tensor:
     """The logits in float64, where transformers does not itself compute in float32 (norms, angles)."""
     from transformers import DynamicCache
 
-    model = copy.deepcopy(inputs.model).double()
-    rows = [(latent.double(), rope.double()) for latent, rope in inputs.rows]
-    doubled = StepInputs(inputs.case, model, rows)
-    cache = doubled.fill(DynamicCache(config=model.config))
-    return doubled.step(model.forward, cache, lambda: None)()
+    rows = [(first.double(), second.double()) for first, second in inputs.rows]
+    doubled = StepInputs(inputs.case, inputs.model, rows)
+    cache = doubled.fill(DynamicCache(config=inputs.model.config))
+    with _in_float64(inputs.model):
+        return doubled.step(inputs.model.forward, cache, lambda: None)()
+
+
+@contextlib.contextmanager
+def _in_float64(model: Any) -> Iterator[None]:
+    """Each module's weights are float64 while it runs, and only then: a copy of all would not fit beside the model."""
+    kept: dict[int, Tensor] = {}
+
+    def widen(module: Any, args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            kept[id(parameter)] = parameter.data
+            parameter.data = parameter.data.double()
+
+    def narrow(module: Any, args: Any, out: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(id(parameter))
+
+    owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    hooks = [
+        hook for each in owners for hook in (each.register_forward_pre_hook(widen), each.register_forward_hook(narrow))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def bind_ours(inputs: StepInputs) -> Bound:
@@ -128,17 +166,25 @@ def forget(cache: Any, length: int) -> None:
 def step_bytes(inputs: StepInputs) -> int:
     """Bytes that a step must read: every weight but the embedding table, one row of that, and every layer's cache."""
     table = inputs.model.get_input_embeddings().weight
-    weights: int = sum(parameter.nbytes for parameter in inputs.model.parameters()) - table.nbytes + table[0].nbytes
-    return weights + sum(latent.nbytes + rope.nbytes for latent, rope in inputs.rows)
+    weights: int = sum(parameter.nbytes for parameter in inputs.model.parameters())
+    if not _is_tied(inputs.model):
+        weights += table[0].nbytes - table.nbytes
+    return weights + sum(first.nbytes + second.nbytes for first, second in inputs.rows)
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the embedding table is the weight of the last product too, which reads all of it."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def step_flops(inputs: StepInputs) -> float:
-    """Two for each weight of a product, and absorbed attention."""
+    """Two for each weight of a product, and attention, which is absorbed where the cache has latents."""
     config, case = inputs.model.config, inputs.case
     table = inputs.model.get_input_embeddings().weight
     matrices = [parameter for parameter in inputs.model.parameters() if parameter.dim() == 2]
-    weights: int = sum(matrix.numel() for matrix in matrices) - table.numel()
-    widths: int = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    weights: int = sum(matrix.numel() for matrix in matrices) - (0 if _is_tied(inputs.model) else table.numel())
+    (_, first), (_, second) = row_shapes(config)
+    widths = 2 * first + second if hasattr(config, "kv_lora_rank") else first + second
     pairs: int = config.num_hidden_layers * config.num_attention_heads * (case.s_kv + 1)
     return 2.0 * case.b * (weights + pairs * widths)
 

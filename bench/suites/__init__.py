@@ -12,6 +12,7 @@ from bench.suites import (
     end_to_end,
     gqa_decode,
     merge,
+    models,
     op_overhead,
     pool,
     prefill,
@@ -39,6 +40,7 @@ SUITES: dict[str, Suite] = {
         op_overhead.SUITE,
         scaling.SUITE,
         end_to_end.SUITE,
+        models.SUITE,
         pool.SUITE,
         compile_time.SUITE,
     )

@@ -9,7 +9,9 @@ import torch
 
 from bench import runner, steps
 from bench.steps import StepCase
-from bench.suites import end_to_end
+from bench.suite import DTYPES
+from bench.suites import end_to_end, models
+from tests.integrations.grouped import SIZES
 from tests.integrations.models import tiny_model
 
 
@@ -29,6 +31,28 @@ def test_every_implementation_is_right_again_and_again(dtype: str, mode: str, b:
     for call in problem.calls.values():
         for _ in range(3):  # a step forgets its token
             assert runner.row_error(call(), problem.expected) <= problem.work.tolerance
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_models_as_users_run_them(monkeypatch: pytest.MonkeyPatch, dtype: str, compiled: bool) -> None:
+    """GQA, with a table that is tied. Ours and one peer are compiled, or else their graphs alone."""
+    sizes = SIZES | {"tie_word_embeddings": True, "head_dim": 16}
+    monkeypatch.setitem(models.SIZES, models.SMOLLM2, sizes)
+    models.model_of.cache_clear()
+    if not compiled:
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = StepCase(100, dtype, "compiled", group=models.SMOLLM2)
+    problem = models.problem(case, models.PEERS, 0)
+    assert set(problem.calls) == {runner.OURS, *(peer.name for peer in models.PEERS)}
+    for call in problem.calls.values():
+        for _ in range(3):
+            assert runner.row_error(call(), problem.expected) <= problem.work.tolerance
+    model = models.model_of(models.SMOLLM2, DTYPES[dtype])
+    size = DTYPES[dtype].itemsize
+    assert problem.work.bytes == size * (sum(p.numel() for p in model.parameters()) + 2 * 2 * 2 * 16 * 100)
+    assert {parameter.dtype for parameter in model.parameters()} == {DTYPES[dtype]}
+    models.model_of.cache_clear()
 
 
 def test_a_step_reads_the_weights_once_and_the_cache() -> None:
