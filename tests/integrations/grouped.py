@@ -19,10 +19,21 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "max_position_embeddings": 512,
 }
+#: One layer within a window, and one that sees all.
+BOTH = ["sliding_attention", "full_attention"]
 OF_TYPE: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 9, "layer_types": BOTH},
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "layer_types": BOTH,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {"head_dim": 16},
     "llama": {"attention_bias": True},
@@ -46,4 +57,6 @@ def tiny_grouped(model_type: str = "llama", *, implementation: str = "eager", **
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.12)
+        elif name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
     return model.eval()

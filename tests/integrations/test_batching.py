@@ -21,7 +21,7 @@ from tests.integrations.models import tiny_model, tokens
 pytest.importorskip("psutil", reason="transformers sizes its paged cache by psutil")
 
 NEW_TOKENS = 16
-GROUPED = ("gemma", "llama", "qwen3", "smollm3")
+GROUPED = ("gemma", "gemma2", "gemma3_text", "gpt_oss", "llama", "qwen3", "smollm3")
 LENGTHS = (9, 70, 17, 5)
 
 

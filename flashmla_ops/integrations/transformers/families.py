@@ -30,7 +30,8 @@ MLA_MODEL_TYPES = (
     "youtu",
 )
 
-#: Model types whose attention is softmax(scale * q k^T + mask) v over cached keys and values, without anything else.
+#: Model types whose attention is softmax(scale * q k^T + mask) v over cached keys and values, with at most a softcap
+#: and a sink that they hand to the attention function. A window is in the mask.
 GROUPED_MODEL_TYPES = (
     "apertus",
     "arcee",
@@ -39,9 +40,12 @@ GROUPED_MODEL_TYPES = (
     "ernie4_5",
     "flex_olmo",
     "gemma",
+    "gemma2",
+    "gemma3_text",
     "glm",
     "glm4",
     "glm4_moe",
+    "gpt_oss",
     "granite",
     "granitemoe",
     "helium",
@@ -77,7 +81,8 @@ class Family:
     attention: str  # the name of the attention function in transformers' registries
     mixin: type[Served]  # what `enable` adds to a module
     model_types: tuple[str, ...]
-    obstacle: Callable[[AttentionModule], str]  # why a module of a known type is refused; empty if it is not
+    #: Why a module of a known type is refused; empty if it is not.
+    obstacle: Callable[[AttentionModule], str] = lambda module: ""
 
 
 def family_of(module: AttentionModule) -> Family:
@@ -137,19 +142,5 @@ def _has_known_expansion(module: AttentionModule) -> bool:
     return "expand_kv" not in vars(module) and own.__module__.startswith("transformers.models.")
 
 
-def _grouped_obstacle(module: AttentionModule) -> str:
-    """Why a module is refused that attends with something that no operator takes yet."""
-    config = module.config
-    if hasattr(module, "sinks"):
-        return f": '{config.model_type}' attends with sinks, which these operators do not take yet"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f": '{config.model_type}' attends with a softcap, which these operators do not take yet"
-    # Where only some layers have a window each says so; elsewhere all have that of the configuration.
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    if window is not None:
-        return f": '{config.model_type}' attends within a window of {window}, which these operators do not take yet"
-    return ""
-
-
 MLA = Family(ABSORBED_ATTENTION, AbsorbedMLA, MLA_MODEL_TYPES, _mla_obstacle)
-GROUPED = Family(GROUPED_ATTENTION, GroupedRows, GROUPED_MODEL_TYPES, _grouped_obstacle)
+GROUPED = Family(GROUPED_ATTENTION, GroupedRows, GROUPED_MODEL_TYPES)

@@ -2,7 +2,8 @@
 
 A row is ``[V, K]`` of one KV head. transformers' caches keep V and K in two tensors, our paged caches in one; the
 operators take both (`rows`). Short queries run `flashmla::decode`, long ones `flashmla::prefill`, and masks that only
-their data decides `flashmla::attend_masked`, which reads no row that is hidden where the hidden ones lie together.
+their data decides, windows among them, `flashmla::attend_masked`, which reads no row that is hidden where the hidden
+ones lie together. Softcaps and sinks are options of the first two, which take any boolean mask as a list of tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from flashmla_ops.integrations.transformers.masks import (
     tokens_mask,
     without_needless,
 )
-from flashmla_ops.integrations.transformers.ragged import attend_ragged, is_ragged, write
+from flashmla_ops.integrations.transformers.ragged import (
+    attend_ragged,
+    is_ragged,
+    read_window,
+    window_of,
+    write,
+)
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
     Rows,
@@ -49,8 +56,8 @@ from flashmla_ops.sparsity import attend
 #: The name of this attention in transformers' registries.
 GROUPED_ATTENTION = "grouped_rows"
 
-#: Arguments that some models hand to attention functions beside the mask, and no operator takes.
-UNSERVED = ("softcap", "s_aux", "position_bias")
+#: An argument that some models hand to attention functions beside the mask, and no operator takes.
+UNSERVED = "position_bias"
 
 
 class GroupedRows(Served):
@@ -76,20 +83,23 @@ def grouped_attention(
     ``out [b, s_q, h_q, d_v]`` and, where ``output_attentions`` was asked for, the weights ``[b, h_q, s_q, s_kv]``.
     Continuous batches, which come with a paged cache of transformers, have no mask.
 
-    Raises `UnsupportedModelError` unless the module is enabled or a `FlashMLALayer`, and for softcaps, sinks and
-    biases; `ArgumentError` for a mask whose length is not the cache's.
+    ``softcap`` and ``s_aux``, a sink ``[h_q]`` beside the scores, are what they are to "eager".
+
+    Raises `UnsupportedModelError` unless the module is enabled or a `FlashMLALayer`, and for biases; `ArgumentError`
+    for a mask whose length is not the cache's.
     """
     if not isinstance(module, Served):
         raise UnsupportedModelError(
             f"attention '{GROUPED_ATTENTION}' is for models that were enabled:"
             " call flashmla_ops.integrations.transformers.enable(model)"
         )
-    for name in UNSERVED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"layer {module.layer_idx} attends with {name}, which no operator takes yet")
+    if kwargs.get(UNSERVED) is not None:
+        raise UnsupportedModelError(f"layer {module.layer_idx} attends with {UNSERVED}, which no operator takes yet")
+    scores = score_options(kwargs)
+    options = {"softmax_scale": scaling, "levels": module.levels} | scores
     if is_ragged(module, kwargs):
         assert isinstance(value, Tensor)
-        return _ragged(module, query, key, value, scaling, kwargs), None
+        return _ragged(module, query, key, value, options, kwargs), None
     layer = kwargs.pop(SUMMARIZED, None)
     rows = paged_rows(key, value) if isinstance(value, Pages) else contiguous_rows(value, key)
     if attention_mask is not None:
@@ -99,9 +109,14 @@ def grouped_attention(
         groups = query.shape[1] // keys.shape[1]
         expanded = repeat_kv(keys, groups), repeat_kv(values, groups)
         causal = is_causal(module, kwargs)
-        return attend_with_weights(module, query, *expanded, mask, dropout, scaling, causal)
+        return attend_with_weights(module, query, *expanded, mask, dropout, scaling, causal, **scores)
     if _runs_elsewhere(module, query, rows, attention_mask, dropout, kwargs):
         keys, values, mask = _expanded(query, key, value, attention_mask)
+        if scores:  # which SDPA does not have
+            groups = query.shape[1] // keys.shape[1]
+            expanded = repeat_kv(keys, groups), repeat_kv(values, groups)
+            causal = is_causal(module, kwargs)
+            return attend_with_weights(module, query, *expanded, mask, dropout, scaling, causal, **scores)[0], None
         if needs_gradient(query, rows, mask):
             trained = attend_causally(module, query, keys, values, mask, dropout, scaling, kwargs)
             if trained is not None:
@@ -116,8 +131,18 @@ def grouped_attention(
     if layer is not None:
         attention_mask = without_needless(attention_mask)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
-        return _masked(module, q, key, value, rows, attention_mask, d_v, scaling), None
-    return _listed(module, q, rows, attention_mask, d_v, scaling, layer), None
+        return _masked(module, q, key, value, rows, attention_mask, d_v, options), None
+    return _listed(module, q, rows, attention_mask, d_v, options, None if scores else layer), None
+
+
+def score_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model does to its scores beside scaling them, as the operators' options; empty if nothing."""
+    found: dict[str, Any] = {}
+    if kwargs.get("softcap") is not None:
+        found["softcap"] = float(kwargs["softcap"])
+    if kwargs.get("s_aux") is not None:
+        found["attn_sink"] = kwargs["s_aux"].float()
+    return found
 
 
 def _runs_elsewhere(
@@ -135,18 +160,17 @@ def _runs_elsewhere(
 
 
 def _listed(
-    module: Served, q: Tensor, rows: Rows, mask: Tensor | None, d_v: int, scaling: float | None, layer: Any = None
+    module: Served, q: Tensor, rows: Rows, mask: Tensor | None, d_v: int, options: dict[str, Any], layer: Any = None
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     """Under no mask, or one that lists what each query sees. ``layer``: of a cache that has summaries."""
     b, s_q, h_q, d_qk = q.shape
-    options: dict[str, Any] = {"softmax_scale": scaling, "levels": module.levels}
     if mask is not None and not is_prefix(mask):
         tokens = token_pages(rows, mask)
         out: Tensor = torch.ops.flashmla.decode(q.reshape(b * s_q, 1, h_q, d_qk), *tokens, d_v, d_v, **options)[0]
         return out.view(b, s_q, h_q, d_v)
     if s_q > MAX_ABSORBED_QUERIES and mask is None:
         return _prefilled(q, rows, d_v, options)
-    if s_q > MAX_ABSORBED_QUERIES and not is_tracing(q):
+    if s_q > MAX_ABSORBED_QUERIES and not is_tracing(q) and not options.keys() & {"softcap", "attn_sink"}:
         assert mask is not None
         return _prefilled_behind(q, rows, mask[:, 0, 0, 0] - 1, d_v, options)
     if mask is not None:
@@ -156,7 +180,7 @@ def _listed(
     if (cached := cached_in_pages(layer, rows, seqlens)) is not None:
         sparsity = layer.sparsity
         tally = sparsity.tally(module.layer_idx)
-        return attend(q, cached, sparsity, d_v, d_v, scaling, tally, module.levels)[0]
+        return attend(q, cached, sparsity, d_v, d_v, options["softmax_scale"], tally, module.levels)[0]
     out, _ = torch.ops.flashmla.decode(
         q, rows.kv_cache, rows.k_cache, rows.block_table, seqlens, d_v, d_v, causal=True, **options
     )
@@ -188,19 +212,27 @@ def _prefilled_behind(q: Tensor, rows: Rows, prefix_lens: Tensor, d_v: int, opti
 
 
 def _ragged(
-    module: Served, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]
+    module: Served, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], kwargs: dict[str, Any]
 ) -> Tensor:  # [1, t, h_q, d_v]
     """The t new tokens of all sequences of a continuous batch."""
     assert module.layer_idx is not None
+    q, d_v = query[0].transpose(0, 1), value.shape[-1]
+    if (window := window_of(module.layer_idx, kwargs)) > 0:
+        parts, bounds = read_window(module.layer_idx, key, value, kwargs)
+        windowed: Tensor = torch.ops.flashmla.prefill(q, *parts, *bounds, True, **options, window=window)[0]
+        return windowed[None]
     caches = kwargs["cache"].value_cache, kwargs["cache"].key_cache
     batch = write(module.layer_idx, value, key, caches, kwargs)
-    options: dict[str, Any] = {"softmax_scale": scaling, "levels": module.levels}
-    d_v = value.shape[-1]
+    if options.keys() & {"softcap", "attn_sink"}:
+        options = options | {"causal": True, "cu_seqlens_q": batch.bounds}
+        kv_cache, k_cache, block_table, seqlens, _ = batch.rows
+        out: Tensor = torch.ops.flashmla.decode(q, kv_cache, k_cache, block_table, seqlens, d_v, d_v, **options)[0]
+        return out[None]
 
     def attend(q: Tensor, rows: Rows) -> Tensor:
-        return _listed(module, q, rows, None, d_v, scaling)
+        return _listed(module, q, rows, None, d_v, options)
 
-    q, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    keys, values = (states[0].transpose(0, 1) for states in (key, value))
     return attend_ragged(q, keys, values, batch, attend, qk_start=d_v, **options)[None]
 
 
@@ -212,17 +244,28 @@ def _masked(
     rows: Rows,
     mask: Tensor,
     d_v: int,
-    scaling: float | None,
+    options: dict[str, Any],
 ) -> Tensor:  # [b, s_q, h_q, d_v]
     """Under a mask over the cache's tokens, boolean or added, which is read at run time."""
     b, s_q = q.shape[:2]
+    scored = options.keys() & {"softcap", "attn_sink"}
+    if scored and mask.dtype != torch.bool:
+        mask = seen_by(mask)
+    if scored or (isinstance(value, Pages) and mask.dtype == torch.bool and s_q <= MAX_ABSORBED_QUERIES):
+        if mask.shape[1] == 1:
+            return _listed(module, q, rows, tokens_mask(mask.expand(b, 1, s_q, rows.s_kv)), d_v, options)
+        if scored:
+            raise UnsupportedModelError(f"layer {module.layer_idx} attends with {sorted(scored)} and a mask by head")
     if isinstance(value, Pages):
-        if mask.dtype == torch.bool and mask.shape[1] == 1 and s_q <= MAX_ABSORBED_QUERIES:
-            listed = tokens_mask(mask.expand(b, 1, s_q, value.s_kv))
-            return _listed(module, q, rows, listed, d_v, scaling)
         rows = contiguous_rows(*gather_pages(key, value, d_v))
-    out: Tensor = torch.ops.flashmla.attend_masked(q, rows.kv_cache, rows.k_cache, mask, d_v, d_v, scaling)
+    scale = options["softmax_scale"]
+    out: Tensor = torch.ops.flashmla.attend_masked(q, rows.kv_cache, rows.k_cache, mask, d_v, d_v, scale)
     return out
+
+
+def seen_by(mask: Tensor) -> Tensor:
+    """The boolean mask that one added to the scores stands for, where it adds 0 or the least number."""
+    return mask >= torch.finfo(mask.dtype).min / 2
 
 
 def _expanded(

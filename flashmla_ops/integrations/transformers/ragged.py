@@ -22,6 +22,8 @@ from flashmla_ops.nn.prefix import prefill_with_prefix
 
 #: Transformers' prefix of the names of attention functions that take continuous batches.
 PAGED = "paged|"
+#: Its names of types of layers.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 #: Queries ``[n, 1, h_q, d_qk]`` of n sequences, and the sequences: outputs ``[n, 1, h_q, d_v]``.
 Attend = Callable[[Tensor, Rows], Tensor]
@@ -70,12 +72,35 @@ def write(
     read = kwargs["read_index"][group]
     # Where nothing was cached before, no slots are said to be read: what was written is all that there is.
     slots = read if read.numel() else written
-    bounds_k, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
+    bounds_k, longest = (_of_type(kwargs[name], FULL) for name in ("cu_seq_lens_k", "max_seqlen_k"))
     pages = torch.arange(0, max(1, longest), cache.block_size, device=slots.device)
     # What stands behind a sequence's last page does not matter, only that it can be looked up.
     at = (bounds_k[:-1, None] + pages).clamp(max=slots.shape[0] - 1)
     block_table = (slots[at] // cache.block_size).to(torch.int32)
     return Batch(kwargs["cu_seq_lens_q"], Rows(kv_cache, k_cache, block_table, bounds_k.diff(), longest))
+
+
+def window_of(layer_idx: int, kwargs: dict[str, Any]) -> int:
+    """How many of the last tokens the cache keeps of a layer that attends within a window; 0 for all."""
+    window = int(kwargs["cache"].sliding_windows[layer_idx])
+    return window if window > 1 else 0
+
+
+def read_window(
+    layer_idx: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A window's keys and values of all sequences, new tokens included, ``[t_k, h_kv, d]``, and both bounds.
+
+    The cache overwrites what has left the window, so that new tokens may stand where older queries still look: they
+    are read before that, by transformers' own code.
+    """
+    keys, values = kwargs["cache"].update(key, value, layer_idx, kwargs["read_index"], kwargs["write_index"])
+    return (keys, values), (kwargs["cu_seq_lens_q"], _of_type(kwargs["cu_seq_lens_k"], SLIDING))
+
+
+def _of_type(found: Any, layer_type: str) -> Any:
+    """transformers hands one value for all layers, or one for each type where a model has several."""
+    return found[layer_type] if isinstance(found, dict) else found
 
 
 def attend_ragged(

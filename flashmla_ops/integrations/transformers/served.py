@@ -87,18 +87,25 @@ def attend_with_weights(
     dropout: float,
     scaling: float | None,
     causal: bool,
+    softcap: float | None = None,
+    attn_sink: Tensor | None = None,  # [h_q]
 ) -> tuple[Tensor, Tensor]:
     """Attention written out as "eager" does: ``out [b, s_q, h_q, d_v]`` and weights ``[b, h_q, s_q, s_kv]``.
 
-    ``causal``: several queries without a mask see no later tokens.
+    ``causal``: several queries without a mask see no later tokens. ``softcap``, ``attn_sink``: the operators'.
     """
     s_q, s_kv = query.shape[2], keys.shape[2]
     if mask is None and causal and s_q > 1:
         mask = torch.ones(s_q, s_kv, dtype=torch.bool, device=query.device).tril()
     scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
     scores = scores if mask is None else scores + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if attn_sink is not None:
+        sinks = attn_sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., :s_kv]
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ values).transpose(1, 2), weights
