@@ -23,7 +23,7 @@ ANSWER_TOKENS = 7
 
 @dataclass(frozen=True)
 class Row:
-    """One way to choose at one length. Shares are of what dense attention reads and multiplies while decoding."""
+    """One way to choose at one length. Shares are of what dense attention reads while decoding."""
 
     model: str
     selector: str
@@ -36,7 +36,6 @@ class Row:
     rows_skipped: float
     bytes_saved: float
     bytes_to_choose: float
-    multiply_adds_saved: float
     lost: float  # the largest bound
     needles: int  # asked for
     needles_found: int
@@ -118,7 +117,6 @@ def evaluate(
                 rows_skipped=together.rows_skipped,
                 bytes_saved=together.bytes_saved,
                 bytes_to_choose=together.bytes_to_choose / max(1, together.bytes),
-                multiply_adds_saved=together.multiply_adds_saved,
                 lost=together.lost,
                 needles=len(stacks),
                 needles_found=sum(found[label]),

@@ -11,6 +11,7 @@ from flashmla_ops.errors import ArgumentError
 from flashmla_ops.sparsity.config import DynamicSparsity
 from flashmla_ops.sparsity.heads import HeadPages, by_head, queries_by_head, results_together
 from flashmla_ops.sparsity.report import Tally
+from flashmla_ops.sparsity.summaries import SUMMARIES
 
 
 class Cached(NamedTuple):
@@ -120,12 +121,12 @@ def record(
     pages = (lengths / page_size).ceil().sum() * h_kv
     summary_bytes = 0 if cache.summaries is None else cache.summaries.size(2)
     scored = torch.where(lengths >= sparsity.min_context, (lengths / page_size).floor(), 0.0).sum() * h_kv
-    to_choose = scored * (page_size * s_q * h_q // h_kv * d_qk) if summary_bytes else scored * 0
+    per_page = 0 if sparsity.kind is None else SUMMARIES[sparsity.kind].multiply_adds(page_size, d_qk)
     tally.add(
         [
             *(1.0, pages, rows, attended),
             *(rows * row_bytes, attended * row_bytes, scored * summary_bytes),
-            *(rows * per_row, attended * per_row, to_choose),
+            *(rows * per_row, attended * per_row, scored * (per_page * s_q * h_q // h_kv)),
         ],
         lost,
     )

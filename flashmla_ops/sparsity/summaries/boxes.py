@@ -22,6 +22,9 @@ class Boxes(Summary):
     def n_bytes(self, page_size: int, d: int) -> int:
         return 4 * d
 
+    def multiply_adds(self, page_size: int, d: int) -> int:
+        return 2 * d
+
     def encode(self, keys: Tensor, planes: Tensor | None) -> Tensor:
         return joined(down_to_bfloat16(keys.amin(dim=1)), up_to_bfloat16(keys.amax(dim=1)))
 

@@ -45,6 +45,9 @@ class Codes(Summary):
         elements = round_up(d, 8)
         return HEADER + 4 * elements + elements // 2 * round_up(page_size, 16)
 
+    def multiply_adds(self, page_size: int, d: int) -> int:
+        return page_size * d
+
     def encode(self, keys: Tensor, planes: Tensor | None) -> Tensor:
         _, page_size, d = keys.shape
         low = down_to_bfloat16(keys.amin(dim=1))

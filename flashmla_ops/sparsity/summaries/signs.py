@@ -28,6 +28,9 @@ class Signs(Summary):
     def n_bytes(self, page_size: int, d: int) -> int:
         return 2 * d + (2 + BYTES) * page_size
 
+    def multiply_adds(self, page_size: int, d: int) -> int:
+        return d + page_size  # and Hamming distances
+
     def encode(self, keys: Tensor, planes: Tensor | None) -> Tensor:
         assert planes is not None
         mean = keys.mean(dim=1).bfloat16()

@@ -22,6 +22,9 @@ class Spread(Summary):
     def n_bytes(self, page_size: int, d: int) -> int:
         return 4 * d
 
+    def multiply_adds(self, page_size: int, d: int) -> int:
+        return 2 * d
+
     def encode(self, keys: Tensor, planes: Tensor | None) -> Tensor:
         mean = keys.mean(dim=1)
         deviation = (keys - mean[:, None]).square().mean(dim=1).sqrt()

@@ -27,6 +27,10 @@ class Summary(ABC):
         """Bytes of a summary of ``page_size`` keys of ``d`` elements."""
 
     @abstractmethod
+    def multiply_adds(self, page_size: int, d: int) -> int:
+        """What `mass` costs a query and page."""
+
+    @abstractmethod
     def encode(self, keys: Tensor, planes: Tensor | None) -> Tensor:
         """Keys ``[n, page_size, d]`` float32 of n pages to ``[n, n_bytes]`` uint8. ``planes``: ``[d, n_planes]``."""
 
