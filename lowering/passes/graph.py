@@ -19,7 +19,7 @@ Size: TypeAlias = Any
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CONVERSIONS = (prims.convert_element_type.default, aten._to_copy.default)
 
-GRADIENT = "a gradient is required, and the operators have no backward: compile under torch.no_grad()"
+GRADIENT = "a gradient is required, and graphs are rewritten for inference: compile under torch.no_grad()"
 
 
 def known(condition: Any) -> bool:
