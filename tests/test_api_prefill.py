@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_operator() -> None:
     results = torch.ops.flashmla.prefill(q, k, v, *bounds[:2], True)
     ones = (torch.ones_like(results[0]), torch.ones_like(results[1]))
     expected = torch.ops.flashmla.prefill_backward(q, k, v, *bounds[:2], *ones, *results, True)
-    for leaf, gradient in zip(leaves, expected, strict=True):
+    for leaf, gradient in zip(leaves, expected[:3], strict=True):
         torch.testing.assert_close(leaf.grad, gradient)
 
 

@@ -1,7 +1,7 @@
 """``flashmla::decode_backward``: the gradients of `decode` over native rows, from those of its results.
 
-    q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink   as `decode` took
-                   them; rows are of q's type
+    q, kv_cache, k_cache, block_table, cache_seqlens, d_v, qk_start, softmax_scale, causal, attn_sink, window, softcap
+                   as `decode` took them; rows are of q's type
     dout           [b, s_q, h_q, d_v], of q's type, any strides: the gradient with respect to out
     dlse           [b, h_q, s_q] float32 or None: the gradient with respect to lse
     out, lse       what `decode` returned
@@ -26,7 +26,16 @@ from flashmla_ops.formats import NATIVE
 from flashmla_ops.ops._backward import check_result, wanted_only
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result, sizes_of
-from flashmla_ops.ops.decode import DECODE, Cached, check_cache, check_lengths, check_rows, check_sink, check_table
+from flashmla_ops.ops.decode import (
+    DECODE,
+    Cached,
+    check_cache,
+    check_lengths,
+    check_rows,
+    check_scores,
+    check_sink,
+    check_table,
+)
 from flashmla_ops.ops.operator import Operator, Static
 
 
@@ -43,6 +52,8 @@ class DecodeBackward(Cached):
     softmax_scale: float | None = None
     causal: bool = False
     attn_sink: Tensor | None = None  # [h_q] float32
+    window: int = 0
+    softcap: float = 0.0
     wanted: Static = 15
 
 
@@ -55,6 +66,7 @@ def contract(check: Check, a: DecodeBackward) -> tuple[Result, Result, Result, R
     check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, "[n_pages, page_size, h_kv, d_k]")
     check_table(check, a, b)
     check_sink(check, a.q, a.attn_sink)
+    check_scores(check, a.window, a.softcap)
     check_result(check, "dout", a.dout, a.q, [b, s_q, h_q, a.d_v], a.q.dtype)
     check_result(check, "out", a.out, a.q, [b, s_q, h_q, a.d_v], a.q.dtype)
     check_result(check, "lse", a.lse, a.q, [b, h_q, s_q], torch.float32)
@@ -83,4 +95,4 @@ DECODE_BACKWARD = Operator(
     values=check_lengths,
     vmap=loop(lambda: torch.ops.flashmla.decode_backward.default),
 )
-DECODE.differentiated_by(DECODE_BACKWARD, ignores=("schedule", "levels"))
+DECODE.differentiated_by(DECODE_BACKWARD, ignores=("schedule", "levels", "batch_invariant"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from flashmla_ops.reference.attention import visible
 from flashmla_ops.reference.cache import gather_rows
 
 
@@ -16,21 +19,27 @@ def attention_backward(
     value: Tensor,  # [n, h_kv, d_v]
     out: Tensor,  # [s_q, h_q, d_v]
     lse: Tensor,  # [h_q, s_q]
-    causal: bool,
+    shown: Tensor,  # [s_q, n] bool
     scale: float,
+    softcap: float = 0.0,
     attn_sink: Tensor | None = None,  # [h_q]
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dkey and dvalue, float64
-    """Of the query tokens of one sequence that attend to its rows, causal bottom-right.
+    """Of the query tokens of one sequence that attend to rows.
 
     The softmax is p = exp(scores - lse), and the weights are w = share * p, where a sink leaves a share. Where dw is
     the gradient with respect to them, that with respect to a score is w * (dw - sum(w * dw)) + p * dlse, and
-    sum(w * dw) is sum(out * dout). A query that saw no row (lse is infinite) has weights 0.
+    sum(w * dw) is sum(out * dout). Capped scores, softcap * tanh(x), have the derivative 1 - tanh(x)^2. A query that
+    saw no row (lse is infinite) has weights 0.
     """
     s_q, h_q, d_qk = q.shape
-    n, h_kv, _ = key.shape
+    h_kv = key.size(1)
     heads = (h_kv, h_q // h_kv)  # h: KV head, g: query head of its group
     groups, douts = (x.double().reshape(s_q, *heads, x.size(2)) for x in (q, dout))
     scores = torch.einsum("shgd,thd->hgst", groups, key.double()) * scale
+    slope = torch.ones(())
+    if softcap:
+        slope = 1 - torch.tanh(scores / softcap).square()
+        scores = softcap * torch.tanh(scores / softcap)
     rows = lse.double().reshape(*heads, s_q, 1)
     softmax = (scores - rows).exp().where(~rows.isinf(), 0.0)
     share = torch.ones_like(rows) if attn_sink is None else _share(lse, attn_sink).reshape(*heads, s_q, 1)
@@ -39,11 +48,8 @@ def attention_backward(
     dscores = weights * (torch.einsum("shgd,thd->hgst", douts, value.double()) - delta)
     if dlse is not None:
         dscores = dscores + softmax * dlse.double().reshape(*heads, s_q, 1)
-    dscores = dscores.where(~rows.isinf(), 0.0)
-    if causal:
-        last = torch.arange(s_q, device=q.device) + n - s_q
-        hidden = torch.arange(n, device=q.device) > last[:, None]
-        weights, dscores = weights.masked_fill(hidden, 0.0), dscores.masked_fill(hidden, 0.0)
+    dscores = (dscores * slope).where(~rows.isinf(), 0.0)
+    weights, dscores = weights.where(shown, 0.0), dscores.where(shown, 0.0)
     dq = torch.einsum("hgst,thd->shgd", dscores, key.double()).reshape(s_q, h_q, d_qk) * scale
     dkey = torch.einsum("hgst,shgd->thd", dscores, groups) * scale
     return dq, dkey, torch.einsum("hgst,shgd->thd", weights, douts)
@@ -77,16 +83,29 @@ def prefill_backward(
     lse: Tensor,  # [h_q, t_q]
     causal: bool = False,
     softmax_scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk and dv, float64
+    attn_sink: Tensor | None = None,  # [h_q]
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # dq, dk, dv and dattn_sink, float64
     """The gradients of `prefill`: those of each sequence."""
     scale = q.size(2) ** -0.5 if softmax_scale is None else softmax_scale
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v))
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for i in range(len(bounds_q) - 1):
         s, t = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
-        part = None if dlse is None else dlse[:, s]
-        dq[s], dk[t], dv[t] = attention_backward(dout[s], part, q[s], k[t], v[t], out[s], lse[:, s], causal, scale)
-    return dq, dk, dv
+        first, last, shown = seen_rows(s.stop - s.start, t.stop - t.start, causal, window, q.device)
+        keys, part = slice(t.start + first, t.start + last), None if dlse is None else dlse[:, s]
+        results = (dout[s], part, q[s], k[keys], v[keys], out[s], lse[:, s])
+        dq[s], dk[keys], dv[keys] = attention_backward(*results, shown, scale, softcap, attn_sink)
+    return dq, dk, dv, None if attn_sink is None else sink_backward(dout, out, lse, attn_sink)
+
+
+def seen_rows(s_q: int, length: int, causal: bool, window: int, device: torch.device) -> tuple[int, int, Tensor]:
+    """The rows [first, last) that any query of a sequence sees, and which of them each sees: [s_q, last - first]."""
+    begins, ends = visible(s_q, length, causal, window)
+    first, last = min(begins, default=0), max(ends, default=0)
+    t = torch.arange(first, last, device=device)
+    return first, last, (t >= t.new_tensor(begins)[:, None]) & (t < t.new_tensor(ends)[:, None])
 
 
 def decode_backward(
@@ -104,6 +123,8 @@ def decode_backward(
     softmax_scale: float | None = None,
     causal: bool = False,
     attn_sink: Tensor | None = None,  # [h_q]
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # dq, dkv_cache, dk_cache, dattn_sink, float64
     """The gradients of `decode`. A page that several sequences hold has the sum of theirs."""
     scale = q.size(3) ** -0.5 if softmax_scale is None else softmax_scale
@@ -112,13 +133,15 @@ def decode_backward(
     dsink = None if attn_sink is None else torch.zeros_like(attn_sink, dtype=torch.float64)
     in_kv = kv_cache.size(3) - qk_start
     for i, n in enumerate(cache_seqlens.tolist()):
-        rows = gather_rows(kv_cache, block_table[i], 0, n, op="decode_backward", sequence=i)
+        first, last, shown = seen_rows(q.size(1), n, causal, window, q.device)
+        named: dict[str, Any] = {"op": "decode_backward", "sequence": i}
+        rows = gather_rows(kv_cache, block_table[i], first, last, **named)
         key = rows[..., qk_start:]
         if k_cache is not None:
-            key = torch.cat([key, gather_rows(k_cache, block_table[i], 0, n, op="decode_backward", sequence=i)], dim=-1)
+            key = torch.cat([key, gather_rows(k_cache, block_table[i], first, last, **named)], dim=-1)
         results = (dout[i], None if dlse is None else dlse[i], q[i], key, rows[..., :d_v], out[i], lse[i])
-        dq[i], dkey, dvalue = attention_backward(*results, causal, scale, attn_sink)
-        positions = torch.arange(n, device=q.device)
+        dq[i], dkey, dvalue = attention_backward(*results, shown, scale, softcap, attn_sink)
+        positions = torch.arange(first, last, device=q.device)
         where = (block_table[i].long()[positions // kv_cache.size(1)], positions % kv_cache.size(1))
         dkv[..., :d_v].index_put_(where, dvalue, accumulate=True)
         dkv[..., qk_start:].index_put_(where, dkey[..., :in_kv], accumulate=True)
@@ -155,9 +178,9 @@ def sparse_prefill_backward(
             of_query = (x[s, None, heads] for x in (q, out, dout))
             query, result, gradient = of_query
             row_lse, row_dlse = lse[s, heads, None], None if dlse is None else dlse[s, heads, None]
-            found = attention_backward(
-                gradient, row_dlse, query, rows, rows[..., :d_v], result, row_lse, False, scale, sink
-            )
+            results = (gradient, row_dlse, query, rows, rows[..., :d_v], result, row_lse)
+            shown = torch.ones(1, len(rows), dtype=torch.bool, device=q.device)
+            found = attention_backward(*results, shown, scale, attn_sink=sink)
             dq[s, heads] = found[0][0]
             dkv[:, head].index_add_(0, chosen, found[1][:, 0])
             dkv[:, head, :d_v].index_add_(0, chosen, found[2][:, 0])

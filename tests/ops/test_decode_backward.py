@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,14 +37,16 @@ SMALL = {
 
 def call(case: DecodeCase, *, dlse: bool = True) -> dict[str, Any]:
     """The arguments of the backward of a case."""
-    inputs = build(case)
+    inputs = build(replace(case, s_qs=None))
     generator = torch.Generator().manual_seed(case.seed)
     out, lse = torch.ops.flashmla.decode(**inputs.kwargs())
     dout = torch.randn(out.shape, generator=generator).to(out.dtype)
     gradient = torch.randn(lse.shape, generator=generator) if dlse else None
     if case.strided:
         dout, out, lse = (strided(x, generator, contiguous_rows=False) for x in (dout, out, lse))
-    return inputs.reference_kwargs() | {"dout": dout, "dlse": gradient, "out": out, "lse": lse}
+    named = inputs.reference_kwargs()
+    del named["cu_seqlens_q"]
+    return named | {"dout": dout, "dlse": gradient, "out": out, "lse": lse}
 
 
 def check(case: DecodeCase, *, dlse: bool = True) -> None:
@@ -76,16 +79,18 @@ def test_mla_case(case: DecodeCase) -> None:
 def test_every_layout(isa: str, dtype: str, layout: str) -> None:
     with cpu.using(isa):
         for h_q in (6, 144):  # more than one item of query rows
-            case = DecodeCase((9, 0, 130), s_q=2, h_q=h_q, page_size=8, dtype=dtype, causal=True, **LAYOUTS[layout])
-            check(case)
+            for options in ({}, {"window": 40, "softcap": 2.0, "sink": True}):
+                sizes = {"s_q": 2, "h_q": h_q, "page_size": 8, "dtype": dtype, "causal": True} | LAYOUTS[layout]
+                check(DecodeCase((9, 0, 130), **sizes, **options))
 
 
 @pytest.mark.parametrize("layout", SMALL)
-@pytest.mark.parametrize("sink", [False, True])
-def test_the_definition_is_the_derivative(layout: str, sink: bool) -> None:
+@pytest.mark.parametrize(("sink", "window", "softcap"), [(False, 0, 0.0), (True, 2, 0.0), (False, 0, 0.5)])
+def test_the_definition_is_the_derivative(layout: str, sink: bool, window: int, softcap: float) -> None:
     options = {"s_q": 3, "h_q": 6, "page_size": 4, "dtype": "float32", "causal": True, "strided": False}
-    case = DecodeCase((5, 0, 2), **options, **SMALL[layout])
+    case = DecodeCase((5, 0, 2), window=window, softcap=softcap, **options, **SMALL[layout])
     options = build(case).reference_kwargs()
+    del options["cu_seqlens_q"]
     tensors = {"q": options.pop("q").double() * 10, "kv_cache": options.pop("kv_cache").nan_to_num(0).double()}
     k_cache, _ = options.pop("k_cache"), options.pop("attn_sink")
     if k_cache is None:
@@ -137,6 +142,12 @@ def test_results_do_not_depend_on_threads() -> None:
             assert all(map(torch.equal, first, torch.ops.flashmla.decode_backward(**arguments)))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_ragged_queries_have_no_gradient() -> None:
+    inputs = build(DecodeCase((9, 4), s_qs=(2, 3), h_q=4, page_size=8, d=24, d_v=16, strided=False))
+    with pytest.raises(NotDifferentiableError, match="no gradient for it with cu_seqlens_q"):
+        torch.ops.flashmla.decode(**inputs.kwargs(q=inputs.q.clone().requires_grad_()))
 
 
 def test_bytes_have_no_gradient() -> None:

@@ -24,13 +24,14 @@ DECLARED = re.compile(r"attn_sink(:| = |;)|\*\s*attn_sink\b|\(\"attn_sink\", c_"
 
 
 def test_an_argument_of_attention_is_declared_in_few_places() -> None:
-    """In dense attention, that is: `decode` and `decode_up`, from the schema to the kernel."""
+    """In dense attention, that is: `decode`, `decode_up` and `prefill`, from the schema to the kernel."""
     folders = ("flashmla_ops", "lowering", "cutlass_kernels")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h", ".cpp")]
     dense = [path for path in files if path.name not in ("api.py", "sparse.py") and "backward" not in path.name]
-    lines = [f"{path.name}: {line.strip()}" for path in dense for line in path.read_text().splitlines()]
+    code = ((path.name, line.partition("//")[0]) for path in dense for line in path.read_text().splitlines())
+    lines = [f"{name}: {line.strip()}" for name, line in code]
     declared = [line for line in lines if DECLARED.search(line) and "call.attn_sink" not in line]
-    assert 4 <= len(declared) <= 8, declared
+    assert 4 <= len(declared) <= 10, declared
 
 
 def test_a_schema_follows_from_the_arguments() -> None:

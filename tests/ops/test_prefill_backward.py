@@ -12,16 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmla_ops import cpu, reference
 from tests.ops.test_opcheck import check as opcheck
-from tests.ops.test_prefill import PrefillCase, build, prefill_cases
+from tests.ops.test_prefill import PrefillCase, build, options_of, prefill_cases
 from tests.support.gradients import defined, largest, problem, score_size
 from tests.support.poison import strided
 
+NAMES = ("dq", "dk", "dv", "dattn_sink")
 ISAS = [name for name, supported in cpu.STATE.isas.items() if supported]
 
 
 def call(case: PrefillCase, *, dlse: bool = True) -> dict[str, Any]:
     """The arguments of the backward of a case."""
-    inputs, options = build(case), {"causal": case.causal, "softmax_scale": case.softmax_scale}
+    inputs, options = build(case), options_of(case)
     generator = torch.Generator().manual_seed(case.seed)
     out, lse = torch.ops.flashmla.prefill(**inputs, **options)
     dout = torch.randn(out.shape, generator=generator).to(out.dtype)
@@ -38,9 +39,8 @@ def check(case: PrefillCase, *, dlse: bool = True) -> None:
     expected = reference.prefill_backward(**arguments)
     q, k, v, dout, lse = (arguments[name] for name in ("q", "k", "v", "dout", "lse"))
     dscore = score_size(arguments, v, case.d_v)
-    sizes = (dscore * largest(k), dscore * largest(q), largest(dout))
-    for name, x, y, size in zip(("dq", "dk", "dv"), found, expected, sizes, strict=True):
-        assert x.dtype == q.dtype
+    sizes = (dscore * largest(k), dscore * largest(q), largest(dout), 100 * largest(v) * largest(dout))
+    for name, x, y, size in zip(NAMES, found, expected, sizes, strict=True):
         assert (wrong := problem(name, x, y, size, lse)) is None, f"{wrong} | {case!r}"
 
 
@@ -56,22 +56,32 @@ def test_any_case(case: PrefillCase) -> None:
 def test_model_geometries(isa: str, dtype: str, h_q: int, h_kv: int, d_qk: int, d_v: int) -> None:
     lengths = ((300, 300), (1, 200), (130, 257), (0, 9), (5, 0))
     with cpu.using(isa):
-        for causal in (False, True):
-            check(PrefillCase(lengths, h_q, h_kv, d_qk, d_v, dtype, causal))
+        for options in ({"causal": False}, {}, {"window": 70, "softcap": 2.0, "sink": True}):
+            check(PrefillCase(lengths, h_q, h_kv, d_qk, d_v, dtype, **options))
 
 
-@pytest.mark.parametrize("causal", [False, True])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "causal": {"causal": True},
+    "scaled": {"softmax_scale": -0.5, "causal": True},
+    "window": {"causal": True, "window": 2},
+    "softcap": {"softcap": 0.7},
+    "sink": {"causal": True, "attn_sink": torch.linspace(-1, 1, 4, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("h_kv", [1, 2, 4])
-@pytest.mark.parametrize("scale", [None, -0.5])
-def test_the_definition_is_the_derivative(causal: bool, h_kv: int, scale: float | None) -> None:
-    bounds_q, bounds_k = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 2, 4, 9])
+def test_the_definition_is_the_derivative(option: str, h_kv: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = ((7, 4, 5), (9, h_kv, 5), (9, h_kv, 3))
-    q, k, v = (torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
-
-    options = {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "causal": causal, "softmax_scale": scale}
-    results = defined(reference.prefill, reference.prefill_backward, ("q", "k", "v"), options)
-    assert torch.autograd.gradcheck(results, (q, k, v))
+    sizes = {"q": (7, 4, 5), "k": (9, h_kv, 5), "v": (9, h_kv, 3)}
+    tensors = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    options = {"cu_seqlens_q": torch.tensor([0, 3, 3, 7]), "cu_seqlens_k": torch.tensor([0, 2, 4, 9])}
+    options |= OPTIONS[option]
+    if "attn_sink" in options:
+        tensors["attn_sink"] = options.pop("attn_sink").clone()
+    results = defined(reference.prefill, reference.prefill_backward, tuple(tensors), options)
+    assert torch.autograd.gradcheck(results, [x.requires_grad_() for x in tensors.values()])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -105,7 +115,7 @@ def test_a_query_that_sees_no_key_has_no_gradient_whatever_it_holds() -> None:
     for name, fill in (("q", torch.nan), ("dout", torch.inf)):
         arguments = call(case)
         arguments[name][[0, 1, 2, 5, 6, 7]] = fill
-        dq, dk, dv = torch.ops.flashmla.prefill_backward(**arguments)
+        dq, dk, dv, _ = torch.ops.flashmla.prefill_backward(**arguments)
         assert dq[[0, 1, 2, 5, 6, 7]].eq(0).all()
         for x in (dq, dk, dv):
             assert x.isfinite().all()
@@ -127,11 +137,11 @@ def test_repeats_bit_for_bit_on_several_threads(dtype: str) -> None:
 
 
 def test_only_what_is_wanted_is_computed() -> None:
-    arguments = call(PrefillCase(((40, 50),), dtype="bfloat16"))
+    arguments = call(PrefillCase(((40, 50),), dtype="bfloat16", sink=True))
     whole = torch.ops.flashmla.prefill_backward(**arguments)
-    for wanted in range(8):
+    for wanted in range(16):
         found = torch.ops.flashmla.prefill_backward(**arguments, wanted=wanted)
-        for i in range(3):
+        for i in range(4):
             assert torch.equal(found[i], whole[i]) if wanted >> i & 1 else found[i].shape == (0,)
 
 
@@ -149,7 +159,8 @@ def test_what_needs_no_gradient_gets_none() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("lay_out", [False, True])
 def test_opcheck(dtype: str, lay_out: bool) -> None:
-    arguments = call(PrefillCase(((9, 7), (0, 3), (4, 0)), dtype=dtype, strided=lay_out))
+    options = {"window": 3, "softcap": 2.0, "sink": True} if lay_out else {}
+    arguments = call(PrefillCase(((9, 7), (0, 3), (4, 0)), dtype=dtype, strided=lay_out, **options))
     opcheck(torch.ops.flashmla.prefill_backward.default, **arguments)
 
 
@@ -160,7 +171,7 @@ def test_opcheck(dtype: str, lay_out: bool) -> None:
         ("out", lambda x: x.float(), "argument 'out': expected bfloat16, got float32"),
         ("lse", lambda x: x.T, "argument 'lse': expected shape"),
         ("dlse", lambda x: x.bfloat16(), "argument 'dlse': expected float32, got bfloat16"),
-        ("wanted", lambda _: 8, "argument 'wanted': expected a sum of 1, 2 and 4, got 8"),
+        ("wanted", lambda _: 16, "argument 'wanted': expected a sum of 1, 2, 4 and 8, got 16"),
         ("cu_seqlens_k", lambda x: x + 1, r"prefill_backward: argument 'cu_seqlens_k': expected 0 at \[0\]"),
     ],
 )

@@ -72,7 +72,8 @@ def _sparse_prefill() -> dict[str, Any]:
 def _prefill() -> dict[str, Any]:
     bounds = torch.tensor([0, 3, 7], dtype=INT)
     q, k, v = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 8)
-    return {"q": q, "k": k, "v": v, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "causal": True}
+    sequences = {"q": q, "k": k, "v": v, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    return sequences | {"causal": True, "attn_sink": torch.randn(4)}
 
 
 def _backward_of(name: str, arguments: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
@@ -153,7 +154,7 @@ CALLS = {
     ),
     "sparse_decode": Call(_sparse_decode, ("q", "kv_cache", "k_cache", "attn_sink", "extra_kv_cache")),
     "sparse_prefill": Call(_sparse_prefill, with_gradient=("q", "kv", "attn_sink")),
-    "prefill": Call(_prefill, with_gradient=("q", "k", "v")),
+    "prefill": Call(_prefill, with_gradient=("q", "k", "v", "attn_sink")),
     "decode_backward": Call(_backward_of("decode", _decode)),
     "prefill_backward": Call(_backward_of("prefill", _prefill)),
     "sparse_prefill_backward": Call(_backward_of("sparse_prefill", _sparse_prefill)),

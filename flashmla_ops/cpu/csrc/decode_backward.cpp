@@ -9,6 +9,7 @@
 
 #include "flashmla/decode.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/prefill.h"
 #include "flashmla/turns.h"
 
 namespace flashmla {
@@ -64,19 +65,21 @@ private:
     if (into) std::memset(into, 0, size_t(n * row_floats_) * sizeof(float));
     for (int64_t row = 0; row < rows_of_head; row += Schedule::kMaxRows) {
       const Item item{i, head, row, std::min(Schedule::kMaxRows, rows_of_head - row), n};
-      kernels_.backward(attention_, call_.gradients, item, 0, n, into, row_floats_, scratch);
+      const Tokens tokens = tokens_of(attention_, item);
+      kernels_.backward(attention_, call_.gradients, item, tokens.begin, tokens.end, into, row_floats_, scratch);
     }
     return true;
   }
 
-  // Of each page, the sequences that hold it.
+  // Of each page, the sequences that hold it and attend to a row of it.
   void list_holders() {
     holders_.resize(size_t(attention_.n_pages));
     for (int64_t i = 0; i < attention_.b; i++) {
-      for (int64_t token = 0, index = 0; token < length(i); token += attention_.page_size, index++) {
+      const Tokens tokens = attended(attention_, i);
+      for (int64_t index = tokens.begin / attention_.page_size; index * attention_.page_size < tokens.end; index++) {
         const int64_t* stride = attention_.block_table_stride;
         const int64_t page = attention_.block_table[i * stride[0] + index * stride[1]];
-        holders_[size_t(page)].push_back({i, token});
+        holders_[size_t(page)].push_back({i, index * attention_.page_size});
       }
     }
   }
@@ -119,8 +122,8 @@ private:
 
 bool has_bad_page(const FlashmlaDecode& call) {
   for (int64_t i = 0; i < call.b; i++) {
-    const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
-    for (int64_t j = 0; j * call.page_size < length; j++) {
+    const Tokens tokens = attended(call, i);
+    for (int64_t j = tokens.begin / call.page_size; j * call.page_size < tokens.end; j++) {
       const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
       if (page < 0 || page >= call.n_pages) return true;
     }

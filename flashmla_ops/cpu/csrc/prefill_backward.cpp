@@ -77,6 +77,7 @@ private:
     one.dout = static_cast<const char*>(one.dout) + begin * one.dout_stride[1] * size;
     one.lse += begin * one.lse_stride[2];
     if (one.dlse) one.dlse += begin * one.dlse_stride[2];
+    if (one.dsink) one.dsink += begin * one.dsink_stride[2];
     if (one.dq) one.dq = static_cast<char*>(one.dq) + begin * one.dq_stride[1] * size;
     return one;
   }
@@ -89,7 +90,10 @@ private:
   double cost(int64_t i) const { return cost(i, 0, rows(i)); }
   double cost(int64_t i, int64_t row, int64_t end) const {
     double tokens = 0;
-    for (; row < end; row += Schedule::kMaxRows) tokens += double(tokens_of(sequences_[size_t(i)], item(i, 0, row)));
+    for (; row < end; row += Schedule::kMaxRows) {
+      const Tokens seen = tokens_of(sequences_[size_t(i)], item(i, 0, row));
+      tokens += double(seen.end - seen.begin);
+    }
     return tokens;
   }
 
@@ -130,7 +134,8 @@ private:
     std::memset(sums, 0, size_t(floats) * sizeof(float));
     for (int64_t row = unit.row; row < unit.end; row += Schedule::kMaxRows) {
       const Item here = item(unit.sequence, unit.head, row);
-      kernels_.backward(one, gradients_[size_t(unit.sequence)], here, 0, tokens_of(one, here),
+      const Tokens seen = tokens_of(one, here);
+      kernels_.backward(one, gradients_[size_t(unit.sequence)], here, seen.begin, seen.end,
                         wants_rows() ? sums : nullptr, row_floats_, memory + own);
     }
     if (wants_rows() && unit.sums < 0) {

@@ -50,10 +50,7 @@ std::tuple<Tensor, Tensor> prefill(const PrefillArguments& a) {
   const Boundaries bounds_k(Check{a.kOp}, "cu_seqlens_k", a.cu_seqlens_k);
   const Tensor out = new_tensor(results[0]), lse = new_tensor(results[1]);
   FlashmlaPrefill call = prefill_call(a, bounds_q, bounds_k);
-  call.levels = int32_t(a.levels), call.softcap = float(a.softcap), call.window = a.window;
-  if (a.attn_sink) {
-    call.attn_sink = a.attn_sink->const_data_ptr<float>(), call.attn_sink_stride = a.attn_sink->stride(0);
-  }
+  call.levels = int32_t(a.levels);
   call.out = out.mutable_data_ptr(), call.lse = lse.mutable_data_ptr<float>();
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();

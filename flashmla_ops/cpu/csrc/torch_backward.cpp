@@ -59,18 +59,21 @@ private:
   std::vector<float> parts_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> prefill_backward(const PrefillBackwardArguments& a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(const PrefillBackwardArguments& a) {
   const auto results = check(a);
   const Boundaries bounds_q(Check{a.kOp}, "cu_seqlens_q", a.cu_seqlens_q);
   const Boundaries bounds_k(Check{a.kOp}, "cu_seqlens_k", a.cu_seqlens_k);
   FlashmlaPrefillBackward call{prefill_call(a, bounds_q, bounds_k), gradients_of(a), nullptr, nullptr};
   const Tensor dq = new_tensor(results[0]), dk = new_tensor(results[1]), dv = new_tensor(results[2]);
+  const Tensor dsink = new_tensor(results[3]);
   if (a.wanted & 1) set_dq(call.gradients, dq);
   call.dk = wanted(dk, a.wanted & 2), call.dv = wanted(dv, a.wanted & 4);
+  const SinkGradient sink(call.gradients, 1, a.q.size(1), a.q.size(0), dsink, a.attn_sink && (a.wanted & 8));
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
   raise_if(flashmla_prefill_backward(&call, &threads, message), message);
-  return {dq, dk, dv};
+  sink.sum();
+  return {dq, dk, dv, dsink};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_backward(const DecodeBackwardArguments& a) {

@@ -9,7 +9,8 @@
 //
 //     dv = share p^T dout     ds = p * (share dp - delta)     delta = share sum(out * dout) - dlse
 //
-// and the gradient of the sink's logit is (share - 1) sum(out * dout), summed over its head's rows by the caller.
+// and the gradient of the sink's logit is (share - 1) sum(out * dout), summed over its head's rows by the caller. Where
+// scores are capped, s = softcap t with t = tanh(scaled score / softcap), and ds is multiplied by 1 - t^2.
 //
 // For each block of tokens there are five products, all of them over packed copies: keys and values are packed once per
 // block, queries and dout once per item, each in both of the layouts in which products read them. Scores lie
@@ -116,7 +117,7 @@ private:
     dscores_by_row_ = M::pairs ? scratch.take<Unit>(rows_ * kBlock / 2) : dscores_;
     dq_ = scratch.take<float>(rows_ * out_stride_);
     block_ = scratch.take<float>(kBlock * out_stride_);
-    for (float** row : {&lse_, &share_, &delta_, &visible_, &ones_}) *row = scratch.take<float>(rows_);
+    for (float** row : {&lse_, &share_, &delta_, &visible_, &hidden_, &ones_}) *row = scratch.take<float>(rows_);
     bytes_ = scratch.used();
   }
   static Packed sizes(int64_t d) {
@@ -209,6 +210,7 @@ private:
     if (first_row == rows_) return;
     pack_tokens(rows);
     score(queries_, keys_, scores_, first_row);
+    cap(first_row);
     score(douts_, values_, dweights_, first_row);
     weigh(first_row, rows.n);
     if (into_.rows) {
@@ -222,15 +224,23 @@ private:
     if (gradients_.dq) gradients_of_queries(first_row);
   }
 
-  // How many of the block's tokens each row sees: as many as the row before, or more.
+  // How many of the block's tokens come before the last one that a row sees, and before its first one: as many as of
+  // the row before, or more.
   void look(int n, int64_t first_token) {
-    if (visible(call_, item_, item_.row).end - first_token >= n) return std::fill(visible_, visible_ + rows_, float(n));
+    const int64_t last_row = item_.row + item_.rows - 1;
+    const auto in_block = [&](int64_t token) { return float(std::clamp<int64_t>(token - first_token, 0, n)); };
+    if (visible(call_, item_, item_.row).end - first_token >= n &&
+        visible(call_, item_, last_row).begin <= first_token) {
+      std::fill(visible_, visible_ + rows_, float(n)), std::fill(hidden_, hidden_ + rows_, 0.0f);
+      return;
+    }
     for (int64_t r = 0; r < rows_; r++) {
-      const int64_t sees = visible(call_, item_, item_.row + std::min(r, item_.rows - 1)).end - first_token;
-      visible_[r] = float(std::clamp<int64_t>(sees, 0, n));
+      const Tokens sees = visible(call_, item_, std::min(item_.row + r, last_row));
+      visible_[r] = in_block(sees.end), hidden_[r] = in_block(sees.begin);
     }
   }
   int seen(int64_t end) const { return int(visible_[end - 1]); }
+  int unseen(int64_t begin) const { return int(hidden_[begin]) / kExp * kExp; }
   // The first row of the first panel that sees a token, or rows_.
   int64_t first_seeing() const {
     int64_t first = 0;
@@ -261,7 +271,7 @@ private:
         const int units = int(std::min<int64_t>(queries.units - unit, kChunk));
         const Unit* columns = queries.by_element + first * queries.units + unit * width;
         const auto tile = [&](auto m, auto vectors) {
-          for (int64_t t = 0; t < n; t += m()) {
+          for (int64_t t = unseen(first) / m() * m(); t < n; t += m()) {
             const Cursor<Unit, m()> rows(tokens.by_element + t * tokens.row_stride + unit,
                                          tokens.row_stride * int64_t{sizeof(Unit)});
             float* to = scores + first * kBlock + t * width;
@@ -277,16 +287,25 @@ private:
     }
   }
 
+  void cap(int64_t first_row) {
+    for (int64_t first = first_row; first < rows_; first += kPanel) {
+      const int64_t width = panel_width(first), begin = unseen(first), end = seen(first + width);
+      if (begin >= end) continue;
+      cap_scores<Isa>(call_, scores_ + first * kBlock + begin * width, (end - begin) * width, call_.softmax_scale);
+    }
+  }
+
   // From scores and dweights to weights and dscores, units of two rows or of one: [token][unit of rows]. And dscores in
   // units of two tokens: [unit of tokens][row].
   void weigh(int64_t first_row, int n) {
-    const F scale = Isa::set1(call_.softmax_scale * kLog2E);
+    const F scale = Isa::set1(score_scale(call_)), one = Isa::set1(1.0f), zeros[kExp] = {};
     for (int64_t r = first_row; r < rows_; r += W) {
       const int64_t first = r / kPanel * kPanel, width = panel_width(first), at = first * kBlock + (r - first);
-      const F lse = Isa::load(lse_ + r), delta = F{} - Isa::load(delta_ + r);
-      const F share = Isa::load(share_ + r), visible = Isa::load(visible_ + r);
-      const int sees = seen(r + W);
-      for (int t = 0; t < sees; t += kExp) {
+      const F lse = Isa::load(lse_ + r), delta = F{} - Isa::load(delta_ + r), share = Isa::load(share_ + r);
+      const F visible = Isa::load(visible_ + r), hidden = Isa::load(hidden_ + r);
+      const int begin = unseen(r), end = seen(r + W);
+      for (int t = 0; t < begin; t += kExp) store(t, r, zeros, zeros);
+      for (int t = begin; t < end; t += kExp) {
         F p[kExp], ds[kExp];
 #pragma GCC unroll 8
         for (int i = 0; i < kExp; i++) p[i] = Isa::fma(Isa::load(scores_ + at + (t + i) * width), scale, F{} - lse);
@@ -296,16 +315,22 @@ private:
           ds[i] = p[i] * Isa::fma(Isa::load(dweights_ + at + (t + i) * width), share, delta);
           p[i] *= share;
         }
-        if (t + kExp > visible_[r]) {
+        if (call_.softcap > 0) {
           for (int i = 0; i < kExp; i++) {
-            const auto sees_it = Isa::set1(float(t + i)) < visible;
-            p[i] = sees_it ? p[i] : F{}, ds[i] = sees_it ? ds[i] : F{};
+            const F capped = Isa::load(scores_ + at + (t + i) * width);
+            ds[i] *= one - capped * capped;
+          }
+        }
+        if (t + kExp > visible_[r] || t < hidden_[r + W - 1]) {
+          for (int i = 0; i < kExp; i++) {
+            const F token = Isa::set1(float(t + i));
+            p[i] = token < visible ? p[i] : F{}, ds[i] = token < visible ? ds[i] : F{};
+            p[i] = token < hidden ? F{} : p[i], ds[i] = token < hidden ? F{} : ds[i];
           }
         }
         store(t, r, p, ds);
       }
-      const F zeros[kExp] = {};
-      for (int t = (sees + kExp - 1) / kExp * kExp; t < n; t += kExp) store(t, r, zeros, zeros);
+      for (int t = std::max(begin, (end + kExp - 1) / kExp * kExp); t < n; t += kExp) store(t, r, zeros, zeros);
     }
   }
   __attribute__((always_inline)) void store(int t, int64_t r, const F (&p)[kExp], const F (&ds)[kExp]) {
@@ -354,13 +379,14 @@ private:
   // dq_[row] += sum over the block's tokens of dscores[token][row] * keys[token].
   void gradients_of_queries(int64_t first_row) {
     for_columns(call_.d_qk, [&](int64_t column, auto vectors) {
-      const auto values = [&](int u, int i) __attribute__((always_inline)) {
-        return Isa::load(keys_.by_row + u * keys_.columns_stride + column + i * W);
-      };
       for (int64_t r = first_row; r < rows_; r += kRows) {
-        const int units = (seen(r / W * W + W) + kPerUnit - 1) / kPerUnit;
-        value_tile<M, kRows, vectors()>(dscores_by_row_ + r, rows_, values, dq_ + r * out_stride_ + column, out_stride_,
-                                        ones_ + r, units, false, [] {});
+        const int first = unseen(r / W * W) / kPerUnit, units = (seen(r / W * W + W) + kPerUnit - 1) / kPerUnit - first;
+        if (units <= 0) continue;
+        const auto values = [&](int u, int i) __attribute__((always_inline)) {
+          return Isa::load(keys_.by_row + (first + u) * keys_.columns_stride + column + i * W);
+        };
+        value_tile<M, kRows, vectors()>(dscores_by_row_ + first * rows_ + r, rows_, values,
+                                        dq_ + r * out_stride_ + column, out_stride_, ones_ + r, units, false, [] {});
       }
     });
   }
@@ -397,7 +423,7 @@ private:
   float *scores_, *dweights_;
   Unit *weights_, *dscores_, *dscores_by_row_;
   float *dq_, *block_;
-  float *lse_, *share_, *delta_, *visible_, *ones_;  // of each query row
+  float *lse_, *share_, *delta_, *visible_, *hidden_, *ones_;  // of each query row
 };
 
 }  // namespace flashmla::FLASHMLA_ISA

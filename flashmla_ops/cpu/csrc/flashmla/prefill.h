@@ -42,9 +42,10 @@ inline FlashmlaDecode sequence_of(const FlashmlaPrefill& call, int64_t i) {
   return one;
 }
 
-// Tokens that the item's last row sees, of those of its sequence.
-inline int64_t tokens_of(const FlashmlaDecode& one, const Item& item) {
-  return std::clamp<int64_t>(visible(one, item, item.row + item.rows - 1).end, 0, item.length);
+// Tokens that any of the item's rows sees, of those of its sequence.
+inline Tokens tokens_of(const FlashmlaDecode& one, const Item& item) {
+  const int64_t end = std::clamp<int64_t>(visible(one, item, item.row + item.rows - 1).end, 0, item.length);
+  return {std::min(visible(one, item, item.row).begin, end), end};
 }
 
 inline int check_bounds(const char* op, const FlashmlaPrefill& call, char* message) {

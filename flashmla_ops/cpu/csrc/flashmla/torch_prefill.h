@@ -8,7 +8,7 @@
 
 namespace flashmla {
 
-// The call, but for its results and what `prefill` alone takes.
+// The call, but for its results and its levels.
 template <class Arguments>
 FlashmlaPrefill prefill_call(const Arguments& a, const Boundaries& bounds_q, const Boundaries& bounds_k) {
   FlashmlaPrefill call{};
@@ -21,6 +21,10 @@ FlashmlaPrefill prefill_call(const Arguments& a, const Boundaries& bounds_q, con
   for (int i = 0; i < 2; i++) call.k_stride[i] = a.k.stride(i), call.v_stride[i] = a.v.stride(i);
   call.cu_seqlens_q = bounds_q.data, call.cu_seqlens_q_stride = bounds_q.stride;
   call.cu_seqlens_k = bounds_k.data, call.cu_seqlens_k_stride = bounds_k.stride;
+  call.softcap = float(a.softcap), call.window = a.window;
+  if (a.attn_sink) {
+    call.attn_sink = a.attn_sink->template const_data_ptr<float>(), call.attn_sink_stride = a.attn_sink->stride(0);
+  }
   return call;
 }
 
