@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_examples_are_python_or_what_it_prints(page: str) -> None:
 
 
 def marks(page: str) -> list[pytest.MarkDecorator]:
+    if "smollm2()" in python_of(page):
+        fetches = pytest.mark.skipif(find_spec("gguf") is None, reason="fetches weights, and reads them with gguf")
+        return [pytest.mark.slow, fetches]
     if "cutlass_kernels" not in python_of(page):
         return []
     return [pytest.mark.slow, pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")]
