@@ -19,8 +19,8 @@ def table() -> str:
     for file in sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
         sizes = {row["length"]: (row["texts"], row["tokens"] // row["texts"]) for row in rows}
-        of_each = "; ".join(f"at {n}, {texts} texts, the last {last} tokens" for n, (texts, last) in sizes.items())
-        parts.append(f"**{rows[0]['model']}** (decoded: {of_each})")
+        of_each = "; ".join(f"at {n}, the last {last} tokens of {texts}" for n, (texts, last) in sizes.items())
+        parts.append(f"**{rows[0]['model']}** (decoded of each text: {of_each})")
         lines = [HEADS, ("---",) * len(HEADS), *(_line(row) for row in rows)]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
