@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
+#include <functional>
 #include <new>
 #include <tuple>
 #include <vector>
@@ -45,7 +47,8 @@ public:
     int64_t total = 0;
     for (const Work& work : works_) total += work.cost();
     if (total * (any.d_qk + any.d_v) < kSerial) num_threads_ = 1;
-    for (Work& work : works_) cut(work, total);
+    const int64_t share = is_balanced(total) ? INT64_MAX : std::max<int64_t>(total / num_threads_, 1);
+    for (Work& work : works_) cut(work, share);
     std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
   }
 
@@ -80,7 +83,8 @@ public:
 
 private:
   static constexpr int64_t kMinTokens = 256;         // a piece is not made shorter than this
-  static constexpr int64_t kShare = 4;               // an item of more than a thread's share / kShare is cut
+  static constexpr int64_t kShare = 4;               // an item of more than a thread's share / kShare is cut,
+  static constexpr int64_t kUneven = 16;             // unless whole items are no more uneven than this anyway
   static constexpr int64_t kInvariantTokens = 1024;  // the same where cuts depend on the sequence alone,
   static constexpr int64_t kInvariantPieces = 16;    // of which there are so many pieces at most
   static constexpr int64_t kMergeRows = 16;          // query rows that are merged at a time
@@ -140,8 +144,18 @@ private:
     }
   }
 
-  void cut(Work& work, int64_t total) {
-    const int64_t tokens = work.end - work.begin, share = std::max<int64_t>(total / num_threads_, 1);
+  // Whether threads that take whole items, the longest first, end at about the same time.
+  bool is_balanced(int64_t total) const {
+    std::vector<int64_t> costs, loads(size_t(num_threads_), 0);
+    for (const Work& work : works_) costs.push_back(work.cost());
+    std::sort(costs.begin(), costs.end(), std::greater<>());
+    for (const int64_t cost : costs) *std::min_element(loads.begin(), loads.end()) += cost;
+    return *std::max_element(loads.begin(), loads.end()) * num_threads_ <= total + total / kUneven;
+  }
+
+  // Items that would take a thread long beside its share of the work are cut.
+  void cut(Work& work, int64_t share) {
+    const int64_t tokens = work.end - work.begin;
     if (work.call->batch_invariant && work.call->levels == 3) {
       const int64_t step = Schedule::divide_up(work.item.length, kInvariantPieces);
       work.step = std::max(round_up(step, Schedule::kUnit), kInvariantTokens);
