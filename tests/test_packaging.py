@@ -184,7 +184,7 @@ def test_torch_is_a_dependency_but_no_build_requirement() -> None:
     assert not [r for r in PYPROJECT["build-system"]["requires"] if "torch" in r]
     assert [r for r in PYPROJECT["project"]["dependencies"] if r.startswith("torch")] == ["torch>=2.11"]
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"transformers", "cutlass", "cuda", "demo", "bench", "dev"}
+    assert set(extras) == {"transformers", "cutlass", "cuda", "demo", "smollm2", "serve", "bench", "dev"}
 
 
 def test_no_newer_torch_or_transformers_is_refused() -> None:

@@ -26,7 +26,7 @@ from flashmla_ops.integrations.transformers.masks import (
     without_needless,
 )
 from flashmla_ops.integrations.transformers.projection import obstacle
-from flashmla_ops.integrations.transformers.ragged import PAGED, attend_ragged, is_ragged, write
+from flashmla_ops.integrations.transformers.ragged import PAGED, Batch, attend_ragged, is_ragged, write
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
     Rows,
@@ -231,8 +231,13 @@ def _ragged(
         raise UnsupportedModelError("continuous batching of MLA needs pages of latents: call enable(model)")
     batch = write(module.layer_idx, latent, rope, (latents, kwargs["cache"].rotary), kwargs)
 
-    def attend(q: Tensor, rows: Rows) -> Tensor:
-        return _absorbed(module, q.transpose(1, 2), rows, None, scaling, None)
+    def attend(q: Tensor, batch: Batch) -> Tensor:
+        w_uk, w_uv = up_projections(module)
+        absorbed = absorb_query(q.transpose(0, 1)[None], w_uk)[0]
+        rows = (batch.rows.kv_cache, batch.rows.k_cache, batch.rows.block_table, batch.rows.cache_seqlens)
+        options = {"softmax_scale": scaling, "causal": True, "levels": module.levels, "cu_seqlens_q": batch.bounds}
+        out: Tensor = torch.ops.flashmla.decode_up(absorbed, *rows, w_uv.transpose(1, 2), w_uk.shape[-1], **options)[0]
+        return out
 
     expand = _expansion(module)
     keys, values = expand(latent[0].transpose(0, 1), rope[0].transpose(0, 1))

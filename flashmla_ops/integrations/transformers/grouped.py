@@ -24,7 +24,6 @@ from flashmla_ops.integrations.transformers.masks import (
     without_needless,
 )
 from flashmla_ops.integrations.transformers.ragged import (
-    attend_ragged,
     is_ragged,
     read_window,
     window_of,
@@ -222,18 +221,10 @@ def _ragged(
         windowed: Tensor = torch.ops.flashmla.prefill(q, *parts, *bounds, True, **options, window=window)[0]
         return windowed[None]
     caches = kwargs["cache"].value_cache, kwargs["cache"].key_cache
-    batch = write(module.layer_idx, value, key, caches, kwargs)
-    if options.keys() & {"softcap", "attn_sink"}:
-        options = options | {"causal": True, "cu_seqlens_q": batch.bounds}
-        kv_cache, k_cache, block_table, seqlens, _ = batch.rows
-        out: Tensor = torch.ops.flashmla.decode(q, kv_cache, k_cache, block_table, seqlens, d_v, d_v, **options)[0]
-        return out[None]
-
-    def attend(q: Tensor, rows: Rows) -> Tensor:
-        return _listed(module, q, rows, None, d_v, options)
-
-    keys, values = (states[0].transpose(0, 1) for states in (key, value))
-    return attend_ragged(q, keys, values, batch, attend, qk_start=d_v, **options)[None]
+    batch = write(module.layer_idx, value, key, caches, kwargs).padded(q.shape[0])
+    rows = (batch.rows.kv_cache, batch.rows.k_cache, batch.rows.block_table, batch.rows.cache_seqlens)
+    out: Tensor = torch.ops.flashmla.decode(q, *rows, d_v, d_v, causal=True, cu_seqlens_q=batch.bounds, **options)[0]
+    return out[None]
 
 
 def _masked(

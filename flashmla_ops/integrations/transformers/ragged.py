@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import UnsupportedModelError
+from flashmla_ops.integrations.transformers.masks import MAX_ABSORBED_QUERIES
 from flashmla_ops.integrations.transformers.rows import Rows
 from flashmla_ops.nn.prefix import prefill_with_prefix
 
@@ -24,9 +25,6 @@ from flashmla_ops.nn.prefix import prefill_with_prefix
 PAGED = "paged|"
 #: Its names of types of layers.
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-#: Queries ``[n, 1, h_q, d_qk]`` of n sequences, and the sequences: outputs ``[n, 1, h_q, d_v]``.
-Attend = Callable[[Tensor, Rows], Tensor]
 
 
 class Batch(NamedTuple):
@@ -38,10 +36,23 @@ class Batch(NamedTuple):
     def prefix_lens(self) -> Tensor:  # [b] int32
         return self.rows.cache_seqlens - self.bounds.diff()
 
-    def some(self, sequences: Tensor, lengths: Tensor | None = None) -> Rows:
-        """The rows of these sequences, which may repeat, up to ``lengths`` or all."""
-        lengths = self.rows.cache_seqlens[sequences] if lengths is None else lengths
-        return self.rows._replace(block_table=self.rows.block_table[sequences], cache_seqlens=lengths)
+    def some(self, sequences: Tensor) -> Rows:
+        """The rows of these sequences."""
+        table, lengths = self.rows.block_table[sequences], self.rows.cache_seqlens[sequences]
+        return self.rows._replace(block_table=table, cache_seqlens=lengths)
+
+    def padded(self, t: int) -> Batch:
+        """The batch with one more sequence, without rows, of those of ``t`` tokens behind the last bound, which pad."""
+        table, lengths = self.rows.block_table, self.rows.cache_seqlens
+        rows = self.rows._replace(
+            block_table=torch.cat([table, table.new_zeros(1, table.shape[1])]),
+            cache_seqlens=torch.cat([lengths, lengths.new_zeros(1)]),
+        )
+        return Batch(torch.cat([self.bounds, self.bounds.new_full((1,), t)]), rows)
+
+
+#: Queries ``[t, h_q, d_qk]`` of all sequences of a batch, one after another: outputs ``[t, h_q, d_v]``.
+Attend = Callable[[Tensor, Batch], Tensor]
 
 
 def is_ragged(module: Any, kwargs: dict[str, Any]) -> bool:
@@ -113,35 +124,30 @@ def attend_ragged(
 ) -> Tensor:  # [t, h_q, d_v]
     """Each new token attends to its sequence up to itself. Tokens behind the last bound, which pad, get 0.
 
-    Sequences with one new token, as most have, go through ``attend`` together; the others, or without ``attend`` all,
-    prefill behind what they have cached, with the ``options`` of `prefill_with_prefix`. Lengths are read on the host
-    for that. A traced graph reads none: there each token is a sequence of its own, over the pages of its sequence.
+    Sequences with few new tokens, as most have, go through ``attend`` together; the others, or without ``attend`` all,
+    prefill behind what they have cached, with the ``options`` of `prefill_with_prefix`. The bounds are read on the host
+    for that. A traced graph reads none: there all go through ``attend``.
     """
     if attend is not None and is_tracing(q):
-        return _one_by_one(q, batch, attend)
+        return attend(q, batch.padded(q.shape[0]))
     bounds: list[int] = batch.bounds.tolist()
     counts = [stop - start for start, stop in pairwise(bounds)]
-    singles = [i for i, count in enumerate(counts) if count == 1 and attend is not None]
-    others = [i for i, count in enumerate(counts) if count > 1 or (count == 1 and attend is None)]
+    few = [i for i, count in enumerate(counts) if 0 < count <= MAX_ABSORBED_QUERIES and attend is not None]
+    many = [i for i, count in enumerate(counts) if count > 0 and i not in few]
     out = values.new_zeros(*q.shape[:2], values.shape[2])
-    if singles and attend is not None:
-        sequences = torch.tensor(singles, device=q.device)
-        tokens = batch.bounds[sequences].long()
-        out[tokens] = attend(q[tokens][:, None], batch.some(sequences))[:, 0]
-    if others:
-        sequences = torch.tensor(others, device=q.device)
-        tokens = torch.cat([torch.arange(bounds[i], bounds[i + 1], device=q.device) for i in others])
-        cu_seqlens = torch.tensor([0, *(counts[i] for i in others)], device=q.device).cumsum(0, dtype=torch.int32)
+
+    def chosen(sequences: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Their numbers, their tokens, and where these begin and end among themselves."""
+        tokens = torch.cat([torch.arange(bounds[i], bounds[i + 1], device=q.device) for i in sequences])
+        own = torch.tensor([0, *(counts[i] for i in sequences)], device=q.device).cumsum(0, dtype=torch.int32)
+        return torch.tensor(sequences, device=q.device), tokens, own
+
+    if few and attend is not None:
+        sequences, tokens, own = chosen(few)
+        out[tokens] = attend(q[tokens], Batch(own, batch.some(sequences)))
+    if many:
+        sequences, tokens, own = chosen(many)
         kv_cache, k_cache, block_table, _, _ = batch.some(sequences)
-        new, cached = (q[tokens], keys[tokens], values[tokens], cu_seqlens), (kv_cache, k_cache, block_table)
+        new, cached = (q[tokens], keys[tokens], values[tokens], own), (kv_cache, k_cache, block_table)
         out[tokens] = prefill_with_prefix(*new, *cached, batch.prefix_lens()[sequences], **options)[0]
     return out
-
-
-def _one_by_one(q: Tensor, batch: Batch, attend: Attend) -> Tensor:
-    tokens = torch.arange(q.shape[0], device=q.device)
-    found = torch.searchsorted(batch.bounds[1:].contiguous(), tokens, right=True)
-    sequences = found.clamp(max=batch.bounds.shape[0] - 2)
-    lengths = tokens - batch.bounds[sequences] + batch.prefix_lens()[sequences] + 1
-    lengths = torch.where(found == sequences, lengths, 0).to(torch.int32)
-    return attend(q[:, None], batch.some(sequences, lengths))[:, 0]
