@@ -45,12 +45,14 @@ public:
 
   // Throws std::runtime_error with the operator's message.
   void run(const int32_t* schedule, int64_t schedule_numel) const {
-    const AttentionKernels attention{.accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
-                                     .scratch_bytes = attention_scratch<Isa, T, NativeRow<T>>,
-                                     .attend = attend_tokens<Isa, T, NativeRow<T>>,
-                                     .finish = finish,
-                                     .merge = nullptr};
-    const Kernels kernels{attention, {}, "generated"};
+    Kernels kernels{};
+    static_cast<AttentionKernels&>(kernels) = {
+        .accumulator_stride = [](int64_t d_v) { return round_up(d_v, Isa::W) + 16; },
+        .scratch_bytes = attention_scratch<Isa, T, NativeRow<T>>,
+        .attend = attend_tokens<Isa, T, NativeRow<T>>,
+        .finish = finish,
+        .merge = nullptr};
+    kernels.name = "generated";
     char message[FLASHMLA_MESSAGE];
     const FlashmlaRuntime runtime{omp_get_max_threads(), parallel};
     if (decode(kernels, call_, schedule, schedule_numel, runtime, message)) throw std::runtime_error(message);

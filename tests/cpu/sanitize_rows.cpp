@@ -99,7 +99,8 @@ void attend(const Cache& cache, int64_t h_q) {
 }  // namespace
 
 int main() {
-  static const Kernels kernels = {FLASHMLA_ISA::attention_kernels, {}, "generic"};
+  static Kernels kernels{};
+  static_cast<AttentionKernels&>(kernels) = FLASHMLA_ISA::attention_kernels, kernels.name = "generic";
   if (flashmla_use(&kernels)) return 2;
   for (int32_t number = 0; number < int32_t(std::size(kRowFormats)); number++) {
     Cache cache(number);
