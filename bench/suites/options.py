@@ -141,7 +141,7 @@ def problem(case: OptionCase, peers: Sequence[Peer[OptionInputs]], cold_bytes: i
     bounds = torch.tensor([*accumulate(case.s_q, initial=0)], dtype=torch.int32)
     inputs = OptionInputs(case, q, table, torch.tensor(case.s_kv, dtype=torch.int32), bounds)
     last = len(case.s_q)
-    expected, _ = DECODE.reference(kv_cache=cache, **inputs.of(last - EXACT, last))
+    expected, _ = DECODE.reference(kv_cache=cache, **inputs.of(max(last - EXACT, 0), last))
     expected = expected.flatten(0, -3) if expected.dim() == 4 else expected
     work = Work(
         title=describe(case, NAME),
