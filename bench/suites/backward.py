@@ -42,7 +42,8 @@ def bind_ours(inputs: PrefillInputs) -> Bound:
 
 def bind_sdpa(inputs: PrefillInputs) -> Bound:
     tensors = {name: getattr(inputs, name).clone().requires_grad_() for name in ("q", "k", "v")}
-    out: Tensor = torch_prefill.bind_sdpa(PrefillInputs(**(vars(inputs) | tensors)))()
+    with torch.enable_grad():
+        out: Tensor = torch_prefill.bind_sdpa(PrefillInputs(**(vars(inputs) | tensors)))()
     dout = dout_of(inputs)
     return lambda: torch.autograd.grad(out, list(tensors.values()), dout, retain_graph=True)  # type: ignore[return-value]
 
