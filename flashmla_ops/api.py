@@ -112,7 +112,7 @@ def flash_mla_with_kvcache(
     ``softmax_scale`` defaults to ``d_qk ** -0.5``. ``lse`` is the natural log of the sum of the exponentials of the
     scaled scores; a query that sees no row has out 0 and lse +inf. ``attn_sink`` multiplies out by
     exp(lse) / (exp(lse) + exp(sink)). With ``enable_batch_invariant`` the result of a sequence has the same bits
-    whatever else is in the batch (sparse attention only). ``tile_scheduler_metadata`` comes from `get_mla_metadata`.
+    whatever else is in the batch. ``tile_scheduler_metadata`` comes from `get_mla_metadata`.
 
     Raises:
         ArgumentError: a shape, dtype, length or page does not fit; ``tile_scheduler_metadata`` was filled for other
@@ -145,13 +145,14 @@ def flash_mla_with_kvcache(
             lambda: torch.ops.flashmla.sparse_decode(q, k_cache, None, indices, *options, enable_batch_invariant)
         )
     else:
-        _require_dense(extra, block_table, cache_seqlens, enable_batch_invariant)
+        _require_dense(extra, block_table, cache_seqlens)
         schedule = meta.tile_scheduler_metadata
-        if not meta.have_initialized:
+        if not meta.have_initialized and not enable_batch_invariant:  # which cuts sequences in a way of its own
             heads = (config.s_q, config.h_q, config.h_k, _num_threads())
             schedule = _typed(lambda: torch.ops.flashmla.decode_schedule(cache_seqlens, *heads))
+        tensors = (q, k_cache, None, block_table, cache_seqlens)
         options = (head_dim_v, 0, softmax_scale, causal, schedule, formats[0], attn_sink)
-        results = _typed(lambda: torch.ops.flashmla.decode(q, k_cache, None, block_table, cache_seqlens, *options))
+        results = _typed(lambda: torch.ops.flashmla.decode(*tensors, *options, batch_invariant=enable_batch_invariant))
     # Filled only now: a call that raised leaves the metadata as it was.
     meta.have_initialized, meta.config, meta.tile_scheduler_metadata = True, config, schedule
     out, lse = results
@@ -254,19 +255,11 @@ def flash_attn_varlen_kvpacked_func(
     return flash_attn_varlen_func(q, k, v, *bounds, dropout_p, softmax_scale, causal, deterministic, is_varlen)
 
 
-def _require_dense(
-    sparse: dict[str, Tensor | None],
-    block_table: Tensor | None,
-    cache_seqlens: Tensor | None,
-    enable_batch_invariant: bool,
-) -> None:
+def _require_dense(sparse: dict[str, Tensor | None], block_table: Tensor | None, cache_seqlens: Tensor | None) -> None:
     """Check what a call without indices must have or must not. ``sparse``: the arguments that go with indices."""
     for name, value in sparse.items():
         if value is not None:
             raise ArgumentError(_OP, name, "None without indices", type(value).__name__)
-    if enable_batch_invariant:
-        expected = "False without indices: dense decode cuts sequences by what the batch leaves to each thread"
-        raise ArgumentError(_OP, "enable_batch_invariant", expected, enable_batch_invariant)
     for name, value in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if value is None:
             raise ArgumentError(_OP, name, "a tensor: dense decode needs it", None)

@@ -102,6 +102,19 @@ def test_agrees_with_the_reference(dtype: str, causal: bool, scale: float | None
     check_decode(case, decode)
 
 
+def test_batch_invariant() -> None:
+    """A sequence has the same bits alone as in its batch; the plan that a call has filled serves the next one."""
+    inputs = build(dataclasses.replace(CASE, lengths=(3000, 0, 70, 1500)))
+    meta, _ = flash_mla.get_mla_metadata()
+    out, lse = call(inputs, meta, enable_batch_invariant=True)
+    assert all(map(same_bits, (out, lse), call(inputs, meta, enable_batch_invariant=True)))
+    for i in range(4):
+        rows = {"q": inputs.q, "block_table": inputs.block_table, "cache_seqlens": inputs.cache_seqlens}
+        own, _ = flash_mla.get_mla_metadata()
+        alone = call(inputs, own, enable_batch_invariant=True, **{name: x[i : i + 1] for name, x in rows.items()})
+        assert all(map(same_bits, (out[i : i + 1], lse[i : i + 1]), alone))
+
+
 def test_positional_call_of_the_readme() -> None:
     inputs = build(CASE)
     meta, _ = flash_mla.get_mla_metadata()
@@ -125,7 +138,6 @@ def test_positional_call_of_the_readme() -> None:
         ({"topk_length": torch.zeros(4)}, "topk_length", "None", "Tensor"),
         ({"extra_topk_length": torch.zeros(4)}, "extra_topk_length", "None", "Tensor"),
         ({"is_fp8_kvcache": True}, "is_fp8_kvcache", "False", "True"),
-        ({"enable_batch_invariant": True}, "enable_batch_invariant", "False without indices", "True"),
         ({"block_table": None}, "block_table", "a tensor", "None"),
         ({"cache_seqlens": None}, "cache_seqlens", "a tensor", "None"),
         ({"tile_scheduler_metadata": torch.zeros(2)}, "tile_scheduler_metadata", "FlashMLASchedMeta", "Tensor"),

@@ -114,7 +114,7 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
     check.require("k_cache", native or a.k_cache is None, f"None with rows of {a.row_format}", "a tensor")
     d = a.kv_cache.size(3) if native else row_elements(a.row_format)
     check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, "[n_pages, page_size, h_kv, d_k]")
-    check_table(check, a, b)
+    check_table(check, a.block_table, a.cache_seqlens, a.q, b, " sequences, as q")
     check_sink(check, a.q, a.attn_sink)
     check_scores(check, a.window, a.softcap)
     if a.schedule is not None:
@@ -129,16 +129,16 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
     return Result(with_last(a.q, a.d_v), a.q.dtype), Result(lse_shape(a.q), torch.float32)
 
 
-def check_table(check: Check, a: Cached, b: int) -> None:
-    """The pages and lengths of b sequences."""
-    check.dims("block_table", a.block_table, "[b, max_pages]")
-    check.dtype("block_table", a.block_table, torch.int32)
-    check.device("block_table", a.block_table, a.q)
-    check.size("block_table", a.block_table, 0, b, " sequences, as q")
-    check.dims("cache_seqlens", a.cache_seqlens, "[b]")
-    check.dtype("cache_seqlens", a.cache_seqlens, torch.int32)
-    check.device("cache_seqlens", a.cache_seqlens, a.q)
-    check.size("cache_seqlens", a.cache_seqlens, 0, b, " sequences, as q")
+def check_table(check: Check, block_table: Tensor, cache_seqlens: Tensor, like: Tensor, b: int, unit: str) -> None:
+    """The pages and lengths of b sequences. ``unit`` says whose: " sequences, as q"."""
+    check.dims("block_table", block_table, "[b, max_pages]")
+    check.dtype("block_table", block_table, torch.int32)
+    check.device("block_table", block_table, like)
+    check.size("block_table", block_table, 0, b, unit)
+    check.dims("cache_seqlens", cache_seqlens, "[b]")
+    check.dtype("cache_seqlens", cache_seqlens, torch.int32)
+    check.device("cache_seqlens", cache_seqlens, like)
+    check.size("cache_seqlens", cache_seqlens, 0, b, unit)
 
 
 def check_cache(check: Check, name: str, cache: Tensor, q: Tensor, row_format: str) -> None:
@@ -198,16 +198,17 @@ def check_scores(check: Check, window: int, softcap: float) -> None:
 
 def check_values(check: Check, a: Decode) -> None:
     """The preconditions that lengths and the schedule decide; those of pages are the reference's."""
-    check_lengths(check, a)
+    check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1))
     if a.cu_seqlens_q is not None:
         check_bounds(check.op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0))
     if a.schedule is not None:
         check_schedule(check, a.schedule, a.cache_seqlens, a.q.size(1), a.q.size(2), a.kv_cache.size(2))
 
 
-def check_lengths(check: Check, a: Cached) -> None:
-    capacity = a.block_table.size(1) * a.kv_cache.size(1)
-    for i, length in enumerate(a.cache_seqlens.tolist()):
+def check_lengths(check: Check, block_table: Tensor, cache_seqlens: Tensor, page_size: int) -> None:
+    """Raise unless the block table has room for the lengths."""
+    capacity = block_table.size(1) * page_size
+    for i, length in enumerate(cache_seqlens.tolist()):
         if not 0 <= length <= capacity:
             raise ArgumentError(check.op, "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
 

@@ -64,7 +64,7 @@ def contract(check: Check, a: DecodeBackward) -> tuple[Result, Result, Result, R
     check_cache(check, "kv_cache", a.kv_cache, a.q, NATIVE)
     d = a.kv_cache.size(3)
     check_rows(check, "kv_cache", a.q, a.kv_cache, a.k_cache, d, a.d_v, a.qk_start, "[n_pages, page_size, h_kv, d_k]")
-    check_table(check, a, b)
+    check_table(check, a.block_table, a.cache_seqlens, a.q, b, " sequences, as q")
     check_sink(check, a.q, a.attn_sink)
     check_scores(check, a.window, a.softcap)
     check_result(check, "dout", a.dout, a.q, [b, s_q, h_q, a.d_v], a.q.dtype)
@@ -92,7 +92,7 @@ DECODE_BACKWARD = Operator(
     contract,
     gradients,
     returns=("dq", "dkv_cache", "dk_cache", "dattn_sink"),
-    values=check_lengths,
+    values=lambda check, a: check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1)),
     vmap=loop(lambda: torch.ops.flashmla.decode_backward.default),
 )
 DECODE.differentiated_by(DECODE_BACKWARD, ignores=("schedule", "levels", "batch_invariant"))

@@ -46,6 +46,7 @@ from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
+from flashmla_ops.ops.decode import check_lengths, check_table
 from flashmla_ops.ops.operator import Arguments, Operator
 from flashmla_ops.reference.pages import RULES
 from flashmla_ops.sparsity.summaries import SUMMARIES, SUMMARY_NAMES, summary_bytes, summary_planes
@@ -159,18 +160,6 @@ def check_always(check: Check, sink_pages: int, local_pages: int, min_context: i
     check.require("min_context", min_context >= 0, "at least 0", min_context)
 
 
-def check_lengths(check: Check, block_table: Tensor, cache_seqlens: Tensor, like: Tensor) -> None:
-    b = like.size(0)
-    check.dims("block_table", block_table, "[b, max_pages]")
-    check.dtype("block_table", block_table, torch.int32)
-    check.device("block_table", block_table, like)
-    check.size("block_table", block_table, 0, b, " sequences")
-    check.dims("cache_seqlens", cache_seqlens, "[b]")
-    check.dtype("cache_seqlens", cache_seqlens, torch.int32)
-    check.device("cache_seqlens", cache_seqlens, like)
-    check.size("cache_seqlens", cache_seqlens, 0, b, " sequences")
-
-
 def contract_summarize(check: Check, a: Summarize) -> None:
     check_summaries(check, a.summaries, a.kv_cache, a.k_cache, a.kind, a.qk_start, a.planes)
     check.dims("slot_mapping", a.slot_mapping, "[n]")
@@ -195,7 +184,7 @@ def contract_mass(check: Check, a: PageMass) -> tuple[Result, Result]:
     check.require("q", h_q % h_kv == 0, f"query heads in multiples of the {h_kv} KV heads", h_q)
     d_key = a.kv_cache.size(3) - a.qk_start + (0 if a.k_cache is None else a.k_cache.size(3))
     check.require("q", d_qk == d_key, f"d_qk {d_key}, the length of a key", d_qk)
-    check_lengths(check, a.block_table, a.cache_seqlens, a.q)
+    check_table(check, a.block_table, a.cache_seqlens, a.q, b, " sequences, as q")
     check_always(check, a.sink_pages, a.local_pages, a.min_context)
     max_pages = a.block_table.size(1)
     return Result([b, h_q, s_q, max_pages], torch.float32), Result([b, h_q, s_q, max_pages], torch.float32)
@@ -208,13 +197,13 @@ def contract_choose(check: Check, a: ChoosePages) -> tuple[Result, Result, Resul
     check.dtype("slack", a.slack, torch.float32)
     check.device("slack", a.slack, a.mass)
     check.same_sizes("slack", a.slack, "mass", a.mass, 4)
-    check_lengths(check, a.block_table, a.cache_seqlens, a.mass)
-    check.size("block_table", a.block_table, 1, a.mass.size(3), " pages, as mass")
+    b, h_q, s_q, max_pages = a.mass.shape
+    check_table(check, a.block_table, a.cache_seqlens, a.mass, b, " sequences, as mass")
+    check.size("block_table", a.block_table, 1, max_pages, " pages, as mass")
     check.require("rule", a.rule in RULES, f"one of {RULE_NAMES}", a.rule)
     check.require("limit", a.limit >= 0.0 and a.limit <= 1.0, "a number in [0, 1]", a.limit)
     check.require("page_size", a.page_size >= 1, "at least 1", a.page_size)
     check.require("h_kv", a.h_kv >= 1, "at least 1", a.h_kv)
-    b, h_q, s_q, max_pages = a.mass.shape
     check.require("mass", h_q % a.h_kv == 0, f"query heads in multiples of the {a.h_kv} KV heads", h_q)
     check.require("mass", s_q >= 1, "at least 1 query token (s_q)", s_q)
     check_always(check, a.sink_pages, a.local_pages, a.min_context)
@@ -227,13 +216,6 @@ def check_slots(check: Check, a: Summarize) -> None:
     for i, slot in enumerate(a.slot_mapping.tolist()):
         if slot >= slots:
             raise ArgumentError(check.op, "slot_mapping", f"slots below {slots}", f"{slot} at [{i}]")
-
-
-def check_capacity(check: Check, block_table: Tensor, cache_seqlens: Tensor, page_size: int) -> None:
-    capacity = block_table.size(1) * page_size
-    for i, length in enumerate(cache_seqlens.tolist()):
-        if not 0 <= length <= capacity:
-            raise ArgumentError(check.op, "cache_seqlens", f"lengths in [0, {capacity}]", f"{length} at [{i}]")
 
 
 SUMMARIZE = Operator(
@@ -251,7 +233,7 @@ PAGE_MASS = Operator(
     contract_mass,
     lambda a: reference.page_mass(*a.values()),
     returns=("mass", "slack"),
-    values=lambda check, a: check_capacity(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1)),
+    values=lambda check, a: check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1)),
     vmap=loop(lambda: torch.ops.flashmla.page_mass.default),
 )
 CHOOSE_PAGES = Operator(
@@ -260,6 +242,6 @@ CHOOSE_PAGES = Operator(
     contract_choose,
     lambda a: reference.choose_pages(*a.values()),
     returns=("pages", "lengths", "residue"),
-    values=lambda check, a: check_capacity(check, a.block_table, a.cache_seqlens, a.page_size),
+    values=lambda check, a: check_lengths(check, a.block_table, a.cache_seqlens, a.page_size),
     vmap=loop(lambda: torch.ops.flashmla.choose_pages.default),
 )

@@ -8,27 +8,6 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-#: The places of a tally.
-NAMES = (
-    *("calls", "pages", "rows", "rows_attended", "bytes", "bytes_attended", "bytes_to_choose"),
-    *("multiply_adds", "multiply_adds_attended", "multiply_adds_to_choose", "lost"),
-)
-
-
-@dataclass
-class Tally:
-    """Sums over the calls of a layer; the last is not a sum but the largest."""
-
-    counts: Tensor = field(default_factory=lambda: torch.zeros(len(NAMES), dtype=torch.float64))
-
-    def add(self, sums: Sequence[Tensor | float], lost: Tensor) -> None:
-        """``sums`` in the order of `NAMES`, without ``lost``: bounds of the share of softmax mass that was lost."""
-        if self.counts.device != lost.device:
-            self.counts = self.counts.to(lost.device)
-        values = [torch.as_tensor(x, dtype=torch.float64, device=lost.device) for x in sums]
-        self.counts[:-1] += torch.stack(values)
-        self.counts[-1] = torch.maximum(self.counts[-1], lost.max().double())
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -70,6 +49,25 @@ class LayerReport:
         return 1 - spent / self.multiply_adds if self.multiply_adds else 0.0
 
 
+#: The places of a tally.
+NAMES = tuple(each.name for each in fields(LayerReport))[1:]
+
+
+@dataclass
+class Tally:
+    """Sums over the calls of a layer; the last is not a sum but the largest."""
+
+    counts: Tensor = field(default_factory=lambda: torch.zeros(len(NAMES), dtype=torch.float64))
+
+    def add(self, sums: Sequence[Tensor | float], lost: Tensor) -> None:
+        """``sums`` in the order of `NAMES`, without ``lost``: bounds of the share of softmax mass that was lost."""
+        if self.counts.device != lost.device:
+            self.counts = self.counts.to(lost.device)
+        values = [torch.as_tensor(x, dtype=torch.float64, device=lost.device) for x in sums]
+        self.counts[:-1] += torch.stack(values)
+        self.counts[-1] = torch.maximum(self.counts[-1], lost.max().double())
+
+
 @dataclass(frozen=True)
 class Report:
     """What was skipped, layer by layer and together."""
@@ -80,8 +78,7 @@ class Report:
     @property
     def together(self) -> LayerReport:
         """All layers: sums, and the largest loss."""
-        names = [each.name for each in fields(LayerReport)][1:-1]
-        sums = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+        sums = {name: sum(getattr(layer, name) for layer in self.layers) for name in NAMES[:-1]}
         return LayerReport(-1, **sums, lost=max((layer.lost for layer in self.layers), default=0.0))
 
     def __str__(self) -> str:

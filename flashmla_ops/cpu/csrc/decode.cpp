@@ -39,11 +39,9 @@ int decode_sequences(const FlashmlaDecode& call, const FlashmlaRuntime& runtime,
   Sequences sequences(sequences_of(call), runtime.num_threads);
   if (sequences.run(runtime)) return 0;
   if (sequences.bad_page) return name_bad_page(call, message);
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
-  return 1;
+  return out_of_memory(message, call.op);
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
-  return 1;
+  return out_of_memory(message, call.op);
 }
 
 }  // namespace
@@ -69,8 +67,7 @@ int flashmla_decode_schedule(const int32_t* cache_seqlens, int64_t stride, int64
   std::copy(written, written + shape.numel(), schedule);
   return 0;
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_schedule: out of memory");
-  return 1;
+  return flashmla::out_of_memory(message, "decode_schedule");
 }
 
 int flashmla_decode(const FlashmlaDecode* call, const int32_t* schedule, int64_t schedule_numel,

@@ -120,17 +120,6 @@ private:
   float* rows_ = nullptr;
 };
 
-bool has_bad_page(const FlashmlaDecode& call) {
-  for (int64_t i = 0; i < call.b; i++) {
-    const Tokens tokens = attended(call, i);
-    for (int64_t j = tokens.begin / call.page_size; j * call.page_size < tokens.end; j++) {
-      const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
-      if (page < 0 || page >= call.n_pages) return true;
-    }
-  }
-  return false;
-}
-
 }  // namespace
 }  // namespace flashmla
 
@@ -138,11 +127,9 @@ extern "C" int flashmla_decode_backward(const FlashmlaDecodeBackward* call, cons
                                         char* message) try {
   using namespace flashmla;
   if (check_lengths(call->attention, message)) return 1;
-  if (has_bad_page(call->attention)) return name_bad_page(call->attention, message);
+  if (check_pages(call->attention, message)) return 1;
   if (DecodeBackward(*call).run(*runtime)) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_backward: out of memory");
-  return 1;
+  return out_of_memory(message, call->attention.op);
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_backward: out of memory");
-  return 1;
+  return flashmla::out_of_memory(message, call->attention.op);
 }

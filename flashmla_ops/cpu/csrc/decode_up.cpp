@@ -5,11 +5,11 @@
 // type of the queries, [h_q, b * s_q, d_v], in memory that the calling thread keeps.
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstring>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/failure.h"
 
 namespace flashmla {
 namespace {
@@ -18,11 +18,6 @@ thread_local Arena latents, scratch;
 
 constexpr int64_t kColumnStep = 64;   // where there are more threads than heads, columns are divided, by this many
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds that cost less than waking a thread
-
-int out_of_memory(char* message) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::decode_up: out of memory");
-  return 1;
-}
 
 // The second stage. Its unit of work is a head's block of columns; all heads of a block come before the next block.
 class Product {
@@ -88,7 +83,7 @@ extern "C" int flashmla_decode_up(const FlashmlaDecode* attention, const Flashml
   FlashmlaDecode call = *attention;
   const int64_t rows = tokens(call), size = call.dtype == FLASHMLA_F32 ? 4 : 2;
   call.out = latents.reserve(size_t(std::max<int64_t>(call.h_q * rows * call.d_v * size, 1)));
-  if (call.out == nullptr) return out_of_memory(message);
+  if (call.out == nullptr) return out_of_memory(message, "decode_up");
   call.out_stride[0] = call.s_q * call.d_v, call.out_stride[1] = call.d_v, call.out_stride[2] = rows * call.d_v;
   if (flashmla_decode(&call, schedule, schedule_numel, runtime, message)) return 1;
   if (rows == 0 || call.h_q == 0) return 0;
@@ -103,5 +98,5 @@ extern "C" int flashmla_decode_up(const FlashmlaDecode* attention, const Flashml
   } else {
     runtime->parallel(product.units(), body, &product);
   }
-  return product.out_of_memory ? out_of_memory(message) : 0;
+  return product.out_of_memory ? out_of_memory(message, "decode_up") : 0;
 }

@@ -1,11 +1,11 @@
 // The small products in parallel: columns of out for gemm, batch entries for bmm.
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/failure.h"
 #include "flashmla/isas.h"
 
 namespace flashmla {
@@ -15,11 +15,6 @@ thread_local Arena arena;
 
 constexpr int64_t kColumnStep = 16;   // columns of out that a thread takes a multiple of
 constexpr int64_t kSerial = 1 << 16;  // multiply-adds that cost less than waking a thread
-
-int out_of_memory(const char* op, char* message) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", op);
-  return 1;
-}
 
 struct GemmPass {
   const Kernels& kernels;
@@ -49,7 +44,7 @@ using namespace flashmla;
 extern "C" int flashmla_gemm(const FlashmlaGemm* call, const FlashmlaRuntime* runtime, char* message) {
   const Kernels& active = kernels();
   char* packed = arena.reserve(size_t(active.gemm_packed_bytes(*call)));
-  if (packed == nullptr) return out_of_memory("gemm", message);
+  if (packed == nullptr) return out_of_memory(message, "gemm");
   const int64_t rows = active.gemm_rows(*call);
   for (int64_t row = 0; row < call->m; row += rows) {
     GemmPass pass{active, *call, row, std::min(rows, call->m - row), packed};
@@ -101,5 +96,5 @@ extern "C" int flashmla_bmm(const FlashmlaBmm* call, const FlashmlaRuntime* runt
   } else {
     runtime->parallel(call->batch, body, &pass);
   }
-  return pass.out_of_memory ? out_of_memory("bmm", message) : 0;
+  return pass.out_of_memory ? out_of_memory(message, "bmm") : 0;
 }

@@ -1,7 +1,7 @@
 // Dense attention over sequences that lie one after another.
-#include <cstdio>
 #include <new>
 
+#include "flashmla/failure.h"
 #include "flashmla/prefill.h"
 #include "flashmla/sequences.h"
 
@@ -21,11 +21,9 @@ extern "C" int flashmla_prefill(const FlashmlaPrefill* call, const FlashmlaRunti
   using namespace flashmla;
   if (check_bounds("prefill", *call, message)) return 1;
   if (call->h_q == 0 || Sequences(sequences_of(*call), runtime->num_threads).run(*runtime)) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill: out of memory");
-  return 1;
+  return out_of_memory(message, "prefill");
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill: out of memory");
-  return 1;
+  return flashmla::out_of_memory(message, "prefill");
 }
 
 extern "C" void flashmla_prefill_footprint(const FlashmlaPrefill* call, int64_t num_threads,

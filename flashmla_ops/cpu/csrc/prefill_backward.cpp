@@ -6,13 +6,13 @@
 // gradients of keys and values are summed in the order of units. So results depend on the number of threads, but not on
 // which thread is faster.
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/failure.h"
 #include "flashmla/prefill.h"
 #include "flashmla/schedule.h"
 #include "flashmla/turns.h"
@@ -183,9 +183,7 @@ extern "C" int flashmla_prefill_backward(const FlashmlaPrefillBackward* call, co
   using namespace flashmla;
   if (check_bounds("prefill_backward", call->attention, message)) return 1;
   if (PrefillBackward(*call, runtime->num_threads).run(*runtime)) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill_backward: out of memory");
-  return 1;
+  return out_of_memory(message, "prefill_backward");
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::prefill_backward: out of memory");
-  return 1;
+  return flashmla::out_of_memory(message, "prefill_backward");
 }

@@ -1,19 +1,21 @@
 // Which pages decoding attends to: the masses of pages, cut into units of work for the kernels, and the choice.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdio>
+#include <new>
 #include <vector>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/failure.h"
+#include "flashmla/turns.h"
 
 namespace flashmla {
 namespace {
 
 thread_local Arena arena;
 
-constexpr int64_t kPages = 16;         // that a thread takes at a time
+constexpr int64_t kPages = 16;  // that a thread takes at a time
+constexpr int64_t kFewPages = 64;
 constexpr double kRoom = 0x1p-18;      // relative, for the exponentials that choices are made of
 constexpr float kRounding = 0x1p-20f;  // of a float32 result
 
@@ -24,29 +26,14 @@ int check_tables(const char* op, const int32_t* lengths, int64_t length_stride, 
                  const int64_t* strides, int64_t max_pages, int64_t page_size, int64_t n_pages, char* message) {
   for (int64_t i = 0; i < b; i++) {
     const int64_t length = lengths[i * length_stride], capacity = max_pages * page_size;
-    if (length < 0 || length > capacity) {
-      std::snprintf(message, FLASHMLA_MESSAGE,
-                    "flashmla::%s: argument 'cache_seqlens': expected lengths in [0, %lld], got %lld at [%lld]", op,
-                    (long long)capacity, (long long)length, (long long)i);
-      return 1;
-    }
+    if (length < 0 || length > capacity) return fail_length(message, op, capacity, length, i);
     for (int64_t j = 0; n_pages >= 0 && j < pages_of(length, page_size); j++) {
       const int64_t page = table[i * strides[0] + j * strides[1]];
-      if (page >= 0 && page < n_pages) continue;
-      std::snprintf(message, FLASHMLA_MESSAGE,
-                    "flashmla::%s: argument 'block_table': expected pages in [0, %lld), got %lld at [%lld, %lld]", op,
-                    (long long)n_pages, (long long)page, (long long)i, (long long)j);
-      return 1;
+      if (page < 0 || page >= n_pages) return fail_page(message, op, n_pages, page, i, j);
     }
   }
   return 0;
 }
-
-struct MassContext {
-  const FlashmlaPageMass& call;
-  std::vector<PageItem> items;
-  int64_t bytes;
-};
 
 // The pages of one KV head of one sequence, and which of them are skipped. Rules are those of
 // flashmla_ops/reference/pages.py.
@@ -257,7 +244,7 @@ private:
 
 using namespace flashmla;
 
-extern "C" int flashmla_page_mass(const FlashmlaPageMass* call, const FlashmlaRuntime* runtime, char* message) {
+extern "C" int flashmla_page_mass(const FlashmlaPageMass* call, const FlashmlaRuntime* runtime, char* message) try {
   const int64_t page_size = call->keys.page_size;
   if (check_tables("page_mass", call->cache_seqlens, call->cache_seqlens_stride, call->b, call->block_table,
                    call->block_table_stride, call->max_pages, page_size, call->keys.n_pages, message)) {
@@ -266,53 +253,42 @@ extern "C" int flashmla_page_mass(const FlashmlaPageMass* call, const FlashmlaRu
   const int64_t n = call->b * call->h_q * call->s_q * call->max_pages;
   std::fill(call->mass, call->mass + n, -INFINITY);
   std::fill(call->slack, call->slack + n, 0.0f);
-  MassContext context{*call, {}, kernels().page_mass_bytes(*call)};
+  std::vector<PageItem> items;
   for (int64_t i = 0; i < call->b; i++) {
     const int64_t length = call->cache_seqlens[i * call->cache_seqlens_stride], pages = pages_of(length, page_size);
     if (length < call->always.min_context) continue;
     for (int64_t head = 0; head < call->keys.h_kv; head++) {
       for (int64_t page = 0; page < pages; page += kPages) {
-        context.items.push_back({i, head, length, page, std::min(page + kPages, pages)});
+        items.push_back({i, head, length, page, std::min(page + kPages, pages)});
       }
     }
   }
-  std::atomic<bool> room{true};
-  struct Work {
-    MassContext& context;
-    std::atomic<bool>& room;
-  } work{context, room};
-  const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {
-    const Work& w = *static_cast<Work*>(opaque);
-    char* scratch = arena.reserve(size_t(w.context.bytes));
-    if (scratch == nullptr) return void(w.room.store(false, std::memory_order_relaxed));
-    for (int64_t i = begin; i < end; i++) kernels().page_mass(w.context.call, w.context.items[size_t(i)], scratch);
-  };
-  const int64_t items = int64_t(context.items.size());
-  if (items <= 1 || runtime->num_threads <= 1) {
-    body(0, items, &work);
-  } else {
-    runtime->parallel(items, body, &work);
-  }
-  if (room) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::page_mass: out of memory");
-  return 1;
+  const auto bytes = size_t(kernels().page_mass_bytes(*call));
+  const bool done = in_turns(*runtime, int64_t(items.size()), [&](int64_t i) {
+    char* scratch = arena.reserve(bytes);
+    if (scratch == nullptr) return false;
+    kernels().page_mass(*call, items[size_t(i)], scratch);
+    return true;
+  });
+  return done ? 0 : out_of_memory(message, "page_mass");
+} catch (const std::bad_alloc&) {
+  return flashmla::out_of_memory(message, "page_mass");
 }
 
-extern "C" int flashmla_choose_pages(const FlashmlaChoosePages* call, const FlashmlaRuntime* runtime, char* message) {
+extern "C" int flashmla_choose_pages(const FlashmlaChoosePages* call, const FlashmlaRuntime* runtime,
+                                     char* message) try {
   if (check_tables("choose_pages", call->cache_seqlens, call->cache_seqlens_stride, call->b, call->block_table,
                    call->block_table_stride, call->max_pages, call->page_size, -1, message)) {
     return 1;
   }
-  const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {
-    const FlashmlaChoosePages& c = *static_cast<const FlashmlaChoosePages*>(opaque);
-    for (int64_t i = begin; i < end; i++) Choice(c, i / c.h_kv, i % c.h_kv).run();
-  };
   const int64_t items = call->b * call->h_kv;
-  void* context = const_cast<FlashmlaChoosePages*>(call);
-  if (items * call->max_pages < 64 || runtime->num_threads <= 1) {
-    body(0, items, context);
-  } else {
-    runtime->parallel(items, body, context);
-  }
+  // Few pages are less work than waking a thread.
+  const FlashmlaRuntime threads{items * call->max_pages < kFewPages ? 1 : runtime->num_threads, runtime->parallel};
+  in_turns(threads, items, [&](int64_t i) {
+    Choice(*call, i / call->h_kv, i % call->h_kv).run();
+    return true;
+  });
   return 0;
+} catch (const std::bad_alloc&) {
+  return flashmla::out_of_memory(message, "choose_pages");
 }

@@ -4,14 +4,14 @@
 // order. Its rows are cut into pieces, at least one for each source of rows; the merge of pieces is what makes one
 // softmax of them. A thread takes whole query tokens, or pieces where there are fewer tokens than threads.
 #include <algorithm>
-#include <atomic>
-#include <cstdio>
 #include <cstring>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/failure.h"
 #include "flashmla/schedule.h"
 #include "flashmla/source_slots.h"
+#include "flashmla/turns.h"
 
 namespace flashmla {
 namespace {
@@ -65,9 +65,11 @@ public:
       if (memory == nullptr) return false;
       results_ = reinterpret_cast<float*>(memory);
     }
-    in_parallel(runtime, split_ ? items_ * pieces() : items_, &Sparse::attend_units);
-    if (split_ && !out_of_memory_) in_parallel(runtime, items_ * merges(), &Sparse::merge_units);
-    return !out_of_memory_;
+    const FlashmlaRuntime threads{threads_, runtime.parallel};
+    if (!split_) return in_turns(threads, items_, [this](int64_t i) { return attend_item(i); });
+    return in_turns(threads, items_ * pieces(),
+                    [this](int64_t i) { return attend_piece(i / pieces(), i % pieces()); }) &&
+           in_turns(threads, items_ * merges(), [this](int64_t i) { return merge(i / merges(), i % merges()); });
   }
 
 private:
@@ -90,53 +92,52 @@ private:
             std::min(Schedule::kMaxRows, group_ - first), 0};
   }
 
-  // Threads take the units [0, n) one at a time.
-  void in_parallel(const FlashmlaRuntime& runtime, int64_t n, void (Sparse::*work)()) {
-    next_ = 0, units_ = n, work_ = work;
-    const int64_t threads = std::min(threads_, n);
-    if (threads <= 1) {
-      if (n) (this->*work)();
-      return;
-    }
-    runtime.parallel(
-        threads,
-        [](int64_t begin, int64_t end, void* self) {
-          Sparse& sparse = *static_cast<Sparse*>(self);
-          for (int64_t i = begin; i < end; i++) (sparse.*sparse.work_)();
-        },
-        this);
+  // Memory of a thread for slots, scratch and so many accumulators; slots are null if there is none.
+  struct Memory {
+    int32_t* slots;
+    char* scratch;
+    float* accumulators;
+  };
+  Memory memory(int64_t accumulators) const {
+    char* memory = work_arena.reserve(size_t(accumulators * accumulator_bytes() + slots_bytes_ + scratch_));
+    if (memory == nullptr) return {};
+    char* slots = memory + accumulators * accumulator_bytes();
+    return {reinterpret_cast<int32_t*>(slots), slots + slots_bytes_, reinterpret_cast<float*>(memory)};
   }
 
-  void attend_units() {
-    const int64_t kept = split_ ? 0 : pieces();
-    char* memory = work_arena.reserve(size_t(kept * accumulator_bytes() + slots_bytes_ + scratch_));
-    if (memory == nullptr) {
-      out_of_memory_ = true;
-      return;
-    }
-    float* accumulators = reinterpret_cast<float*>(memory);
-    int32_t* slots = reinterpret_cast<int32_t*>(memory + kept * accumulator_bytes());
-    char* scratch = memory + kept * accumulator_bytes() + slots_bytes_;
-    for (int64_t unit = next_++; unit < units_; unit = next_++) {
-      if (split_) {
-        const int64_t index = unit / pieces(), piece = unit % pieces(), source = piece / cuts_, cut = piece % cuts_;
-        Item item = item_at(index);
-        find_slots(source, item, slots);
-        attend(source, item, cut, result(index, piece), scratch);
-        continue;
+  // These return false if there is no memory.
+  bool attend_piece(int64_t index, int64_t piece) const {
+    const Memory own = memory(0);
+    if (own.slots == nullptr) return false;
+    Item item = item_at(index);
+    find_slots(piece / cuts_, item, own.slots);
+    attend(piece / cuts_, item, piece % cuts_, result(index, piece), own.scratch);
+    return true;
+  }
+  bool attend_item(int64_t index) const {
+    const Memory own = memory(pieces());
+    if (own.slots == nullptr) return false;
+    Item item = item_at(index);
+    Accumulator parts[2 * kInvariantCuts];
+    int64_t n = 0;
+    for (int64_t source = 0; source < call_.n_sources; source++) {
+      find_slots(source, item, own.slots);
+      for (int64_t cut = 0; cut < cuts_ && cut * step(item.length) < item.length; cut++, n++) {
+        parts[n] = accumulator(own.accumulators + n * accumulator_floats());
+        attend(source, item, cut, parts[n], own.scratch);
       }
-      Item item = item_at(unit);
-      Accumulator parts[2 * kInvariantCuts];
-      int64_t n = 0;
-      for (int64_t source = 0; source < call_.n_sources; source++) {
-        find_slots(source, item, slots);
-        for (int64_t cut = 0; cut < cuts_ && cut * step(item.length) < item.length; cut++, n++) {
-          parts[n] = accumulator(accumulators + n * accumulator_floats());
-          attend(source, item, cut, parts[n], scratch);
-        }
-      }
-      kernels_.finish(calls_[0], item, parts, n, 0, item.rows);
     }
+    kernels_.finish(calls_[0], item, parts, n, 0, item.rows);
+    return true;
+  }
+  bool merge(int64_t index, int64_t block) const {
+    const Item item = item_at(index);
+    const int64_t begin = block * kMergeRows;
+    if (begin >= item.rows) return true;
+    Accumulator parts[FLASHMLA_MAX_PARTS];
+    for (int64_t piece = 0; piece < pieces(); piece++) parts[piece] = result(index, piece);
+    kernels_.finish(calls_[0], item, parts, pieces(), begin, std::min(begin + kMergeRows, item.rows));
+    return true;
   }
 
   // The item's rows in a source.
@@ -158,27 +159,12 @@ private:
     kernels_.attend(calls_[source], item, begin, end, into, scratch);
   }
 
-  void merge_units() {
-    for (int64_t unit = next_++; unit < units_; unit = next_++) {
-      const int64_t index = unit / merges(), begin = unit % merges() * kMergeRows;
-      const Item item = item_at(index);
-      if (begin >= item.rows) continue;
-      Accumulator parts[FLASHMLA_MAX_PARTS];
-      for (int64_t piece = 0; piece < pieces(); piece++) parts[piece] = result(index, piece);
-      kernels_.finish(calls_[0], item, parts, pieces(), begin, std::min(begin + kMergeRows, item.rows));
-    }
-  }
-
   const FlashmlaSparse& call_;
   const Kernels& kernels_;
   FlashmlaDecode calls_[2];  // one for each source
   int64_t stride_, group_, blocks_, items_, threads_, cuts_ = 1, scratch_ = 0, slots_bytes_;
   bool split_;
   float* results_ = nullptr;
-  void (Sparse::*work_)() = nullptr;
-  int64_t units_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<bool> out_of_memory_{false};
 };
 
 }  // namespace
@@ -192,6 +178,5 @@ extern "C" int flashmla_sparse(const FlashmlaSparse* call, const FlashmlaRuntime
   const FlashmlaDecode& attention = call->attention;
   if (attention.b == 0 || attention.s_q == 0 || attention.h_q == 0) return 0;
   if (Sparse(*call, runtime->num_threads).run(*runtime)) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call->attention.op);
-  return 1;
+  return out_of_memory(message, call->attention.op);
 }

@@ -4,13 +4,13 @@
 // queries, and adds those of all rows up in memory of its own; then these are summed in the order of units. So results
 // depend on the number of threads, but not on which thread is faster.
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
+#include "flashmla/failure.h"
 #include "flashmla/schedule.h"
 #include "flashmla/source_slots.h"
 #include "flashmla/turns.h"
@@ -100,9 +100,7 @@ extern "C" int flashmla_sparse_backward(const FlashmlaSparseBackward* call, cons
   using namespace flashmla;
   if (check_topk_length(call->attention, 0, message)) return 1;
   if (SparseBackward(*call, runtime->num_threads).run(*runtime)) return 0;
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call->attention.attention.op);
-  return 1;
+  return out_of_memory(message, call->attention.attention.op);
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call->attention.attention.op);
-  return 1;
+  return flashmla::out_of_memory(message, call->attention.attention.op);
 }

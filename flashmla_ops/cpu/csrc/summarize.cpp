@@ -3,10 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
+#include <new>
 #include <vector>
 
-#include "flashmla/interface.h"
+#include "flashmla/failure.h"
+#include "flashmla/turns.h"
 
 #define FLASHMLA_ISA plain
 #include "flashmla/dtypes.h"
@@ -147,21 +148,13 @@ void widen(const FlashmlaKeys& keys, int64_t page, int64_t head, float* to) {
   }
 }
 
-struct Context {
-  const FlashmlaKeys& keys;
-  const FlashmlaSummaries& summaries;
-  std::vector<int64_t> pages;
-};
-
-void summarize(const Context& c, int64_t i) {
-  const FlashmlaKeys& keys = c.keys;
-  const int64_t number = c.pages[size_t(i / keys.h_kv)], head = i % keys.h_kv;
+void summarize(const FlashmlaKeys& keys, const FlashmlaSummaries& summaries, int64_t number, int64_t head) {
   const int64_t d = keys.kv.d - keys.qk_start + keys.k.d;
   std::vector<float> widened(size_t(keys.page_size * d));
   with_element(keys.dtype, [&](auto t) { widen<decltype(t)>(keys, number, head, widened.data()); });
   Page page(widened.data(), keys.page_size, d);
-  char* to = c.summaries.data + number * c.summaries.page_stride + head * c.summaries.head_stride;
-  switch (c.summaries.kind) {
+  char* to = summaries.data + number * summaries.page_stride + head * summaries.head_stride;
+  switch (summaries.kind) {
     case SUMMARY_CODES:
       return codes(page, to);
     case SUMMARY_BOXES:
@@ -169,32 +162,33 @@ void summarize(const Context& c, int64_t i) {
     case SUMMARY_SPREAD:
       return spread(page, to);
     default:
-      return signs(page, to, c.summaries);
+      return signs(page, to, summaries);
   }
 }
 
 }  // namespace
 
 extern "C" int flashmla_summarize(const FlashmlaKeys* keys, const FlashmlaSummaries* summaries, const int64_t* slots,
-                                  int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message) {
-  Context context{*keys, *summaries, {}};
+                                  int64_t slot_stride, int64_t n, const FlashmlaRuntime* runtime, char* message) try {
+  std::vector<int64_t> pages;
   for (int64_t i = 0; i < n; i++) {
     const int64_t slot = slots[i * slot_stride];
     if (slot >= keys->n_pages * keys->page_size) {
-      std::snprintf(message, FLASHMLA_MESSAGE,
-                    "flashmla::summarize_: argument 'slot_mapping': expected slots below %lld, got %lld at [%lld]",
-                    (long long)(keys->n_pages * keys->page_size), (long long)slot, (long long)i);
-      return 1;
+      char expected[128], actual[128];
+      return fail(message, "summarize_", "slot_mapping",
+                  text(expected, "slots below %lld", (long long)(keys->n_pages * keys->page_size)),
+                  text(actual, "%lld at [%lld]", (long long)slot, (long long)i));
     }
-    if (slot >= 0 && slot % keys->page_size == keys->page_size - 1) context.pages.push_back(slot / keys->page_size);
+    if (slot >= 0 && slot % keys->page_size == keys->page_size - 1) pages.push_back(slot / keys->page_size);
   }
   // Two threads must not write one page.
-  std::sort(context.pages.begin(), context.pages.end());
-  context.pages.erase(std::unique(context.pages.begin(), context.pages.end()), context.pages.end());
-  const FlashmlaBody body = [](int64_t begin, int64_t end, void* opaque) {
-    for (int64_t i = begin; i < end; i++) summarize(*static_cast<const Context*>(opaque), i);
-  };
-  const int64_t items = int64_t(context.pages.size()) * keys->h_kv;
-  items <= 1 || runtime->num_threads <= 1 ? body(0, items, &context) : runtime->parallel(items, body, &context);
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  in_turns(*runtime, int64_t(pages.size()) * keys->h_kv, [&](int64_t i) {
+    summarize(*keys, *summaries, pages[size_t(i / keys->h_kv)], i % keys->h_kv);
+    return true;
+  });
   return 0;
+} catch (const std::bad_alloc&) {
+  return flashmla::out_of_memory(message, "summarize_");
 }

@@ -132,8 +132,9 @@ def attend_ragged(
         return attend(q, batch.padded(q.shape[0]))
     bounds: list[int] = batch.bounds.tolist()
     counts = [stop - start for start, stop in pairwise(bounds)]
-    few = [i for i, count in enumerate(counts) if 0 < count <= MAX_ABSORBED_QUERIES and attend is not None]
-    many = [i for i, count in enumerate(counts) if count > 0 and i not in few]
+    most = 0 if attend is None else MAX_ABSORBED_QUERIES
+    few = [i for i, count in enumerate(counts) if 0 < count <= most]
+    many = [i for i, count in enumerate(counts) if count > most]
     out = values.new_zeros(*q.shape[:2], values.shape[2])
 
     def chosen(sequences: list[int]) -> tuple[Tensor, Tensor, Tensor]:

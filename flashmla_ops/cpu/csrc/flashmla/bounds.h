@@ -1,9 +1,7 @@
 // Where sequences that lie one after another begin and end: cu_seqlens [b + 1].
 #pragma once
 
-#include <cstdio>
-
-#include "flashmla/interface.h"
+#include "flashmla/failure.h"
 
 namespace flashmla {
 
@@ -15,16 +13,16 @@ struct Bounds {
 
   // Returns 1, with a message, unless they rise from 0 to `tokens`.
   int check(const char* op, const char* name, int64_t b, int64_t tokens, char* message) const {
-    const auto fail = [&](const char* least, int64_t expected, int64_t i, const char* why) {
-      std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: argument '%s': expected %s%lld at [%lld]%s, got %lld", op,
-                    name, least, (long long)expected, (long long)i, why, (long long)(*this)[i]);
-      return 1;
+    const auto wrong = [&](const char* least, int64_t wanted, int64_t i, const char* why) {
+      char expected[128], actual[128];
+      text(expected, "%s%lld at [%lld]%s", least, (long long)wanted, (long long)i, why);
+      return fail(message, op, name, expected, text(actual, "%lld", (long long)(*this)[i]));
     };
-    if ((*this)[0] != 0) return fail("", 0, 0, "");
+    if ((*this)[0] != 0) return wrong("", 0, 0, "");
     for (int64_t i = 1; i <= b; i++) {
-      if ((*this)[i] < (*this)[i - 1]) return fail("at least ", (*this)[i - 1], i, "");
+      if ((*this)[i] < (*this)[i - 1]) return wrong("at least ", (*this)[i - 1], i, "");
     }
-    return (*this)[b] == tokens ? 0 : fail("", tokens, b, ", the number of tokens");
+    return (*this)[b] == tokens ? 0 : wrong("", tokens, b, ", the number of tokens");
   }
 };
 

@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "flashmla/arena.h"
+#include "flashmla/failure.h"
 #include "flashmla/kernels.h"
 #include "flashmla/schedule.h"
 
@@ -166,27 +166,11 @@ private:
   std::atomic<bool> out_of_memory_{false};
 };
 
-inline int fail(char* message, const char* op, const char* argument, const char* expected, const char* actual) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: argument '%s': expected %s, got %s", op, argument, expected,
-                actual);
-  return 1;
-}
-
-template <class... Args>
-const char* text(char (&buffer)[128], const char* format, Args... args) {
-  std::snprintf(buffer, sizeof buffer, format, args...);
-  return buffer;
-}
-
 inline int check_lengths(const FlashmlaDecode& call, char* message) {
   const int64_t capacity = call.max_pages * call.page_size;
   for (int64_t i = 0; i < call.b; i++) {
     const int64_t length = call.cache_seqlens[i * call.cache_seqlens_stride];
-    if (length < 0 || length > capacity) {
-      char expected[128], actual[128];
-      return fail(message, call.op, "cache_seqlens", text(expected, "lengths in [0, %lld]", (long long)capacity),
-                  text(actual, "%lld at [%lld]", (long long)length, (long long)i));
-    }
+    if (length < 0 || length > capacity) return fail_length(message, call.op, capacity, length, i);
   }
   return 0;
 }
@@ -204,18 +188,20 @@ inline Tokens attended(FlashmlaDecode call, int64_t sequence) {
   return {std::min(visible(call, item, 0).begin, end), end};
 }
 
-// The first bad page in the order of the table, whichever thread met one first.
-inline int name_bad_page(const FlashmlaDecode& call, char* message) {
-  char expected[128], actual[128];
+// 1 with the first bad page of a row that counts, in the order of the table; 0 if there is none.
+inline int check_pages(const FlashmlaDecode& call, char* message) {
   for (int64_t i = 0; i < call.b; i++) {
     const Tokens tokens = attended(call, i);
     for (int64_t j = tokens.begin / call.page_size; j * call.page_size < tokens.end; j++) {
       const int64_t page = call.block_table[i * call.block_table_stride[0] + j * call.block_table_stride[1]];
-      if (page >= 0 && page < call.n_pages) continue;
-      return fail(message, call.op, "block_table", text(expected, "pages in [0, %lld)", (long long)call.n_pages),
-                  text(actual, "%lld at [%lld, %lld]", (long long)page, (long long)i, (long long)j));
+      if (page < 0 || page >= call.n_pages) return fail_page(message, call.op, call.n_pages, page, i, j);
     }
   }
+  return 0;
+}
+// The same, whichever thread met a bad page first.
+inline int name_bad_page(const FlashmlaDecode& call, char* message) {
+  if (check_pages(call, message)) return 1;
   return fail(message, call.op, "block_table", "a tensor that nobody writes to during the call", "another one");
 }
 
@@ -288,11 +274,9 @@ inline int decode(const Kernels& kernels, const FlashmlaDecode& call, const int3
   Decode run(kernels, call, shape, schedule);
   if (run.run(runtime)) return 0;
   if (run.bad_page) return name_bad_page(call, message);
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
-  return 1;
+  return out_of_memory(message, call.op);
 } catch (const std::bad_alloc&) {
-  std::snprintf(message, FLASHMLA_MESSAGE, "flashmla::%s: out of memory", call.op);
-  return 1;
+  return out_of_memory(message, call.op);
 }
 
 }  // namespace

@@ -9,15 +9,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdio>
 #include <functional>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "flashmla/arena.h"
 #include "flashmla/dispatch.h"
 #include "flashmla/schedule.h"
+#include "flashmla/turns.h"
 
 namespace flashmla {
 
@@ -47,9 +46,17 @@ public:
     int64_t total = 0;
     for (const Work& work : works_) total += work.cost();
     if (total * (any.d_qk + any.d_v) < kSerial) num_threads_ = 1;
-    const int64_t share = is_balanced(total) ? INT64_MAX : std::max<int64_t>(total / num_threads_, 1);
-    for (Work& work : works_) cut(work, share);
-    std::stable_sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
+    // The longest first: threads then end at about the same time.
+    std::sort(works_.begin(), works_.end(), [](const Work& a, const Work& b) {
+      return std::tuple(-a.cost(), a.call, a.item.kv_head, a.item.row) <
+             std::tuple(-b.cost(), b.call, b.item.kv_head, b.item.row);
+    });
+    const int64_t share = std::max<int64_t>(total / num_threads_, 1);
+    const bool whole = works_.empty() || works_[0].cost() * kShare <= share || is_balanced(total);
+    for (Work& work : works_) cut(work, whole ? INT64_MAX : share);
+    std::sort(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) {
+      return std::tuple(-a.cost, a.work, a.piece) < std::tuple(-b.cost, b.work, b.piece);
+    });
   }
 
   // False if a thread could not get its memory, or met a page that the cache does not have (then `bad_page`).
@@ -59,10 +66,12 @@ public:
       if (memory == nullptr) return false;
       results_ = reinterpret_cast<float*>(memory);
     }
-    in_parallel(runtime, int64_t(units_.size()), &Sequences::attend_units);
-    if (bad_page || out_of_memory_) return false;
-    if (floats_ > 0) in_parallel(runtime, int64_t(works_.size()) * kMerges, &Sequences::merge_units);
-    return true;
+    const FlashmlaRuntime threads{num_threads_, runtime.parallel};
+    if (!in_turns(threads, int64_t(units_.size()), [this](int64_t i) { return attend(units_[size_t(i)]); }))
+      return false;
+    return floats_ == 0 || in_turns(threads, int64_t(works_.size()) * kMerges, [this](int64_t i) {
+             return merge(works_[size_t(i / kMerges)], i % kMerges * kMergeRows);
+           });
   }
 
   FlashmlaFootprint footprint() const {
@@ -146,10 +155,13 @@ private:
 
   // Whether threads that take whole items, the longest first, end at about the same time.
   bool is_balanced(int64_t total) const {
-    std::vector<int64_t> costs, loads(size_t(num_threads_), 0);
-    for (const Work& work : works_) costs.push_back(work.cost());
-    std::sort(costs.begin(), costs.end(), std::greater<>());
-    for (const int64_t cost : costs) *std::min_element(loads.begin(), loads.end()) += cost;
+    std::vector<int64_t>& loads = kept_loads();  // a heap: the thread that is done first is on top
+    loads.assign(size_t(num_threads_), 0);
+    for (const Work& work : works_) {
+      std::pop_heap(loads.begin(), loads.end(), std::greater<>());
+      loads.back() += work.cost();
+      std::push_heap(loads.begin(), loads.end(), std::greater<>());
+    }
     return *std::max_element(loads.begin(), loads.end()) * num_threads_ <= total + total / kUneven;
   }
 
@@ -172,63 +184,40 @@ private:
     for (int64_t i = 0; i < work.pieces; i++) units_.push_back({index, i, work.cost() / work.pieces});
   }
 
-  // Threads take the units [0, n) one at a time.
-  void in_parallel(const FlashmlaRuntime& runtime, int64_t n, void (Sequences::*take)()) {
-    next_ = 0, n_ = n, take_ = take;
-    const int64_t threads = std::min(num_threads_, n);
-    if (threads <= 1) return (this->*take)();
-    runtime.parallel(
-        threads,
-        [](int64_t begin, int64_t end, void* self) {
-          Sequences& sequences = *static_cast<Sequences*>(self);
-          for (int64_t i = begin; i < end; i++) (sequences.*sequences.take_)();
-        },
-        this);
-  }
-
-  void attend_units() {
-    for (int64_t i = next_++; i < n_ && !bad_page; i = next_++) {
-      const Work& work = works_[size_t(units_[size_t(i)].work)];
-      const int64_t kept = work.apart ? 0 : work.pieces, each = floats(work.item.rows);
-      const int64_t bytes = kernels_.scratch_bytes(*work.call, work.item).all();
-      char* memory = scratch().reserve(size_t(kept * each) * sizeof(float) + size_t(bytes));
-      if (memory == nullptr) {
-        out_of_memory_ = true;
-        return;
-      }
-      float* own = reinterpret_cast<float*>(memory);
-      char* rest = memory + size_t(kept * each) * sizeof(float);
-      if (work.apart) {
-        const int64_t piece = units_[size_t(i)].piece;
-        attend(work, piece, accumulator(results_ + work.result + piece * each, work.item.rows), rest);
-        continue;
-      }
-      Accumulator parts[kInvariantPieces + 1];
-      for (int64_t piece = 0; piece < work.pieces; piece++) {
-        parts[piece] = accumulator(own + piece * each, work.item.rows);
-        attend(work, piece, parts[piece], rest);
-      }
-      if (!bad_page) kernels_.finish(*work.call, work.item, parts, work.pieces, 0, work.item.rows);
+  // An item, or a piece of it. False if there is no memory, or a page that the cache does not have.
+  bool attend(const Unit& unit) {
+    const Work& work = works_[size_t(unit.work)];
+    const int64_t kept = work.apart ? 0 : work.pieces, each = floats(work.item.rows);
+    const int64_t bytes = kernels_.scratch_bytes(*work.call, work.item).all();
+    char* memory = scratch().reserve(size_t(kept * each) * sizeof(float) + size_t(bytes));
+    if (memory == nullptr) return false;
+    char* rest = memory + size_t(kept * each) * sizeof(float);
+    if (work.apart) return attend(work, unit.piece, piece_of(work, unit.piece), rest);
+    Accumulator parts[kInvariantPieces];
+    for (int64_t piece = 0; piece < work.pieces; piece++) {
+      parts[piece] = accumulator(reinterpret_cast<float*>(memory) + piece * each, work.item.rows);
+      if (!attend(work, piece, parts[piece], rest)) return false;
     }
+    kernels_.finish(*work.call, work.item, parts, work.pieces, 0, work.item.rows);
+    return true;
   }
-
-  void attend(const Work& work, int64_t piece, const Accumulator& into, char* memory) {
+  bool attend(const Work& work, int64_t piece, const Accumulator& into, char* memory) {
     const Tokens tokens = work.piece(piece);
-    if (!kernels_.attend(*work.call, work.item, tokens.begin, tokens.end, into, memory)) bad_page = true;
+    if (kernels_.attend(*work.call, work.item, tokens.begin, tokens.end, into, memory)) return true;
+    bad_page = true;
+    return false;
   }
 
-  void merge_units() {
-    for (int64_t i = next_++; i < n_; i = next_++) {
-      const Work& work = works_[size_t(i / kMerges)];
-      const int64_t begin = i % kMerges * kMergeRows, each = floats(work.item.rows);
-      if (!work.apart || begin >= work.item.rows) continue;
-      Accumulator parts[FLASHMLA_MAX_PARTS];
-      for (int64_t piece = 0; piece < work.pieces; piece++) {
-        parts[piece] = accumulator(results_ + work.result + piece * each, work.item.rows);
-      }
-      const int64_t end = std::min(begin + kMergeRows, work.item.rows);
-      kernels_.finish(*work.call, work.item, parts, work.pieces, begin, end);
-    }
+  // Rows from `begin` on of an item whose pieces are apart.
+  bool merge(const Work& work, int64_t begin) const {
+    if (!work.apart || begin >= work.item.rows) return true;
+    Accumulator parts[FLASHMLA_MAX_PARTS];
+    for (int64_t piece = 0; piece < work.pieces; piece++) parts[piece] = piece_of(work, piece);
+    kernels_.finish(*work.call, work.item, parts, work.pieces, begin, std::min(begin + kMergeRows, work.item.rows));
+    return true;
+  }
+  Accumulator piece_of(const Work& work, int64_t piece) const {
+    return accumulator(results_ + work.result + piece * floats(work.item.rows), work.item.rows);
   }
 
   static std::vector<Work>& kept_works() {
@@ -240,6 +229,11 @@ private:
     return units;
   }
 
+  static std::vector<int64_t>& kept_loads() {
+    static thread_local std::vector<int64_t> loads;
+    return loads;
+  }
+
   const std::vector<Sequence>& sequences_;
   const Kernels& kernels_;
   int64_t num_threads_;
@@ -248,10 +242,6 @@ private:
   std::vector<Unit>& units_ = kept_units();
   int64_t floats_ = 0;  // of the pieces that are kept
   float* results_ = nullptr;
-  void (Sequences::*take_)() = nullptr;
-  int64_t n_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<bool> out_of_memory_{false};
 };
 
 }  // namespace flashmla

@@ -2,9 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
 
-#include "flashmla/interface.h"
+#include "flashmla/failure.h"
 
 namespace flashmla {
 
@@ -36,10 +35,10 @@ inline int check_topk_length(const FlashmlaSparse& call, int32_t index, char* me
     const int32_t length =
         source.topk_length[i / tokens * source.topk_length_stride[0] + i % tokens * source.topk_length_stride[1]];
     if (length >= 0 && length <= source.topk) continue;
-    std::snprintf(message, FLASHMLA_MESSAGE,
-                  "flashmla::%s: argument '%s': expected lengths in [0, %lld], got %d at [%lld]", call.attention.op,
-                  index ? "extra_topk_length" : "topk_length", (long long)source.topk, length, (long long)i);
-    return 1;
+    char expected[128], actual[128];
+    return fail(message, call.attention.op, index ? "extra_topk_length" : "topk_length",
+                text(expected, "lengths in [0, %lld]", (long long)source.topk),
+                text(actual, "%d at [%lld]", length, (long long)i));
   }
   return 0;
 }
