@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from flashmla_ops.ops import _autocast, _autograd, _docs
+from flashmla_ops.ops import _autocast, _autograd, _docs, _sharding
 
 if TYPE_CHECKING:
     from flashmla_ops.ops._backward import Differentiation, Last
@@ -20,12 +20,14 @@ Function = Callable[..., Any]
 
 
 class Defined(NamedTuple):
-    """An operator's implementations in Python; `complete` binds the last three when all operators are defined."""
+    """An operator's implementations in Python; `complete` binds the last ones when all operators are defined."""
 
     fake: Function
     reference: Function
     vmap: Function | None
     autocast: _autocast.Rule | None
+    sharding: _sharding.Cuts | None
+    mutates: tuple[str, ...]
     backward: Differentiation | Last | None = None
 
 
@@ -43,18 +45,21 @@ def define(
     reference: Function,
     vmap: Function | None = None,
     autocast: _autocast.Rule | None = None,
+    sharding: _sharding.Cuts | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> None:
     """Define an operator: its schema, its fake, the reference that runs where no kernel is registered, and its rules.
 
     A kernel for a device is registered by the library that holds it (`flashmla_ops.cpu` for the CPU). The reference
     sits below every device key, so an operator works wherever torch does. ``vmap`` is as `torch.library.register_vmap`
-    takes it, ``autocast`` as in `_autocast`; without one, arguments stay as they are.
+    takes it, ``autocast`` as in `_autocast`; without one, arguments stay as they are. ``sharding`` is as in
+    `_sharding`; an operator without one takes no DTensor. ``mutates`` names the first arguments, which it writes to.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    DEFINED[name] = Defined(fake, reference, vmap, autocast)
+    DEFINED[name] = Defined(fake, reference, vmap, autocast, sharding, mutates)
 
 
 def differentiate(schema: str, backward: Differentiation | Last) -> None:
@@ -74,6 +79,13 @@ def complete() -> None:
             torch.library.register_vmap(f"{NAMESPACE}::{name}", defined.vmap, lib=LIBRARY)
         if defined.autocast is not None:
             _autocast.register(LIBRARY, operators[name], defined.autocast)
+    _sharding.bind(
+        [
+            _sharding.Rule(operators[name], defined.sharding, len(defined.mutates))
+            for name, defined in DEFINED.items()
+            if defined.sharding is not None
+        ]
+    )
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{__package__}."):
             _docs.document(module)

@@ -25,6 +25,7 @@ from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops._vmap import each
 from flashmla_ops.ops.check import Check
 from flashmla_ops.ops.operator import Arguments, Operator
@@ -147,6 +148,11 @@ def _require_mapped(check: Check, dims: dict[str, Any], *caches: str) -> None:
         check.require(name, dims[name] is not None, "a cache for each entry under vmap", "one for all")
 
 
+def sharding(a: Append | AppendTwo) -> list[Way]:
+    """By KV heads. Slots count the rows of all pages, so that pages are not cut."""
+    return [{"kv_cache": 2, "k_cache": 2, "rows": 1, "k_rows": 1}]
+
+
 APPEND = Operator(
     "append_",
     Append,
@@ -156,6 +162,7 @@ APPEND = Operator(
     values=check_slots,
     vmap=vmap,
     autocast=autocast,
+    sharding=sharding,
 )
 APPEND_TWO = Operator(
     "append_.two",
@@ -166,4 +173,5 @@ APPEND_TWO = Operator(
     values=check_slots,
     vmap=vmap_two,
     autocast=autocast_two,
+    sharding=sharding,
 )

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result, dtype_name
-from flashmla_ops.ops.decode import check_rows
+from flashmla_ops.ops.decode import check_rows, of_heads
 from flashmla_ops.ops.operator import Arguments, Operator
 
 
@@ -84,6 +85,19 @@ def autocast(dtype: torch.dtype, a: AttendMasked) -> AttendMasked:
     return dataclasses.replace(a, q=cast(a.q, a.kv_cache.dtype), mask=mask)
 
 
+def sharding(a: AttendMasked) -> list[Way]:
+    """By sequences, heads or query tokens; the mask too, where it has a size for each."""
+
+    def masked(dim: int) -> Way:
+        return {"mask": dim} if a.mask.size(dim) > 1 else {}
+
+    return [
+        {"q": 0, "kv_cache": 0, "k_cache": 0, "out": 0, **masked(0)},
+        {"q": 2, "out": 2, **of_heads(a), **masked(1)},
+        {"q": 1, "out": 1, **masked(2)},
+    ]
+
+
 ATTEND_MASKED = Operator(
     "attend_masked",
     AttendMasked,
@@ -92,4 +106,5 @@ ATTEND_MASKED = Operator(
     returns=("out",),
     vmap=loop(lambda: torch.ops.flashmla.attend_masked.default),
     autocast=autocast,
+    sharding=sharding,
 )

@@ -49,6 +49,7 @@ from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops._vmap import each, folded
 from flashmla_ops.ops.check import Check, Result, lse_shape, with_last
 from flashmla_ops.ops.operator import Arguments, Operator, Static
@@ -278,6 +279,27 @@ def autocast(dtype: torch.dtype, a: Decode) -> Decode:
     return dataclasses.replace(a, q=cast(a.q, a.kv_cache.dtype))
 
 
+def sharding(a: Decode) -> list[Way]:
+    """By sequences, by heads (with those of the caches, if they have more than one), or by query tokens.
+
+    A schedule is made for all of them.
+    """
+    if a.schedule is not None:
+        return []
+    if a.cu_seqlens_q is not None:
+        return [{"q": 1, "attn_sink": 0, "out": 1, "lse": 0, **of_heads(a)}]
+    ways: list[Way] = [
+        {"q": 0, "block_table": 0, "cache_seqlens": 0, "out": 0, "lse": 0},
+        {"q": 2, "attn_sink": 0, "out": 2, "lse": 1, **of_heads(a)},
+    ]
+    return ways if a.causal else [*ways, {"q": 1, "out": 1, "lse": 2}]
+
+
+def of_heads(a: Any) -> Way:
+    """How the caches are cut where query heads are. One KV head is every rank's."""
+    return {"kv_cache": 2, "k_cache": 2} if a.kv_cache.size(2) > 1 else {}
+
+
 DECODE = Operator(
     "decode",
     Decode,
@@ -287,4 +309,5 @@ DECODE = Operator(
     values=check_values,
     vmap=vmap,
     autocast=autocast,
+    sharding=sharding,
 ).with_out(contiguous_rows=("out",))

@@ -24,6 +24,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.formats import NATIVE
 from flashmla_ops.ops._backward import check_result, wanted_only
+from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result, sizes_of
 from flashmla_ops.ops.decode import (
@@ -35,6 +36,7 @@ from flashmla_ops.ops.decode import (
     check_scores,
     check_sink,
     check_table,
+    of_heads,
 )
 from flashmla_ops.ops.operator import Operator, Static
 
@@ -86,6 +88,15 @@ def gradients(a: DecodeBackward) -> tuple[Tensor, ...]:
     return wanted_only(reference.decode_backward(**given), a.wanted)
 
 
+def sharding(a: DecodeBackward) -> list[Way]:
+    """By sequences, of which each rank's add to the gradients of the rows that they share; or by heads."""
+    by_sequence: Way = dict.fromkeys(("q", "block_table", "cache_seqlens", "dout", "out", "dlse", "lse", "dq"), 0)
+    by_head: Way = {"q": 2, "attn_sink": 0, "dout": 2, "out": 2, "dlse": 1, "lse": 1, "dq": 2, "dattn_sink": 0}
+    of_rows: Way = {"dkv_cache": SUM, "dk_cache": SUM}
+    rows: Way = of_rows if a.kv_cache.size(2) == 1 else {**of_heads(a), "dkv_cache": 2, "dk_cache": 2}
+    return [{**by_sequence, **of_rows, "dattn_sink": SUM}, {**by_head, **rows}]
+
+
 DECODE_BACKWARD = Operator(
     "decode_backward",
     DecodeBackward,
@@ -94,5 +105,6 @@ DECODE_BACKWARD = Operator(
     returns=("dq", "dkv_cache", "dk_cache", "dattn_sink"),
     values=lambda check, a: check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1)),
     vmap=loop(lambda: torch.ops.flashmla.decode_backward.default),
+    sharding=sharding,
 )
 DECODE.differentiated_by(DECODE_BACKWARD, ignores=("schedule", "levels", "batch_invariant"))

@@ -25,6 +25,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.ops import decode
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops.check import Check, Result, with_last
 from flashmla_ops.ops.operator import Operator
 
@@ -68,6 +69,13 @@ def autocast(dtype: torch.dtype, a: DecodeUp) -> DecodeUp:
     return dataclasses.replace(a, q=cast(a.q, a.kv_cache.dtype), weight=cast(a.weight, a.kv_cache.dtype))
 
 
+def sharding(a: DecodeUp) -> list[Way]:
+    """As of `decode`, with the weight by heads where they are cut; or by what the heads become."""
+    heads = "attn_sink"  # is in the ways that cut heads, and in no other
+    ways = [{**way, "weight": 0} if heads in way else way for way in decode.sharding(a)]
+    return [*ways, {"weight": 2, "out": a.q.dim() - 1}]
+
+
 DECODE_UP = Operator(
     "decode_up",
     DecodeUp,
@@ -77,4 +85,5 @@ DECODE_UP = Operator(
     values=decode.check_values,
     vmap=vmap,
     autocast=autocast,
+    sharding=sharding,
 )

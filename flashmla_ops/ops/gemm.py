@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._autocast import all_cast, cast
+from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import each, folded, front
 from flashmla_ops.ops.check import (
     FLOAT_NAMES,
@@ -152,6 +153,26 @@ def vmap_bmm(size: int, dims: dict[str, Any], a: Bmm) -> tuple[Tensor, int]:
     return out.unflatten(0, (size, weight.size(0) // size)), 0
 
 
+def sharding(a: Gemm) -> list[Way]:
+    """By rows; by columns of the result, unless it has half as many as the weight; by k where all is linear."""
+    last = a.a.dim() - 1
+    ways: list[Way] = [{"a": dim, "residual": dim, "out": dim} for dim in range(last)]
+    if a.activation != "silu_mul":
+        ways.append({"weight": 0, "bias": 0, "weight_scale": 0, "residual": last, "out": last})
+    if a.activation == "none" and a.bias is None and a.residual is None:
+        ways.append({"a": last, "weight": 1, "out": SUM})
+    return ways
+
+
+def sharding_bmm(a: Bmm) -> list[Way]:
+    return [
+        {"a": 0, "weight": 0, "out": 0},
+        {"a": 1, "out": 1},
+        {"weight": 2, "out": 2},
+        {"a": 2, "weight": 1, "out": SUM},
+    ]
+
+
 GEMM = Operator(
     "gemm",
     Gemm,
@@ -160,6 +181,7 @@ GEMM = Operator(
     returns=("out",),
     vmap=vmap,
     autocast=autocast,
+    sharding=sharding,
 ).with_out(in_place="residual")
 BMM = Operator(
     "bmm",
@@ -169,4 +191,5 @@ BMM = Operator(
     returns=("out",),
     vmap=vmap_bmm,
     autocast=all_cast,
+    sharding=sharding_bmm,
 ).with_out()

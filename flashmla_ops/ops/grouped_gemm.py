@@ -23,6 +23,7 @@ from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.ops._autocast import all_cast
 from flashmla_ops.ops._library import LIBRARY
+from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
 from flashmla_ops.ops.operator import Arguments, Operator
@@ -81,6 +82,11 @@ def on_cpu(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def sharding(a: GroupedGemm) -> list[Way]:
+    """By columns of the result, or by k. Rows and groups belong together as ``offsets`` says, and are not cut."""
+    return [{"weight": 1, "out": 1}, {"a": 1, "weight": 2, "out": SUM}]
+
+
 GROUPED_GEMM = Operator(
     OP,
     GroupedGemm,
@@ -89,5 +95,6 @@ GROUPED_GEMM = Operator(
     returns=("out",),
     vmap=loop(lambda: torch.ops.flashmla.grouped_gemm.default),
     autocast=all_cast,
+    sharding=sharding,
 ).with_out()
 LIBRARY.impl(OP, on_cpu, "CPU")

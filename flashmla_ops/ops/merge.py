@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops.check import Check, Result, lse_shape, sizes_of
 from flashmla_ops.ops.operator import Arguments, Operator
 from flashmla_ops.reference.schedule import MAX_PARTS
@@ -72,6 +73,13 @@ def vmap(size: int, dims: dict[str, Any], a: MergeStates) -> tuple[tuple[Tensor,
     return (out, lse), (0, 0)
 
 
+def sharding(a: MergeStates) -> list[Way]:
+    """By sequences, query tokens or heads: whatever a state belongs to."""
+    batch = a.outs[0].dim() - 3
+    pairs = [(batch, batch + 1), (batch + 1, batch), *([(0, 0)] if batch else [])]
+    return [{"outs": of_out, "lses": of_lse, "out": of_out, "lse": of_lse} for of_out, of_lse in pairs]
+
+
 MERGE_STATES = Operator(
     "merge_states",
     MergeStates,
@@ -80,4 +88,5 @@ MERGE_STATES = Operator(
     returns=("out", "lse"),
     vmap=vmap,
     autocast=autocast,
+    sharding=sharding,
 )

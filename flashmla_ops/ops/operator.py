@@ -14,8 +14,8 @@
 From this come the schema ``double(Tensor x, SymInt factor=2) -> Tensor``, the fake (the contract, then empty results),
 and the reference as the implementation of every device that has no kernel (the contract, what depends on values, then
 the function given). A gradient comes from the operator that is stated as the backward (`_backward`), or is refused, for
-all of them in one place (`_autograd`). The rules for vmap and autocast get the arguments by name. ``with_out`` adds the
-overload that writes into given tensors.
+all of them in one place (`_autograd`). The rules for vmap, autocast and sharding (`_sharding`) get the arguments by
+name. ``with_out`` adds the overload that writes into given tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from flashmla_ops.ops import _autocast
+from flashmla_ops.ops import _autocast, _sharding
 from flashmla_ops.ops._backward import Differentiation, Last
 from flashmla_ops.ops._library import define, differentiate
 from flashmla_ops.ops.check import Check, Result, dtype_name
@@ -67,6 +67,8 @@ Contract = Callable[[Check, A], Results]
 Vmap = Callable[[int, dict[str, Any], A], tuple[Any, Any]]
 #: From the dtype of autocast and the arguments to those that the operator runs with.
 Autocast = Callable[[torch.dtype, A], A]
+#: From the arguments, with tensors that have no data, to the ways in which they may be cut for several ranks.
+Sharding = Callable[[A], Sequence[_sharding.Way]]
 
 
 class Operator(Generic[A]):
@@ -84,12 +86,13 @@ class Operator(Generic[A]):
         values: Callable[[Check, A], None] | None = None,
         vmap: Vmap[A] | None = None,
         autocast: Autocast[A] | None = None,
+        sharding: Sharding[A] | None = None,
     ) -> None:
         """``name`` with its overload: "append_.two". ``returns`` names the results, ``mutates`` what is written.
 
         ``contract`` raises on what shapes, strides and dtypes decide and returns what the results are; ``values``
         raises on what the values of tensors decide, before the reference runs. ``reference`` returns results of any
-        float type and strides: they are rounded to those of the contract.
+        float type and strides: they are rounded to those of the contract. Without ``sharding`` every rank has all.
         """
         self.name, self.arguments, self.contract, self.returns = name, arguments, contract, returns
         self._reference, self._values = reference, values
@@ -103,6 +106,8 @@ class Operator(Generic[A]):
             reference=self.reference,
             vmap=None if vmap is None else self._mapped(vmap),
             autocast=None if autocast is None else self._cast(autocast),
+            sharding=self._cut(sharding or (lambda a: ())),
+            mutates=mutates,
         )
 
     def bind(self, *args: Any, **kwargs: Any) -> A:
@@ -182,6 +187,14 @@ class Operator(Generic[A]):
             return rule(dtype, self.bind(*args)).values()
 
         return cast
+
+    def _cut(self, rule: Sharding[A]) -> _sharding.Cuts:
+        def cut(*args: Any, **kwargs: Any) -> Sequence[_sharding.Cut]:
+            a = self.bind(*args, **kwargs)
+            shapes = {name: r.shape for name, r in zip(self.returns, self.results(a), strict=True)}
+            return _sharding.cuts(rule(a), vars(a), shapes)
+
+        return cut
 
 
 def _declared(arguments: type[Arguments], mutates: tuple[str, ...]) -> list[str]:

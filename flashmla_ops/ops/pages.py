@@ -44,6 +44,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
 from flashmla_ops.ops.decode import check_lengths, check_table
@@ -218,6 +219,26 @@ def check_slots(check: Check, a: Summarize) -> None:
             raise ArgumentError(check.op, "slot_mapping", f"slots below {slots}", f"{slot} at [{i}]")
 
 
+def sharding_summarize(a: Summarize) -> list[Way]:
+    return [{"summaries": 1, "kv_cache": 2, "k_cache": 2}]
+
+
+def sharding_mass(a: PageMass) -> list[Way]:
+    """By sequences, or by heads."""
+    heads: Way = {"kv_cache": 2, "k_cache": 2, "summaries": 1} if a.kv_cache.size(2) > 1 else {}
+    return [
+        {"q": 0, "block_table": 0, "cache_seqlens": 0, "mass": 0, "slack": 0},
+        {"q": 2, "mass": 1, "slack": 1, **heads},
+    ]
+
+
+def sharding_choose(a: ChoosePages) -> list[Way]:
+    """By sequences: the heads of a KV head choose together, and their number is an argument."""
+    return [
+        dict.fromkeys(("mass", "slack", "block_table", "cache_seqlens", "pages", "lengths", "residue"), 0),
+    ]
+
+
 SUMMARIZE = Operator(
     "summarize_",
     Summarize,
@@ -226,6 +247,7 @@ SUMMARIZE = Operator(
     mutates=("summaries",),
     values=check_slots,
     vmap=loop(lambda: torch.ops.flashmla.summarize_.default),
+    sharding=sharding_summarize,
 )
 PAGE_MASS = Operator(
     "page_mass",
@@ -235,6 +257,7 @@ PAGE_MASS = Operator(
     returns=("mass", "slack"),
     values=lambda check, a: check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1)),
     vmap=loop(lambda: torch.ops.flashmla.page_mass.default),
+    sharding=sharding_mass,
 )
 CHOOSE_PAGES = Operator(
     "choose_pages",
@@ -244,4 +267,5 @@ CHOOSE_PAGES = Operator(
     returns=("pages", "lengths", "residue"),
     values=lambda check, a: check_lengths(check, a.block_table, a.cache_seqlens, a.page_size),
     vmap=loop(lambda: torch.ops.flashmla.choose_pages.default),
+    sharding=sharding_choose,
 )

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops._vmap import each, folded, front
 from flashmla_ops.ops.check import Check, Result
 from flashmla_ops.ops.decode import check_scores, check_sink
@@ -139,6 +140,12 @@ def autocast(dtype: torch.dtype, a: Prefill) -> Prefill:
     return dataclasses.replace(a, q=cast(a.q, dtype), k=cast(a.k, dtype), v=cast(a.v, dtype))
 
 
+def sharding(a: Prefill) -> list[Way]:
+    """By heads: with those of keys and values, if they have more than one."""
+    heads: Way = {"k": 1, "v": 1} if a.k.size(1) > 1 else {}
+    return [{"q": 1, "attn_sink": 0, "out": 1, "lse": 0, **heads}]
+
+
 PREFILL = Operator(
     "prefill",
     Prefill,
@@ -148,4 +155,5 @@ PREFILL = Operator(
     values=check_values,
     vmap=vmap,
     autocast=autocast,
+    sharding=sharding,
 )

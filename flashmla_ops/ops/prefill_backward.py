@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.ops._backward import check_result, wanted_only
+from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
 from flashmla_ops.ops.decode import check_scores, check_sink
@@ -68,6 +69,13 @@ def gradients(a: PrefillBackward) -> tuple[Tensor, ...]:
     return wanted_only(reference.prefill_backward(**given), a.wanted)
 
 
+def sharding(a: PrefillBackward) -> list[Way]:
+    """By heads, of which each rank's add to the gradient of a KV head that they share."""
+    rows: Way = {"dk": SUM, "dv": SUM} if a.k.size(1) == 1 else {"k": 1, "v": 1, "dk": 1, "dv": 1}
+    states: Way = {"dout": 1, "out": 1, "dlse": 0, "lse": 0}
+    return [{"q": 1, "attn_sink": 0, "dq": 1, "dattn_sink": 0, **states, **rows}]
+
+
 PREFILL_BACKWARD = Operator(
     "prefill_backward",
     PrefillBackward,
@@ -76,5 +84,6 @@ PREFILL_BACKWARD = Operator(
     returns=("dq", "dk", "dv", "dattn_sink"),
     values=check_values,
     vmap=loop(lambda: torch.ops.flashmla.prefill_backward.default),
+    sharding=sharding,
 )
 PREFILL.differentiated_by(PREFILL_BACKWARD, ignores=("levels",))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.formats import QUANTIZED, QUANTIZED_NAMES, row_bytes, row_elements, row_tail
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops.check import FLOAT_NAMES, FLOATS, Check, Result, dtype_name, with_last
 from flashmla_ops.ops.operator import Arguments, Operator
 
@@ -88,6 +89,11 @@ def vmap_back(size: int, dims: dict[str, Any], a: DequantizeRows) -> tuple[Tenso
     return torch.ops.flashmla.dequantize_rows(a.rows.movedim(dims["rows"], 0), a.row_format, a.dtype), 0
 
 
+def sharding(a: QuantizeRows | DequantizeRows) -> list[Way]:
+    """By any dimension that rows lie in, of the argument and of the result, which both operators may call rows."""
+    return [{"rows": dim, "bytes": dim} for dim in range(a.rows.dim() - 1)]
+
+
 QUANTIZE = Operator(
     "quantize_rows",
     QuantizeRows,
@@ -95,6 +101,7 @@ QUANTIZE = Operator(
     lambda a: QUANTIZED[a.row_format].quantize(a.rows),
     returns=("bytes",),
     vmap=vmap,
+    sharding=sharding,
 )
 DEQUANTIZE = Operator(
     "dequantize_rows",
@@ -103,4 +110,5 @@ DEQUANTIZE = Operator(
     lambda a: QUANTIZED[a.row_format].dequantize(a.rows),
     returns=("rows",),
     vmap=vmap_back,
+    sharding=sharding,
 )

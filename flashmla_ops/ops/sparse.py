@@ -41,9 +41,10 @@ from flashmla_ops import reference
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats import FORMAT_NAMES, NAMES, NATIVE, row_elements
 from flashmla_ops.ops._autocast import cast
+from flashmla_ops.ops._sharding import Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
-from flashmla_ops.ops.decode import check_cache, check_rows, check_sink
+from flashmla_ops.ops.decode import check_cache, check_rows, check_sink, of_heads
 from flashmla_ops.ops.operator import Arguments, Operator
 from flashmla_ops.ops.quantize import check_pages
 
@@ -219,6 +220,25 @@ def autocast(dtype: torch.dtype, a: A) -> A:
     return dataclasses.replace(a, q=cast(a.q, rows.dtype))
 
 
+def sharding(a: SparseDecode) -> list[Way]:
+    """By sequences, by heads, or by query tokens: each has indices of its own."""
+    lengths: Way = {"topk_length": 0, "extra_topk_length": 0}
+    extra: Way = {"extra_kv_cache": 2} if a.kv_cache.size(2) > 1 else {}
+    return [
+        {"q": 0, "indices": 0, "extra_indices": 0, "out": 0, "lse": 0, **lengths},
+        {"q": 2, "attn_sink": 0, "out": 2, "lse": 1, **of_heads(a), **extra},
+        {"q": 1, "indices": 1, "extra_indices": 1, "out": 1, "lse": 2},
+    ]
+
+
+def sharding_prefill(a: SparsePrefill) -> list[Way]:
+    heads: Way = {"kv": 1, "indices": 1} if a.kv.size(1) > 1 else {}
+    return [
+        {"q": 0, "indices": 0, "topk_length": 0, "out": 0, "max_logits": 0, "lse": 0},
+        {"q": 1, "attn_sink": 0, "out": 1, "max_logits": 1, "lse": 1, **heads},
+    ]
+
+
 SPARSE_DECODE = Operator(
     "sparse_decode",
     SparseDecode,
@@ -228,6 +248,7 @@ SPARSE_DECODE = Operator(
     values=check_values,
     vmap=loop(lambda: torch.ops.flashmla.sparse_decode.default),
     autocast=autocast,
+    sharding=sharding,
 )
 SPARSE_PREFILL = Operator(
     "sparse_prefill",
@@ -238,4 +259,5 @@ SPARSE_PREFILL = Operator(
     values=check_prefill_lengths,
     vmap=loop(lambda: torch.ops.flashmla.sparse_prefill.default),
     autocast=autocast,
+    sharding=sharding_prefill,
 )

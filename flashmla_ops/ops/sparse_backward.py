@@ -22,6 +22,7 @@ from torch import Tensor
 from flashmla_ops import reference
 from flashmla_ops.formats import NATIVE
 from flashmla_ops.ops._backward import check_result, wanted_only
+from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result, sizes_of
 from flashmla_ops.ops.decode import check_sink
@@ -64,6 +65,14 @@ def gradients(a: SparsePrefillBackward) -> tuple[Tensor, ...]:
     return wanted_only(reference.sparse_prefill_backward(**given), a.wanted)
 
 
+def sharding(a: SparsePrefillBackward) -> list[Way]:
+    """By query tokens or heads, of which each rank's add to the gradients of the rows that they share."""
+    tokens: Way = dict.fromkeys(("q", "indices", "topk_length", "dout", "dlse", "out", "lse", "dq"), 0)
+    heads: Way = dict.fromkeys(("q", "dout", "dlse", "out", "lse", "dq"), 1)
+    rows: Way = {"dkv": SUM} if a.kv.size(1) == 1 else {"kv": 1, "indices": 1, "dkv": 1}
+    return [{**tokens, "dkv": SUM, "dattn_sink": SUM}, {**heads, "attn_sink": 0, "dattn_sink": 0, **rows}]
+
+
 SPARSE_PREFILL_BACKWARD = Operator(
     "sparse_prefill_backward",
     SparsePrefillBackward,
@@ -72,5 +81,6 @@ SPARSE_PREFILL_BACKWARD = Operator(
     returns=("dq", "dkv", "dattn_sink"),
     values=check_prefill_lengths,
     vmap=loop(lambda: torch.ops.flashmla.sparse_prefill_backward.default),
+    sharding=sharding,
 )
 SPARSE_PREFILL.differentiated_by(SPARSE_PREFILL_BACKWARD)
