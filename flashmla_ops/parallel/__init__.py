@@ -1,0 +1,15 @@
+"""Attention over several processes, with torch's own distribution.
+
+Every operator takes DTensors: `flashmla_ops.ops._sharding`. What a single operator cannot say is here: sequences whose
+pages lie on several ranks.
+"""
+
+from flashmla_ops.parallel.context import (
+    context_parallel_decode,
+    local_lengths,
+    local_slots,
+    local_table,
+    merge_over_ranks,
+)
+
+__all__ = ["context_parallel_decode", "local_lengths", "local_slots", "local_table", "merge_over_ranks"]
