@@ -48,6 +48,10 @@ class UnsupportedModelError(FlashMLAError, TypeError):
     """A model, layer or cache that an integration does not know how to serve."""
 
 
+class RankError(FlashMLAError):
+    """Another rank of a group did not answer: it died, or was not there before the group's timeout."""
+
+
 class FallbackWarning(UserWarning):
     """Something asked for runs, and right, but without the operators of this library."""
 

@@ -1,7 +1,7 @@
 """Attention over several processes, with torch's own distribution.
 
 Every operator takes DTensors: `flashmla_ops.ops._sharding`. What a single operator cannot say is here: sequences whose
-pages lie on several ranks.
+pages lie on several ranks, and models whose heads do.
 """
 
 from flashmla_ops.parallel.context import (
@@ -11,5 +11,13 @@ from flashmla_ops.parallel.context import (
     local_table,
     merge_over_ranks,
 )
+from flashmla_ops.parallel.tensor import tensor_parallel
 
-__all__ = ["context_parallel_decode", "local_lengths", "local_slots", "local_table", "merge_over_ranks"]
+__all__ = [
+    "context_parallel_decode",
+    "local_lengths",
+    "local_slots",
+    "local_table",
+    "merge_over_ranks",
+    "tensor_parallel",
+]

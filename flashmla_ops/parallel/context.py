@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError
+from flashmla_ops.parallel.collectives import gathered
 
 OP = "context_parallel_decode"
 
@@ -55,16 +56,12 @@ def local_slots(
 def merge_over_ranks(out: Tensor, lse: Tensor, *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """The states of all ranks, each over rows of its own, as one: ``out [b, s_q, h_q, d_v]``, ``lse [b, h_q, s_q]``.
 
-    Every rank gets the same bits. Each sends ``out`` and ``lse`` once to every other.
+    Every rank gets the same bits. Each sends ``out`` and ``lse`` once to every other. Raises `RankError` if one of them
+    does not answer.
     """
     if torch.is_grad_enabled() and out.requires_grad:
         raise NotDifferentiableError(OP, "q")
-    ranks = dist.get_world_size(group)
-    outs = [torch.empty_like(out, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    lses = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    dist.all_gather(outs, out.contiguous(), group=group)
-    dist.all_gather(lses, lse.contiguous(), group=group)
-    merged: tuple[Tensor, Tensor] = torch.ops.flashmla.merge_states(outs, lses)
+    merged: tuple[Tensor, Tensor] = torch.ops.flashmla.merge_states(gathered(out, group), gathered(lse, group))
     return merged
 
 

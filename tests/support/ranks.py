@@ -26,7 +26,7 @@ class Ranks:
     def __init__(self, n: int, folder: Path) -> None:
         store = folder / f"store-{n}"
         pipes = [SPAWN.Pipe() for _ in range(n)]
-        self._pipes = [ours for ours, _ in pipes]
+        self.pipes = [ours for ours, _ in pipes]
         self.processes = [
             SPAWN.Process(target=_serve, args=(rank, n, str(store), theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
@@ -41,15 +41,15 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returns on each rank, which must all return."""
-        for pipe in self._pipes:
+        for pipe in self.pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() if pipe.poll(PATIENCE) else (False, "no answer") for pipe in self._pipes]
+        answers = [pipe.recv() if pipe.poll(PATIENCE) else (False, "no answer") for pipe in self.pipes]
         for rank, (done, value) in enumerate(answers):
             assert done, f"rank {rank}: {value}"
         return [value for _, value in answers]
 
     def close(self) -> None:
-        for pipe in self._pipes:
+        for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
             process.join(5)

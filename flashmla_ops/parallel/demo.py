@@ -1,0 +1,67 @@
+"""``python -m flashmla_ops.parallel.demo``: two processes, each with half of a model's heads, and one with all of them.
+
+They generate the same tokens. The model is a small DeepSeek-V3 with random weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+RANKS = 2
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, (f"file://{folder}/store",), RANKS)
+
+
+def _rank(rank: int, store: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from flashmla_ops.integrations.transformers import enable
+    from flashmla_ops.parallel import tensor_parallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS)
+    one, several = _model(), _model()
+    enable(one)
+    tensor_parallel(several, init_device_mesh("cpu", (RANKS,)))
+    enable(several)
+    expected, tokens = _generate(one), _generate(several)
+    same = "the same tokens" if torch.equal(tokens, expected) else "OTHER TOKENS"
+    print(f"rank {rank}: {_heads(several)} of {_heads(one)} heads, {same}: {tokens[0, -8:].tolist()}", flush=True)
+    dist.destroy_process_group()
+
+
+def _model() -> Any:
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64}
+    dims = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "hidden_size": 128}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "intermediate_size": 256, "vocab_size": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config(**heads, **dims, **layers, eos_token_id=None))
+    return model.eval()
+
+
+def _generate(model: Any) -> Tensor:
+    prompt = torch.arange(3, 19)[None]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    tokens: Tensor = model.generate(prompt, **options)
+    return tokens
+
+
+def _heads(model: Any) -> int:
+    attention = model.model.layers[0].self_attn
+    heads: int = attention.o_proj.in_features // attention.v_head_dim
+    return heads
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A model whose heads are on several ranks generates what it generates in one process."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flashmla_ops.errors import ArgumentError, NotDifferentiableError, RankError, UnsupportedModelError
+from flashmla_ops.integrations.transformers import PagedLatentCache, enable, is_enabled
+from flashmla_ops.parallel import merge_over_ranks, tensor_parallel
+from tests.integrations.models import COMMON, tiny_model
+from tests.support.ranks import Ranks
+
+TYPES = ["deepseek_v2", "deepseek_v3", "llama", "mistral", "qwen2", "qwen3"]
+PROMPT = torch.arange(3, 25).view(2, 11)
+
+
+def made(model_type: str, **changes: Any) -> Any:
+    if model_type.startswith("deepseek"):
+        return tiny_model(model_type, moe=True, **changes)
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in COMMON.items() if k in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2, "head_dim": 16}
+    config = AutoConfig.for_model(model_type, **sizes, **heads, pad_token_id=0, eos_token_id=None, **changes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def generated(model: Any, **options: Any) -> torch.Tensor:
+    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False, **options)
+
+
+def same_tokens(model_type: str) -> None:
+    expected = generated(made(model_type))
+    model, mesh = made(model_type), init_device_mesh("cpu", (dist.get_world_size(),))
+    assert tensor_parallel(model, mesh) == 2
+    enable(model)
+    assert is_enabled(model)
+    assert torch.equal(generated(model), expected)
+    heads = model.model.layers[0].self_attn.o_proj.in_features
+    assert heads * mesh.size() == made(model_type).model.layers[0].self_attn.o_proj.in_features
+    cache = PagedLatentCache(model)  # a pool for the heads of this rank
+    assert torch.equal(generated(model, past_key_values=cache), expected)
+
+
+def refuse() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = made("deepseek_v3", num_attention_heads=3, num_key_value_heads=3)
+    before = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(ArgumentError, match="num_attention_heads': expected a multiple of 2 ranks, got 3"):
+        tensor_parallel(model, mesh)
+    assert {name: p.shape for name, p in model.named_parameters()} == before
+    with pytest.raises(UnsupportedModelError, match="not cut before"):
+        tensor_parallel(cut(mesh), mesh)
+    with pytest.raises(UnsupportedModelError, match="None is not known"):
+        tensor_parallel(torch.nn.Linear(2, 2), mesh)
+    with pytest.raises(NotDifferentiableError):
+        cut(mesh)(PROMPT)
+
+
+def cut(mesh: Any) -> Any:
+    model = made("llama")
+    tensor_parallel(model, mesh)
+    return model
+
+
+def merge_without_the_other() -> str:
+    if dist.get_rank() == 1:
+        os._exit(1)
+    began = time.monotonic()
+    with pytest.raises(RankError, match="among 2 ranks failed on rank 0"):
+        merge_over_ranks(torch.zeros(1, 1, 4, 8), torch.zeros(1, 4, 1))
+    return "told" if time.monotonic() - began < 60 else "late"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_same_tokens(two: Ranks, model_type: str) -> None:
+    two.run(same_tokens, model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+def test_same_tokens_on_four_ranks(four: Ranks, model_type: str) -> None:
+    four.run(same_tokens, model_type)
+
+
+def test_refusals(two: Ranks) -> None:
+    two.run(refuse)
+
+
+@pytest.mark.slow
+def test_a_rank_that_died_is_told(tmp_path: Path) -> None:
+    ranks = Ranks(2, tmp_path)
+    for pipe in ranks.pipes:
+        pipe.send((merge_without_the_other, ()))
+    assert ranks.pipes[0].recv() == (True, "told")
+    ranks.close()
