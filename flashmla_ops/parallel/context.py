@@ -8,11 +8,15 @@ at which new rows are appended.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError
+from flashmla_ops.ops import decode
 from flashmla_ops.parallel.collectives import gathered
 
 OP = "context_parallel_decode"
@@ -73,24 +77,23 @@ def context_parallel_decode(
     cache_seqlens: Tensor,  # [b] int32: rows of each whole sequence, the same on every rank
     d_v: int,
     *,
-    qk_start: int = 0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    row_format: str = "native",
-    attn_sink: Tensor | None = None,  # [h_q] float32
-    softcap: float = 0.0,
-    batch_invariant: bool = False,
     group: dist.ProcessGroup | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`torch.ops.flashmla.decode` over sequences whose pages lie on several ranks, page i on rank ``i % ranks``.
 
-    Arguments are those of `decode` but for the cache and its table, of which each rank has its part. ``causal`` is
-    aligned to the end of the whole sequence. Returns ``out`` [b, s_q, h_q, d_v] and ``lse`` [b, h_q, s_q] of the whole,
-    the same on every rank: ``lse`` +inf where no rank has a row, and without the sink, which is applied once. Results
-    of bfloat16 and float16 are rounded before they are merged. Raises `ArgumentError` as `decode`, and
+    Arguments and ``options`` are those of `decode` but for the cache and its table, of which each rank has its part,
+    and without ``window``, ``schedule`` and ``cu_seqlens_q``. ``causal`` is aligned to the end of the whole sequence.
+    Returns ``out`` [b, s_q, h_q, d_v] and ``lse`` [b, h_q, s_q] of the whole, the same on every rank: ``lse`` +inf
+    where no rank has a row, and without the sink, which is applied once. Results of bfloat16 and float16 are rounded
+    before they are merged. Raises `ArgumentError` as `decode`, `RankError` if a rank does not answer, and
     `NotDifferentiableError` where a gradient is required.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    given = decode.Options(d_v, **options)
+    for name, unset in (("window", 0), ("schedule", None), ("cu_seqlens_q", None)):
+        if (value := getattr(given, name)) is not unset and value != unset:
+            raise ArgumentError(OP, name, f"{unset}: it is not served over ranks", value)
     if q.dim() != 4:
         raise ArgumentError(OP, "q", "shape [b, s_q, h_q, d_qk]", f"{q.dim()} dimensions")
     page_size, s_q = kv_cache.size(1), q.size(1)
@@ -99,7 +102,7 @@ def context_parallel_decode(
     for i in ((cache_seqlens < 0) | (cache_seqlens > capacity)).nonzero().flatten().tolist():
         raise ArgumentError(OP, "cache_seqlens", f"lengths in [0, {capacity}]", f"{int(cache_seqlens[i])} at [{i}]")
     tokens, table, lengths = q, block_table, cache_seqlens
-    apart = causal and s_q > 1
+    apart = given.causal and s_q > 1
     if apart:
         # The rows that a query sees end at another place on each rank: each query is a sequence of its own.
         ends = cache_seqlens[:, None] - s_q + 1 + torch.arange(s_q, dtype=cache_seqlens.dtype, device=q.device)
@@ -111,17 +114,12 @@ def context_parallel_decode(
         k_cache,
         table,
         local_lengths(lengths, page_size, ranks, rank),
-        d_v,
-        qk_start=qk_start,
-        softmax_scale=softmax_scale,
-        row_format=row_format,
-        softcap=softcap,
-        batch_invariant=batch_invariant,
+        **vars(dataclasses.replace(given, causal=False, attn_sink=None)),
     )
     out, lse = merge_over_ranks(out, lse, group=group)
     if apart:
         out, lse = out.view(*q.shape[:-1], d_v), lse.view(q.size(0), s_q, -1).transpose(1, 2)
-    if attn_sink is not None:
-        kept = torch.sigmoid(lse - attn_sink[:, None])  # [b, h_q, s_q]
+    if given.attn_sink is not None:
+        kept = torch.sigmoid(lse - given.attn_sink[:, None])  # [b, h_q, s_q]
         out = (out * kept.transpose(1, 2)[..., None]).to(q.dtype)
     return out, lse

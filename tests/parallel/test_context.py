@@ -73,6 +73,8 @@ def refuse() -> None:
     q = q.detach()
     with pytest.raises(ArgumentError, match=r"'cache_seqlens': expected lengths in \[0, \d+\], got 999 at \[0\]"):
         context_parallel_decode(q, own, None, table, lengths + 999, D_V)
+    with pytest.raises(ArgumentError, match="'window': expected 0: it is not served over ranks, got 4"):
+        context_parallel_decode(q, own, None, table, lengths, D_V, window=4)
     with pytest.raises(ArgumentError, match="'positions'"):
         local_slots(table, torch.tensor([0]), torch.tensor([999 * PAGE * dist.get_world_size()]), PAGE)
 
