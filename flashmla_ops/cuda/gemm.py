@@ -17,6 +17,7 @@ from flashmla_ops.cuda.launch import NAMES, Launcher, gemm_call, grouped_gemm_ca
 from flashmla_ops.ops.gemm import BMM, GEMM
 from flashmla_ops.ops.grouped_gemm import GROUPED_GEMM
 from flashmla_ops.panels import as_rows
+from flashmla_ops.reference.gemm import values
 
 
 def _rows(tensor: Tensor, columns: int) -> Tensor:
@@ -42,6 +43,8 @@ def gemm(
     out: Tensor = GEMM.fake(a, weight, bias, residual, weight_scale, activation, out_dtype)
     if out.numel() == 0:
         return out
+    if weight.dtype == torch.int32:
+        weight, weight_scale = values(weight, weight_scale).to(a.dtype), None
     weight = as_rows(weight)  # panels are for the CPU's kernels
     left, flat = _rows(a, a.size(-1)), out.view(-1, out.size(-1))
     added = None if residual is None else _rows(residual, out.size(-1))

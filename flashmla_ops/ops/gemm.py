@@ -3,13 +3,17 @@
 ``weight`` lies as in ``torch.nn.Linear``, [n, k], or in panels, [n / 16, k, 16], which are faster from four rows on
 (`flashmla_ops.panels.to_panels`). Every weight is read once; scale, bias, activation and residual are applied before
 the result is rounded. With many rows and a weight that is not in panels torch's own product runs, followed by the same
-epilogue.
+epilogue. Weights of four bits are in panels of int32 (`flashmla_ops.panels.pack_int4`): they are widened in registers
+as they are read, once for a tile of rows, and a group's sums are scaled in float32. They are for few rows: from 16 rows
+on a weight of 16 bits in panels takes no more time. On CUDA they are widened to a's type for each call.
 
     a             [..., k] float32, bfloat16 or float16; of bmm [batch, m, k]
-    weight        [n, k], k contiguous, or panels [n / 16, k, 16], of a's type or int8; of bmm [batch, k, n]
+    weight        [n, k], k contiguous, or panels [n / 16, k, 16], floating or int8; int4 in panels [n / 16, k / 8, 16]
+                  int32; of bmm [batch, k, n]
     bias          [n] or None
     residual      [..., n] or None, of out_dtype: added to the result
-    weight_scale  [n] float32 or None: multiplies the product; needed by int8 weights
+    weight_scale  [n] float32 or None: multiplies the product; needed by int8 weights. With int4 weights panels
+                  [n / 16, k / group, 16], float32 or bfloat16: a factor for each group along k, of a multiple of 32
     activation    "none", "relu", "gelu", "silu", or "silu_mul", which halves n
     out_dtype     None: a's
 
@@ -41,13 +45,17 @@ from flashmla_ops.ops.check import (
     with_last,
 )
 from flashmla_ops.ops.operator import Arguments, Operator
-from flashmla_ops.panels import PANEL
+from flashmla_ops.panels import INT4S, PANEL
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
 ACTIVATION_NAMES = ", ".join(ACTIVATIONS)
-WEIGHTS = (*FLOATS, torch.int8)
-WEIGHT_NAMES = "float32, bfloat16, float16 or int8"
+WEIGHTS = (*FLOATS, torch.int8, torch.int32)
+WEIGHT_NAMES = "float32, bfloat16, float16, int8 or int32 (int4 in panels)"
 PANELS = f"[n / {PANEL}, k, {PANEL}]"
+INT4_PANELS = f"[n / {PANEL}, k / {INT4S}, {PANEL}]"
+SCALE_PANELS = f"[n / {PANEL}, k / group, {PANEL}]"
+GROUP = 32  # elements of k that share a scale, at least: a multiple of it
+GROUP_SCALES = (torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -55,10 +63,10 @@ class Gemm(Arguments):
     """activation(a weight^T * weight_scale + bias) + residual."""
 
     a: Tensor  # [..., k]
-    weight: Tensor  # [n, k], k contiguous, or panels [n / 16, k, 16]
+    weight: Tensor  # [n, k], k contiguous, or panels [n / 16, k, 16]; of int4 [n / 16, k / 8, 16] int32
     bias: Tensor | None = None  # [n]
     residual: Tensor | None = None  # [..., n], of out_dtype
-    weight_scale: Tensor | None = None  # [n] float32
+    weight_scale: Tensor | None = None  # [n] float32; of int4 [n / 16, k / group, 16]
     activation: str = "none"
     out_dtype: torch.dtype | None = None
 
@@ -85,15 +93,20 @@ def contract(check: Check, a: Gemm) -> Result:
         check.require("weight", shaped, f"contiguous {PANELS}", f"{sizes_of(weight)}, strides {strides_of(weight)}")
     else:
         check.contiguous_rows("weight", weight)
-    n, k = weight.size(0) * (PANEL if panels else 1), weight.size(1)
+    int4 = weight.dtype == torch.int32
+    check.require("weight", panels or not int4, f"int4 in panels {INT4_PANELS}", "rows of int32")
+    n, k = weight.size(0) * (PANEL if panels else 1), weight.size(1) * (INT4S if int4 else 1)
     check.require("a", left.size(-1) == k, f"rows of {k} elements, as weight", left.size(-1))
     gated = a.activation == "silu_mul"
     kind = "panels" if panels else "rows"
     halves = not gated or weight.size(0) % 2 == 0
     check.require("weight", halves, f"an even number of {kind} with silu_mul", weight.size(0))
-    scaled = a.weight_scale is not None or weight.dtype != torch.int8
-    check.require("weight", scaled, "weight_scale with int8", "none")
-    if a.weight_scale is not None:
+    integers = int4 or weight.dtype == torch.int8
+    kinds = "int4" if int4 else "int8"
+    check.require("weight", a.weight_scale is not None or not integers, f"weight_scale with {kinds}", "none")
+    if a.weight_scale is not None and int4:
+        check_groups(check, a.weight_scale, weight, k)
+    elif a.weight_scale is not None:
         check_vector(check, "weight_scale", a.weight_scale, torch.float32, left, n)
     if a.bias is not None:
         check_vector(check, "bias", a.bias, left.dtype, left, n)
@@ -113,6 +126,20 @@ def check_vector(check: Check, name: str, tensor: Tensor, dtype: torch.dtype, li
     check.device(name, tensor, like)
     check.contiguous_rows(name, tensor)
     check.size(name, tensor, 0, n, " elements, as weight")
+
+
+def check_groups(check: Check, scale: Tensor, weight: Tensor, k: int) -> None:
+    """The scales of int4 weights."""
+    check.dims("weight_scale", scale, SCALE_PANELS)
+    name = dtype_name(scale.dtype)
+    check.require("weight_scale", scale.dtype in GROUP_SCALES, "float32 or bfloat16 with int4", name)
+    check.device("weight_scale", scale, weight)
+    check.require("weight_scale", scale.is_contiguous(), "contiguous panels", f"strides {strides_of(scale)}")
+    check.size("weight_scale", scale, 0, weight.size(0), " panels, as weight")
+    check.size("weight_scale", scale, 2, PANEL, " columns of a panel")
+    groups = scale.size(1)
+    divided = groups > 0 and k % (groups * GROUP) == 0
+    check.require("weight_scale", divided, f"groups of a multiple of {GROUP} elements of k {k}", f"{groups} groups")
 
 
 def contract_bmm(check: Check, a: Bmm) -> Result:
@@ -154,12 +181,16 @@ def vmap_bmm(size: int, dims: dict[str, Any], a: Bmm) -> tuple[Tensor, int]:
 
 
 def sharding(a: Gemm) -> list[Way]:
-    """By rows; by columns of the result, unless it has half as many as the weight; by k where all is linear."""
+    """By rows; by columns of the result, unless it has half as many as the weight; by k where all is linear.
+
+    Not int4 weights by k: a cut there could lie within a group.
+    """
     last = a.a.dim() - 1
     ways: list[Way] = [{"a": dim, "residual": dim, "out": dim} for dim in range(last)]
     if a.activation != "silu_mul":
         ways.append({"weight": 0, "bias": 0, "weight_scale": 0, "residual": last, "out": last})
-    if a.activation == "none" and a.bias is None and a.residual is None:
+    linear = a.activation == "none" and a.bias is None and a.residual is None
+    if linear and a.weight.dtype != torch.int32:
         ways.append({"a": last, "weight": 1, "out": SUM})
     return ways
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmla_ops.panels import as_rows
+from flashmla_ops.panels import as_rows, groups_of
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -17,16 +17,14 @@ ACTIVATIONS = {
 
 def gemm(
     a: Tensor,  # [..., k]
-    weight: Tensor,  # [n, k] or in panels; with silu_mul of 2 n rows
+    weight: Tensor,  # [n, k] or in panels, int4 of int32; with silu_mul of 2 n rows
     bias: Tensor | None = None,  # [n]; [2 n] with silu_mul
     residual: Tensor | None = None,  # [..., n]
-    weight_scale: Tensor | None = None,  # [n]; [2 n] with silu_mul: a factor for each row of weight
+    weight_scale: Tensor | None = None,  # [n], of int4 in panels by group: a factor for each (row of) weight
     activation: str = "none",
 ) -> Tensor:  # [..., n] float64
     """activation(a weight^T * weight_scale + bias) + residual. silu_mul is silu(first half) * second half."""
-    product = a.double() @ as_rows(weight).double().T
-    if weight_scale is not None:
-        product = product * weight_scale.double()
+    product = a.double() @ values(weight, weight_scale).T
     if bias is not None:
         product = product + bias.double()
     if activation == "silu_mul":
@@ -35,6 +33,15 @@ def gemm(
     else:
         product = ACTIVATIONS[activation](product)
     return product if residual is None else product + residual.double()
+
+
+def values(weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """What the numbers of a weight stand for: [n, k] float64."""
+    rows = as_rows(weight).double()
+    if weight_scale is None:
+        return rows
+    scale = groups_of(weight_scale, rows.size(1)) if weight_scale.dim() == 3 else weight_scale.unsqueeze(1)
+    return rows * scale.double()
 
 
 def bmm(a: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 from flashmla_ops import cpu, reference
 from flashmla_ops.errors import ArgumentError, from_message
-from flashmla_ops.panels import from_panels, to_panels
+from flashmla_ops.panels import from_panels, pack_int4, to_panels, unpack_int4
 
 FLOATS = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
@@ -35,7 +35,13 @@ class GemmCase:
     residual: bool = False
     strided: bool = False
     panels: bool = False
+    group: int = 32  # of int4 weights
+    group_dtype: str = "float32"
     seed: int = 0
+
+    @property
+    def int4(self) -> bool:
+        return self.weight_dtype == "int4"
 
 
 @st.composite
@@ -60,9 +66,30 @@ def gemm_cases(draw: st.DrawFn) -> GemmCase:
     )
 
 
+@st.composite
+def int4_cases(draw: st.DrawFn) -> GemmCase:
+    group = draw(st.sampled_from([32, 64, 96, 128]))
+    return replace(
+        draw(gemm_cases()),
+        n=16 * draw(st.integers(1, 12)),
+        k=group * draw(st.integers(1, 9)),
+        weight_dtype="int4",
+        scale=True,
+        panels=True,
+        group=group,
+        group_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+    )
+
+
 def wide(tensor: Tensor, strided: bool) -> Tensor:
     """The same values, as a slice of rows that are longer."""
     return torch.cat([tensor, tensor], dim=-1)[..., : tensor.size(-1)] if strided else tensor
+
+
+def packed(weight: Tensor, case: GemmCase) -> Tensor:
+    if case.int4:
+        return pack_int4(weight)
+    return to_panels(weight) if case.panels else wide(weight, case.strided)
 
 
 def build(case: GemmCase) -> dict[str, Tensor | str | torch.dtype | None]:
@@ -74,16 +101,21 @@ def build(case: GemmCase) -> dict[str, Tensor | str | torch.dtype | None]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    if case.weight_dtype == "int8":
+    scale = torch.rand(rows, generator=generator) / 64 if case.scale else None
+    if case.int4:
+        weight = torch.randint(-8, 8, (rows, case.k), generator=generator, dtype=torch.int8)
+        factors = torch.rand(rows, case.k // case.group, generator=generator) / 8
+        scale = to_panels(factors.to(getattr(torch, case.group_dtype)))
+    elif case.weight_dtype == "int8":
         weight = torch.randint(-127, 128, (rows, case.k), generator=generator, dtype=torch.int8)
     else:
         weight = normal(rows, case.k).to(getattr(torch, case.weight_dtype or case.dtype))
     return {
         "a": wide(normal(case.m, case.k).to(dtype), case.strided),
-        "weight": to_panels(weight) if case.panels else wide(weight, case.strided),
+        "weight": packed(weight, case),
         "bias": normal(rows).to(dtype) if case.bias else None,
         "residual": wide(normal(case.m, case.n).to(out_dtype or dtype), case.strided) if case.residual else None,
-        "weight_scale": torch.rand(rows, generator=generator) / 64 if case.scale else None,
+        "weight_scale": scale,
         "activation": case.activation,
         "out_dtype": out_dtype,
     }
@@ -96,7 +128,8 @@ def check(case: GemmCase) -> None:
     assert actual.dtype == out_dtype
     expected = reference.gemm(**inputs)
     # Rounding in float32 costs a part of the sum of |a| |w|, carried through an activation of slope at most 1.13.
-    magnitudes = inputs | {"a": inputs["a"].abs(), "weight": inputs["weight"].abs(), "bias": None, "residual": None}
+    size_of = inputs["weight"] if not case.int4 else pack_int4(unpack_int4(inputs["weight"]).abs().clamp(max=7))
+    magnitudes = inputs | {"a": inputs["a"].abs(), "weight": size_of.abs(), "bias": None, "residual": None}
     if case.activation == "silu_mul":
         parts = reference.gemm(**magnitudes | {"activation": "none"}) + 3
         size = parts[..., : case.n] * parts[..., case.n :]
@@ -114,6 +147,12 @@ def test_gemm(case: GemmCase) -> None:
     check(case)
 
 
+@settings(max_examples=300)
+@given(int4_cases())
+def test_gemm_of_int4(case: GemmCase) -> None:
+    check(case)
+
+
 @pytest.mark.parametrize("isa", [name for name, supported in cpu.STATE.isas.items() if supported])
 @pytest.mark.parametrize("weight_dtype", [None, "int8"])
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -125,6 +164,16 @@ def test_every_instruction_set(isa: str, dtype: str, weight_dtype: str | None) -
         for m in (*range(1, 10), 12, 17, 31, 130):
             check(GemmCase(m, 144, 1101, dtype, weight_dtype, None, "silu_mul", True, True, True, True, panels=True))
             check(GemmCase(m, 16, 33, dtype, weight_dtype, None, "silu", True, panels=True))
+
+
+@pytest.mark.parametrize("isa", [name for name, supported in cpu.STATE.isas.items() if supported])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_instruction_set_reads_int4(isa: str, dtype: str) -> None:
+    every = GemmCase(n=144, k=1152, dtype=dtype, weight_dtype="int4", activation="silu_mul", panels=True)
+    with cpu.using(isa):
+        for m in (*range(1, 10), 12, 17, 31, 130):
+            check(replace(every, m=m, bias=True, residual=True, strided=True, group=128, group_dtype="bfloat16"))
+            check(replace(every, m=m, n=16, k=32, activation="silu"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -193,6 +242,8 @@ BAD = {
     "panels": ({"weight": torch.ones(2, 8, 15)}, "contiguous [n / 16, k, 16]"),
     "strides of panels": ({"weight": torch.ones(2, 16, 8).mT}, "contiguous [n / 16, k, 16]"),
     "gates": ({"weight": torch.ones(3, 8, 16), "activation": "silu_mul"}, "an even number of panels with silu_mul"),
+    "rows of int4": ({"weight": torch.ones(6, 1, dtype=torch.int32)}, "int4 in panels [n / 16, k / 8, 16]"),
+    "int4": ({"weight": torch.ones(2, 1, 16, dtype=torch.int32)}, "weight_scale with int4"),
     "weight_scale": ({"weight_scale": torch.ones(5)}, "6 elements, as weight"),
     "bias": ({"bias": torch.ones(6, dtype=torch.bfloat16)}, "float32"),
     "residual": ({"residual": torch.ones(2, 5)}, "shape [2, 6]"),
@@ -229,8 +280,52 @@ def test_panels_and_back(panels: int, k: int, dtype: str) -> None:
     assert torch.equal(from_panels(packed), weight)
 
 
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (torch.ones(32), "shape [n / 16, k / group, 16]"),
+        (torch.ones(2, 2, 16, dtype=torch.float16), "float32 or bfloat16 with int4"),
+        (torch.ones(2, 16, 2).mT, "contiguous panels"),
+        (torch.ones(3, 2, 16), "2 panels, as weight"),
+        (torch.ones(2, 2, 15), "16 columns of a panel"),
+        (torch.ones(2, 3, 16), "groups of a multiple of 32 elements of k 64"),
+        (torch.ones(2, 4, 16), "groups of a multiple of 32 elements of k 64"),
+        (torch.ones(2, 0, 16), "groups of a multiple of 32 elements of k 64"),
+    ],
+)
+def test_bad_scales_of_int4_are_named(scale: Tensor, expected: str) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.ops.flashmla.gemm(torch.ones(2, 64), torch.ones(2, 8, 16, dtype=torch.int32), weight_scale=scale)
+    error = from_message(str(raised.value))
+    assert (error.argument, error.expected) == ("weight_scale", expected)
+
+
+@given(st.integers(0, 4), st.integers(0, 9), st.integers(0, 2**31 - 1))
+def test_int4_and_back(panels: int, dwords: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (16 * panels, 8 * dwords), generator=generator, dtype=torch.int8)
+    packed = pack_int4(values)
+    assert packed.shape == (panels, dwords, 16)
+    assert torch.equal(unpack_int4(packed), values)
+
+
+def test_int4_compiles() -> None:
+    weight, scale = pack_int4(torch.randint(-8, 8, (32, 64))), torch.rand(2, 2, 16)
+    opcheck(torch.ops.flashmla.gemm.default, (torch.randn(3, 64), weight, None, None, scale))
+
+    def f(a: Tensor) -> Tensor:
+        return torch.ops.flashmla.gemm(a, weight, weight_scale=scale).relu() + 1
+
+    a = torch.randn(3, 64)
+    torch.testing.assert_close(torch.compile(f, backend="flashmla", fullgraph=True)(a), f(a))
+
+
 def test_what_is_no_panel_is_named() -> None:
     with pytest.raises(ArgumentError, match="a multiple of 16, got shape"):
         to_panels(torch.ones(17, 3))
     with pytest.raises(ArgumentError, match="argument 'panels': expected shape"):
         from_panels(torch.ones(2, 3, 15))
+    with pytest.raises(ArgumentError, match="n a multiple of 16 and k of 8"):
+        pack_int4(torch.ones(16, 12))
+    with pytest.raises(ArgumentError, match="argument 'panels': expected int32, got float32"):
+        unpack_int4(torch.ones(2, 3, 16))

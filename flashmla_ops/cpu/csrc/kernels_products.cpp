@@ -1,6 +1,6 @@
 // Products, once for each instruction set (see kernels.cpp).
 #include "flashmla/bmm.h"
-#include "flashmla/gemm_panels.h"
+#include "flashmla/gemm_int4.h"
 #include "flashmla/isa/compiled_for.h"
 
 namespace flashmla {
@@ -18,6 +18,12 @@ auto with_types(const FlashmlaGemm& call, F f) {
 }
 template <class F>
 auto with_gemm(const FlashmlaGemm& call, F f) {
+  if (call.weight_dtype == FLASHMLA_I4) {
+    if constexpr (Isa::pairs) {
+      if (call.a_dtype == FLASHMLA_BF16) return f(Int4Gemm<Isa, true>(call));
+    }
+    return f(Int4Gemm<Isa, false>(call));
+  }
   return call.weight_panels ? with_types<PanelGemm>(call, f) : with_types<Gemm>(call, f);
 }
 

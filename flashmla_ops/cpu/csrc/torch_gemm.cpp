@@ -41,17 +41,24 @@ Tensor gemm_in(const GemmArguments& g, const Result& result, const Tensor& out) 
   const auto& [shape, out_dtype] = result;
   FlashmlaGemm call{};
   call.activation = activation_of(activation);
-  call.k = weight.size(1), call.n = shape.back(), call.m = 1;
+  call.weight_dtype = dtype_of(weight);
+  const bool int4 = call.weight_dtype == FLASHMLA_I4;
+  call.k = weight.size(1) * (int4 ? FLASHMLA_INT4S : 1), call.n = shape.back(), call.m = 1;
   for (size_t i = 0; i + 1 < shape.size(); i++) call.m *= shape[i];
   if (call.m == 0 || call.n == 0) return out;
   const Rows rows(a, call.k);
   std::optional<Rows> added;
   if (residual) added.emplace(*residual, call.n);
-  call.a_dtype = dtype_of(a), call.weight_dtype = dtype_of(weight), call.out_dtype = dtype_of(out);
+  call.a_dtype = dtype_of(a), call.out_dtype = dtype_of(out);
   call.a = rows.tensor.const_data_ptr(), call.a_stride = rows.stride;
   call.weight = weight.const_data_ptr(), call.weight_stride = weight.stride(0);
   call.weight_panels = weight.dim() == 3;
-  call.weight_scale = weight_scale ? weight_scale->const_data_ptr<float>() : nullptr;
+  if (int4) {
+    call.group_scale = weight_scale->const_data_ptr(), call.group_dtype = dtype_of(*weight_scale);
+    call.weight_groups = weight_scale->size(1);
+  } else {
+    call.weight_scale = weight_scale ? weight_scale->const_data_ptr<float>() : nullptr;
+  }
   call.bias = bias ? bias->const_data_ptr() : nullptr;
   call.residual = added ? added->tensor.const_data_ptr() : nullptr, call.residual_stride = added ? added->stride : 0;
   call.out = out.mutable_data_ptr(), call.out_stride = Rows(out, call.n).stride;

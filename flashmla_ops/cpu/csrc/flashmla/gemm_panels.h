@@ -10,31 +10,75 @@
 
 namespace flashmla::FLASHMLA_ISA {
 
-// PAIRS: a in bf16, weights in bf16 or int8 and a processor that multiplies pairs, as in Gemm.
-template <class Isa, class W, bool PAIRS>
-class PanelGemm {
+// The columns of out that products with panels compute at a time, and the work that follows each.
+template <class Isa>
+class PanelColumns {
 public:
-  using Rows = GemmRows<Isa, PAIRS>;
-  static constexpr int64_t kRows = 128;  // rows of a that one pass over the weights serves
-
-private:
-  using F = typename Isa::F;
-  using Packed = typename Rows::Packed;
-  using M = Mac<Isa, Packed>;
-  using V = typename M::V;
-  static constexpr int kPerUnit = PAIRS ? 2 : 1;      // elements of k that a lane takes at once
-  static constexpr int kColumns = FLASHMLA_PANEL;     // of a panel
-  static constexpr int kVectors = kColumns / Isa::W;  // of a row of a panel
-  static constexpr int kStep = kPerUnit * kColumns;   // weights of a panel that are multiplied at once
-  static constexpr int kLine = 64 / (kStep * sizeof(W)) > 1 ? 64 / (kStep * sizeof(W)) : 1;  // units in a cache line
+  static constexpr int64_t kRows = 128;            // rows of a that one pass over the weights serves
+  static constexpr int kColumns = FLASHMLA_PANEL;  // of a panel
+  static constexpr int kVectors = kColumns / Isa::W;
   static constexpr int kTileRows = Isa::panel_m;  // rows of a, at most, whose sums stay in registers
-  static constexpr int64_t kChunk = 64 << 10;     // bytes of a panel that stay near for several tiles of rows
 
   // Panels that meet `rows` rows of a at once.
   static constexpr int panels(int rows) {
     const int most = Isa::qk_m * Isa::qk_n / (rows * kVectors), least = Isa::panel_n / kVectors;
     return most > 8 ? 8 : most > least ? most : least;
   }
+
+  explicit PanelColumns(const FlashmlaGemm& call) : call_(call) {}
+
+  // multiply(panels, column, the column read next, sums) for N panels at a time, then one by one. The columns are those
+  // of out, or, past them, of the gates.
+  template <int N, class Multiply>
+  void run(int64_t row, int64_t rows, int64_t begin, int64_t end, Multiply multiply) const {
+    int64_t n = begin;
+    for (; n + N * kColumns <= end; n += N * kColumns) finish<N>(row, rows, n, multiply);
+    if constexpr (N > 1) {
+      for (; n < end; n += kColumns) finish<1>(row, rows, n, multiply);
+    }
+  }
+
+private:
+  template <int N, class Multiply>
+  void finish(int64_t row, int64_t rows, int64_t n, Multiply multiply) const {
+    alignas(64) float sums[2][kRows * panels(kTileRows) * kColumns];
+    const std::integral_constant<int, N> count;
+    const int64_t next = n + N * kColumns;
+    if (call_.activation == FLASHMLA_SILU_MUL) {
+      multiply(count, n, call_.n + n, sums[0]);
+      multiply(count, call_.n + n, next, sums[1]);
+    } else {
+      multiply(count, n, next, sums[0]);
+    }
+    const Epilogue<Isa> epilogue(call_);
+    for (int64_t m = 0; m < rows; m++) {
+      const int64_t at = m * N * kColumns;
+      epilogue.finish(row + m, n, N * kColumns, sums[0] + at, sums[1] + at);
+    }
+  }
+
+  const FlashmlaGemm& call_;
+};
+
+// PAIRS: a in bf16, weights in bf16 or int8 and a processor that multiplies pairs, as in Gemm.
+template <class Isa, class W, bool PAIRS>
+class PanelGemm {
+public:
+  using Rows = GemmRows<Isa, PAIRS>;
+  using Columns = PanelColumns<Isa>;
+  static constexpr int64_t kRows = Columns::kRows;
+
+private:
+  using F = typename Isa::F;
+  using Packed = typename Rows::Packed;
+  using M = Mac<Isa, Packed>;
+  using V = typename M::V;
+  static constexpr int kColumns = Columns::kColumns, kVectors = Columns::kVectors, kTileRows = Columns::kTileRows;
+  static constexpr int kPerUnit = PAIRS ? 2 : 1;     // elements of k that a lane takes at once
+  static constexpr int kStep = kPerUnit * kColumns;  // weights of a panel that are multiplied at once
+  static constexpr int kLine = 64 / (kStep * sizeof(W)) > 1 ? 64 / (kStep * sizeof(W)) : 1;  // units in a cache line
+  static constexpr int64_t kChunk = 64 << 10;  // bytes of a panel that stay near for several tiles of rows
+
   // Weights of each of n panels between what meets `rows` rows and what is fetched, where no other rows follow: in all
   // panels 4 or 6 KB. Measured on Zen 4, from DRAM: 6 and 8 rows take 3 to 30 % longer with 4 KB, and no less time with
   // 8; 1 to 4 rows take up to 12 % longer with 8.
@@ -49,15 +93,18 @@ public:
   // Columns [begin, end) of out, multiples of 16, for rows [row, row + rows), at most kRows.
   void run(int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) const {
     const Packed* a = reinterpret_cast<const Packed*>(packed);
+    const Columns columns(call_);
     if (rows > kTileRows) {
-      run_columns<panels(kTileRows)>(row, rows, begin, end, [&](auto N, const W* weight, const W* next, float* sums) {
-        multiply_groups<N()>(a, rows, weight, next, sums);
-      });
+      columns.template run<Columns::panels(kTileRows)>(
+          row, rows, begin, end, [&](auto N, int64_t n, int64_t next, float* sums) {
+            multiply_groups<N()>(a, rows, panel(n), panel(next), sums);
+          });
     } else {
       with_rows<kTileRows>(rows, [&](auto R) {
-        run_columns<panels(R())>(row, rows, begin, end, [&](auto N, const W* weight, const W* next, float* sums) {
-          tile<R(), N()>(a, weight, call_.k, true, Fetch{ahead(R(), N()), next, 1, 0}, sums);
-        });
+        columns.template run<Columns::panels(R())>(
+            row, rows, begin, end, [&](auto N, int64_t n, int64_t next, float* sums) {
+              tile<R(), N()>(a, panel(n), call_.k, true, Fetch{ahead(R(), N()), panel(next), 1, 0}, sums);
+            });
       });
     }
   }
@@ -72,33 +119,6 @@ private:
     int64_t shares, turn;
   };
 
-  // multiply(panels, weight, the weights read next, sums) for N panels at a time, then one by one.
-  template <int N, class Multiply>
-  void run_columns(int64_t row, int64_t rows, int64_t begin, int64_t end, Multiply multiply) const {
-    int64_t n = begin;
-    for (; n + N * kColumns <= end; n += N * kColumns) finish<N>(row, rows, n, multiply);
-    if constexpr (N > 1) {
-      for (; n < end; n += kColumns) finish<1>(row, rows, n, multiply);
-    }
-  }
-  template <int N, class Multiply>
-  void finish(int64_t row, int64_t rows, int64_t n, Multiply multiply) const {
-    alignas(64) float sums[2][kRows * panels(kTileRows) * kColumns];
-    const std::integral_constant<int, N> count;
-    const W *weight = panel(n), *next = panel(n + N * kColumns);
-    if (call_.activation == FLASHMLA_SILU_MUL) {
-      const W* gates = panel(call_.n + n);
-      multiply(count, weight, gates, sums[0]);
-      multiply(count, gates, next, sums[1]);
-    } else {
-      multiply(count, weight, next, sums[0]);
-    }
-    const Epilogue<Isa> epilogue(call_);
-    for (int64_t m = 0; m < rows; m++) {
-      const int64_t at = m * N * kColumns;
-      epilogue.finish(row + m, n, N * kColumns, sums[0] + at, sums[1] + at);
-    }
-  }
   const W* panel(int64_t column) const { return static_cast<const W*>(call_.weight) + column * call_.k; }
 
   // More rows than a tile has: in groups as even as can be, which meet a chunk of the panels in turns and share the

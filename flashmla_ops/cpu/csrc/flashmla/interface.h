@@ -8,7 +8,13 @@
 
 extern "C" {
 
-enum FlashmlaDType : int32_t { FLASHMLA_F32 = 0, FLASHMLA_BF16 = 1, FLASHMLA_F16 = 2, FLASHMLA_I8 = 3 };
+enum FlashmlaDType : int32_t {
+  FLASHMLA_F32 = 0,
+  FLASHMLA_BF16 = 1,
+  FLASHMLA_F16 = 2,
+  FLASHMLA_I8 = 3,
+  FLASHMLA_I4 = 4  // eight in a dword
+};
 
 enum FlashmlaActivation : int32_t {
   FLASHMLA_NONE = 0,
@@ -162,7 +168,10 @@ struct FlashmlaGemm {
   int64_t a_stride;  // between rows; the last dimension is contiguous, here and below
   const void* weight;
   int64_t weight_stride;      // unless in panels: between rows
-  int weight_panels;          // weight is [n / 16, k, 16], contiguous: 16 rows at a time, transposed
+  int weight_panels;          // weight is [n / 16, k, 16], contiguous: 16 rows at a time, transposed; int4 always
+  int64_t weight_groups;      // of int4 weights: into how many parts of one scale k is divided
+  const void* group_scale;    // of int4 weights: [n / 16, weight_groups, 16], contiguous
+  FlashmlaDType group_dtype;  // of those: float32 or bfloat16
   const float* weight_scale;  // a factor for each row of weight, or null
   const void* bias;           // of a's type, or null
   const void* residual;       // [m, n] of out's type, or null
@@ -257,6 +266,7 @@ struct FlashmlaRuntime {
 
 enum {
   FLASHMLA_PANEL = 16,       // rows of weight in a panel of a gemm
+  FLASHMLA_INT4S = 8,        // int4 weights in a dword
   FLASHMLA_MESSAGE = 512,    // bytes of an error message, the final zero included
   FLASHMLA_SMALL_ROWS = 32,  // more rows than this are left to a general product
   FLASHMLA_MAX_PARTS = 1024  // parts of a schedule, and states of one merge: their factors lie on the stack

@@ -225,6 +225,8 @@ inline FlashmlaDType dtype_of(const Tensor& tensor) {
       return FLASHMLA_BF16;
     case ScalarType::Char:
       return FLASHMLA_I8;
+    case ScalarType::Int:
+      return FLASHMLA_I4;
     default:
       return FLASHMLA_F16;
   }

@@ -31,6 +31,12 @@ struct Avx512 : Portable<16, PAIRS> {
   static F load(const i8* p) {
     return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  // By looking up the value of each four bits: the instructions ignore what lies above those that they need.
+  template <int J>
+  static F int4(U x) {
+    const F values{0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    return (F)_mm512_permutexvar_ps((__m512i)(x >> (J % 2 * 16 + J / 2 * 4)), (__m512)values);
+  }
   static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   static F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
   static float max(F x) { return _mm512_reduce_max_ps((__m512)x); }
@@ -76,6 +82,16 @@ struct Avx512 : Portable<16, PAIRS> {
   static U interleave(const i8* first, const i8* second) {
     const __m512i words = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(second), (__m512)load(first));
     return (U)_mm512_permutexvar_epi16((__m512i)alternating<16>(), words);
+  }
+
+  template <int S>
+  static U int4_pairs(U x) {
+    // bf16 of 0 ... 7 and -8 ... -1, twice: which of both is read depends on the lowest bit of the next element.
+    const Words values{0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0,
+                       0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+                       0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+    const __m512i shifted = S == 0 ? (__m512i)x : _mm512_srli_epi16((__m512i)x, 4 * S);
+    return (U)_mm512_permutexvar_epi16(shifted, (__m512i)values);
   }
 
   template <int N>

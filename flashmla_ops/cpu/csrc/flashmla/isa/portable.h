@@ -111,6 +111,18 @@ struct Portable {
 
   static U interleave(const i8* first, const i8* second) { return pack(load(first), load(second)); }
 
+  // Integers of four bits, eight in a dword: element J of eight as floats, and pair S of four as pairs of bf16.
+  // Elements 0, 2, 4 and 6 lie in the lower half, the others in the upper, so that a pair's halves are each where they
+  // belong.
+  template <int J>
+  static F int4(U x) {
+    return __builtin_convertvector(reinterpret<I>(x << (28 - (J % 2 * 16 + J / 2 * 4))) >> 28, F);
+  }
+  template <int S>
+  static U int4_pairs(U x) {
+    return pack(int4<2 * S>(x), int4<2 * S + 1>(x));
+  }
+
   // N units from p on, again and again.
   template <int N>
   static U repeated(const bf16* p) {
