@@ -37,9 +37,8 @@ public:
     const Columns columns(call_);
     if (rows > kTileRows) {
       columns.template run<Columns::panels(kTileRows)>(
-          row, rows, begin, end, [&](auto N, int64_t n, int64_t next, float* sums) {
-            multiply_groups<N()>(a, rows, n, next, sums);
-          });
+          row, rows, begin, end,
+          [&](auto N, int64_t n, int64_t next, float* sums) { multiply_groups<N()>(a, rows, n, next, sums); });
     } else {
       with_rows<kTileRows>(rows, [&](auto R) {
         columns.template run<Columns::panels(R())>(
@@ -60,9 +59,8 @@ private:
     const int64_t groups = (rows + kTileRows - 1) / kTileRows;
     for (int64_t group = 0, m = 0; group < groups; group++) {
       const int64_t count = (rows - m + groups - group - 1) / (groups - group);
-      with_rows<kTileRows>(count, [&](auto R) {
-        tile<R(), N>(a + m * Rows::stride(call_.k), column, next, sums + m * N * kColumns);
-      });
+      with_rows<kTileRows>(
+          count, [&](auto R) { tile<R(), N>(a + m * Rows::stride(call_.k), column, next, sums + m * N * kColumns); });
       m += count;
     }
   }

@@ -95,10 +95,10 @@ public:
     const Packed* a = reinterpret_cast<const Packed*>(packed);
     const Columns columns(call_);
     if (rows > kTileRows) {
-      columns.template run<Columns::panels(kTileRows)>(
-          row, rows, begin, end, [&](auto N, int64_t n, int64_t next, float* sums) {
-            multiply_groups<N()>(a, rows, panel(n), panel(next), sums);
-          });
+      columns.template run<Columns::panels(kTileRows)>(row, rows, begin, end,
+                                                       [&](auto N, int64_t n, int64_t next, float* sums) {
+                                                         multiply_groups<N()>(a, rows, panel(n), panel(next), sums);
+                                                       });
     } else {
       with_rows<kTileRows>(rows, [&](auto R) {
         columns.template run<Columns::panels(R())>(
