@@ -44,7 +44,7 @@ def gemm(
     if out.numel() == 0:
         return out
     if weight.dtype == torch.int32:
-        weight, weight_scale = values(weight, weight_scale).to(a.dtype), None
+        weight, weight_scale = values(weight, weight_scale, torch.float32).to(a.dtype), None
     weight = as_rows(weight)  # panels are for the CPU's kernels
     left, flat = _rows(a, a.size(-1)), out.view(-1, out.size(-1))
     added = None if residual is None else _rows(residual, out.size(-1))

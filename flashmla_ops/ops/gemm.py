@@ -5,7 +5,8 @@
 the result is rounded. With many rows and a weight that is not in panels torch's own product runs, followed by the same
 epilogue. Weights of four bits are in panels of int32 (`flashmla_ops.panels.pack_int4`): they are widened in registers
 as they are read, once for a tile of rows, and a group's sums are scaled in float32. They are for few rows: from 16 rows
-on a weight of 16 bits in panels takes no more time. On CUDA they are widened to a's type for each call.
+on they take the time of a weight of 16 bits in panels, or, in groups of 32, up to a third more. On CUDA they are
+widened to a's type for each call.
 
     a             [..., k] float32, bfloat16 or float16; of bmm [batch, m, k]
     weight        [n, k], k contiguous, or panels [n / 16, k, 16], floating or int8; int4 in panels [n / 16, k / 8, 16]

@@ -32,7 +32,7 @@ def gathered(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
 
 def added(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum of the tensors of all ranks, the same bits on each."""
-    total = tensor.contiguous()
+    total = tensor.clone(memory_format=torch.contiguous_format)
     with answered("all_reduce", group):
         dist.all_reduce(total, group=group)
     return total

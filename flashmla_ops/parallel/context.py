@@ -120,6 +120,7 @@ def context_parallel_decode(
     if apart:
         out, lse = out.view(*q.shape[:-1], d_v), lse.view(q.size(0), s_q, -1).transpose(1, 2)
     if given.attn_sink is not None:
-        kept = torch.sigmoid(lse - given.attn_sink[:, None])  # [b, h_q, s_q]
+        # [b, h_q, s_q]; not a number where no row meets an infinite sink, and out is 0.
+        kept = torch.sigmoid(lse - given.attn_sink[:, None]).nan_to_num(0.0)
         out = (out * kept.transpose(1, 2)[..., None]).to(q.dtype)
     return out, lse

@@ -5,6 +5,7 @@ They generate the same tokens. The model is a small DeepSeek-V3 with random weig
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from typing import Any
 
@@ -34,9 +35,12 @@ def _rank(rank: int, store: str) -> None:
     tensor_parallel(several, init_device_mesh("cpu", (RANKS,)))
     enable(several)
     expected, tokens = _generate(one), _generate(several)
-    same = "the same tokens" if torch.equal(tokens, expected) else "OTHER TOKENS"
-    print(f"rank {rank}: {_heads(several)} of {_heads(one)} heads, {same}: {tokens[0, -8:].tolist()}", flush=True)
+    same = torch.equal(tokens, expected)
+    said = "the same tokens" if same else f"OTHER TOKENS THAN {expected[0, -8:].tolist()}"
+    print(f"rank {rank}: {_heads(several)} of {_heads(one)} heads, {said}: {tokens[0, -8:].tolist()}", flush=True)
     dist.destroy_process_group()
+    if not same:
+        sys.exit(1)
 
 
 def _model() -> Any:

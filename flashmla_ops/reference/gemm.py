@@ -35,13 +35,13 @@ def gemm(
     return product if residual is None else product + residual.double()
 
 
-def values(weight: Tensor, weight_scale: Tensor | None) -> Tensor:
-    """What the numbers of a weight stand for: [n, k] float64."""
-    rows = as_rows(weight).double()
+def values(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What the numbers of a weight stand for: [n, k] of ``dtype``."""
+    rows = as_rows(weight).to(dtype)
     if weight_scale is None:
         return rows
     scale = groups_of(weight_scale, rows.size(1)) if weight_scale.dim() == 3 else weight_scale.unsqueeze(1)
-    return rows * scale.double()
+    return rows * scale.to(dtype)
 
 
 def bmm(a: Tensor, weight: Tensor) -> Tensor:

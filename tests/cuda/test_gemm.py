@@ -16,6 +16,7 @@ from cutlass_kernels.gemm.problem import Device
 from flashmla_ops import reference
 from flashmla_ops.cuda import aten, gemm
 from flashmla_ops.ops.grouped_gemm import runs
+from flashmla_ops.reference.gemm import values
 from tests.cuda.interpreter import A100, H100, Fleet
 from tests.ops.test_gemm import UNIT, GemmCase, build, gemm_cases
 from tests.ops.test_grouped_gemm import operands
@@ -40,7 +41,7 @@ def close(actual: Tensor, case: GemmCase) -> None:
     assert actual.dtype == out_dtype
     assert actual.is_contiguous()
     expected = reference.gemm(**inputs)
-    size = reference.gemm(inputs["a"].abs(), inputs["weight"].abs(), None, None, inputs["weight_scale"]) + 3
+    size = reference.gemm(inputs["a"].abs(), values(inputs["weight"], inputs["weight_scale"]).abs()) + 3
     if case.activation == "silu_mul":
         size = size[..., : case.n] * size[..., case.n :]
     bound = (2.0**-21 + 4 * UNIT[case.dtype]) * size + 1.01 * UNIT[str(out_dtype)[6:]] * expected.abs() + 2.0**-24
@@ -72,6 +73,15 @@ def test_aligned_bf16_runs_on_kernels(device: Device, activation: str, bias: boo
     else:
         assert len(fleet.launches) == (2 if activation == "silu_mul" else 1)
         assert all(isinstance(choice, Choice) for choice in launcher.chosen.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+def test_int4_weights_are_widened(dtype: str, activation: str) -> None:
+    case = GemmCase(5, 32, 64, dtype, "int4", activation=activation, scale=True, bias=True, panels=True)
+    fleet = Fleet(H100)
+    close(gemm.gemm(fleet.launcher(), **build(case)), case)
+    assert bool(fleet.launches) == (dtype != "float32")
 
 
 def test_int8_weights_stay_int8() -> None:

@@ -14,6 +14,7 @@ from torch.library import opcheck
 from flashmla_ops import cpu, reference
 from flashmla_ops.errors import ArgumentError, from_message
 from flashmla_ops.panels import from_panels, pack_int4, to_panels, unpack_int4
+from flashmla_ops.reference.gemm import values
 
 FLOATS = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "silu_mul")
@@ -128,13 +129,13 @@ def check(case: GemmCase) -> None:
     assert actual.dtype == out_dtype
     expected = reference.gemm(**inputs)
     # Rounding in float32 costs a part of the sum of |a| |w|, carried through an activation of slope at most 1.13.
-    size_of = inputs["weight"] if not case.int4 else pack_int4(unpack_int4(inputs["weight"]).abs().clamp(max=7))
-    magnitudes = inputs | {"a": inputs["a"].abs(), "weight": size_of.abs(), "bias": None, "residual": None}
+    size = values(inputs["weight"], inputs["weight_scale"]).abs()
+    magnitudes = {"a": inputs["a"].abs(), "weight": size, "activation": "none"}
     if case.activation == "silu_mul":
-        parts = reference.gemm(**magnitudes | {"activation": "none"}) + 3
+        parts = reference.gemm(**magnitudes) + 3
         size = parts[..., : case.n] * parts[..., case.n :]
     else:
-        size = reference.gemm(**magnitudes | {"activation": "none"}) + 3
+        size = reference.gemm(**magnitudes) + 3
     many = 2 * UNIT[case.dtype] if case.m > 32 and not case.panels else 0.0
     bound = (2.0**-21 + many) * size + 1.01 * UNIT[str(out_dtype).removeprefix("torch.")] * expected.abs() + 2.0**-24
     error = (actual.double() - expected).abs()

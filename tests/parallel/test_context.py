@@ -21,7 +21,7 @@ class Case:
     h_q: int = 8
     h_kv: int = 1
     causal: bool = False
-    sink: bool = False
+    sink: float | None = None  # how far sinks lie apart, or infinite
     softcap: float = 0.0
 
 
@@ -29,9 +29,11 @@ PAGE, D, D_V = 8, 40, 32
 CASES = [
     Case(),
     Case(s_q=3, causal=True),
-    Case(s_q=3, causal=True, sink=True, softcap=20.0),
+    Case(s_q=3, causal=True, sink=1.0, softcap=20.0),
     Case(s_q=12, causal=True, h_kv=2),
-    Case(s_q=2, sink=True, h_kv=4),
+    Case(s_q=2, sink=1.0, h_kv=4),
+    Case(sink=torch.inf),
+    Case(sink=-torch.inf),
 ]
 
 
@@ -57,7 +59,9 @@ def appended_everywhere(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 def attend(case: Case) -> tuple[Tensor, Tensor]:
     """The largest differences between the whole in one process and its parts on all ranks."""
     q, whole, pages, own, table, lengths = appended_everywhere(case)
-    sink = torch.randn(case.h_q, generator=torch.Generator().manual_seed(4)) if case.sink else None
+    sink = None
+    if case.sink is not None:
+        sink = torch.randn(case.h_q, generator=torch.Generator().manual_seed(4)).abs() * case.sink
     options = {"causal": case.causal, "attn_sink": sink, "softcap": case.softcap}
     expected = torch.ops.flashmla.decode(q, whole, None, pages, lengths, D_V, **options)
     out, lse = context_parallel_decode(q, own, None, table, lengths, D_V, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,11 @@ def test_a_rank_that_died_is_told(tmp_path: Path) -> None:
         pipe.send((merge_without_the_other, ()))
     assert ranks.pipes[0].recv() == (True, "told")
     ranks.close()
+
+
+@pytest.mark.slow
+def test_the_demo() -> None:
+    done = subprocess.run([sys.executable, "-m", "flashmla_ops.parallel.demo"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == ["rank 0", "rank 1"]
+    assert done.stdout.count("4 of 8 heads, the same tokens") == 2

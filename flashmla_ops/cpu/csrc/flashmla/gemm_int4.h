@@ -22,7 +22,7 @@ private:
   using U = typename Isa::U;
   using Packed = typename Rows::Packed;
   using M = Mac<Isa, Packed>;
-  static constexpr int kColumns = Columns::kColumns, kVectors = Columns::kVectors, kTileRows = Columns::kTileRows;
+  static constexpr int kColumns = Columns::kColumns, kVectors = Columns::kVectors;
   static constexpr int kUnits = FLASHMLA_INT4S / (PAIRS ? 2 : 1);  // of a, that a dword of weights meets
   // Cache lines of weights, of all panels that are read at once, between what is multiplied and what is fetched.
   static constexpr int64_t kAhead = 64;
@@ -34,35 +34,19 @@ public:
   // Columns [begin, end) of out, multiples of 16, for rows [row, row + rows), at most kRows.
   void run(int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) const {
     const Packed* a = reinterpret_cast<const Packed*>(packed);
-    const Columns columns(call_);
-    if (rows > kTileRows) {
-      columns.template run<Columns::panels(kTileRows)>(
-          row, rows, begin, end,
-          [&](auto N, int64_t n, int64_t next, float* sums) { multiply_groups<N()>(a, rows, n, next, sums); });
-    } else {
-      with_rows<kTileRows>(rows, [&](auto R) {
-        columns.template run<Columns::panels(R())>(
-            row, rows, begin, end,
-            [&](auto N, int64_t n, int64_t next, float* sums) { tile<R(), N()>(a, n, next, sums); });
-      });
-    }
+    Columns(call_).run(
+        row, rows, begin, end,
+        [&](auto R, auto N, int64_t n, int64_t next, float* sums) { tile<R(), N()>(a, n, next, sums); },
+        [&](auto N, int64_t n, int64_t next, float* sums) {
+          Columns::in_groups(rows, [&](auto R, int64_t m, int64_t) {
+            tile<R(), N()>(a + m * Rows::stride(call_.k), n, next, sums + m * N() * kColumns);
+          });
+        });
   }
 
 private:
   const uint32_t* panel(int64_t column) const {
     return static_cast<const uint32_t*>(call_.weight) + column / kColumns * stride_;
-  }
-
-  // More rows than a tile has: in groups as even as can be, which meet the panels in turns.
-  template <int N>
-  void multiply_groups(const Packed* a, int64_t rows, int64_t column, int64_t next, float* sums) const {
-    const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-    for (int64_t group = 0, m = 0; group < groups; group++) {
-      const int64_t count = (rows - m + groups - group - 1) / (groups - group);
-      with_rows<kTileRows>(
-          count, [&](auto R) { tile<R(), N>(a + m * Rows::stride(call_.k), column, next, sums + m * N * kColumns); });
-      m += count;
-    }
   }
 
   // sums [R, N panels] = R rows of a x N panels.

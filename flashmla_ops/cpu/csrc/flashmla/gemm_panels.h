@@ -27,18 +27,39 @@ public:
 
   explicit PanelColumns(const FlashmlaGemm& call) : call_(call) {}
 
-  // multiply(panels, column, the column read next, sums) for N panels at a time, then one by one. The columns are those
-  // of out, or, past them, of the gates.
-  template <int N, class Multiply>
-  void run(int64_t row, int64_t rows, int64_t begin, int64_t end, Multiply multiply) const {
-    int64_t n = begin;
-    for (; n + N * kColumns <= end; n += N * kColumns) finish<N>(row, rows, n, multiply);
-    if constexpr (N > 1) {
-      for (; n < end; n += kColumns) finish<1>(row, rows, n, multiply);
-    }
+  // Columns [begin, end), multiples of 16: few(rows, panels, column, the column read next, sums) where the rows are
+  // those of a tile, many(panels, ...) where they are more. The columns are those of out, or, past them, of the gates.
+  template <class Few, class Many>
+  void run(int64_t row, int64_t rows, int64_t begin, int64_t end, Few few, Many many) const {
+    if (rows > kTileRows) return multiply<panels(kTileRows)>(row, rows, begin, end, many);
+    with_rows<kTileRows>(rows, [&](auto R) {
+      multiply<panels(R())>(row, rows, begin, end,
+                            [&](auto N, int64_t n, int64_t next, float* sums) { few(R, N, n, next, sums); });
+    });
   }
 
+  // More rows than a tile has, in groups as even as can be: f(rows of a group, the first of them, the group).
+  template <class F>
+  static void in_groups(int64_t rows, F f) {
+    const int64_t groups = groups_of(rows);
+    for (int64_t group = 0, m = 0; group < groups; group++) {
+      const int64_t count = (rows - m + groups - group - 1) / (groups - group);
+      with_rows<kTileRows>(count, [&](auto R) { f(R, m, group); });
+      m += count;
+    }
+  }
+  static int64_t groups_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
 private:
+  // N panels at a time, then one by one.
+  template <int N, class Multiply>
+  void multiply(int64_t row, int64_t rows, int64_t begin, int64_t end, Multiply with) const {
+    int64_t n = begin;
+    for (; n + N * kColumns <= end; n += N * kColumns) finish<N>(row, rows, n, with);
+    if constexpr (N > 1) {
+      for (; n < end; n += kColumns) finish<1>(row, rows, n, with);
+    }
+  }
   template <int N, class Multiply>
   void finish(int64_t row, int64_t rows, int64_t n, Multiply multiply) const {
     alignas(64) float sums[2][kRows * panels(kTileRows) * kColumns];
@@ -73,7 +94,7 @@ private:
   using Packed = typename Rows::Packed;
   using M = Mac<Isa, Packed>;
   using V = typename M::V;
-  static constexpr int kColumns = Columns::kColumns, kVectors = Columns::kVectors, kTileRows = Columns::kTileRows;
+  static constexpr int kColumns = Columns::kColumns, kVectors = Columns::kVectors;
   static constexpr int kPerUnit = PAIRS ? 2 : 1;     // elements of k that a lane takes at once
   static constexpr int kStep = kPerUnit * kColumns;  // weights of a panel that are multiplied at once
   static constexpr int kLine = 64 / (kStep * sizeof(W)) > 1 ? 64 / (kStep * sizeof(W)) : 1;  // units in a cache line
@@ -93,20 +114,14 @@ public:
   // Columns [begin, end) of out, multiples of 16, for rows [row, row + rows), at most kRows.
   void run(int64_t row, int64_t rows, const char* packed, int64_t begin, int64_t end) const {
     const Packed* a = reinterpret_cast<const Packed*>(packed);
-    const Columns columns(call_);
-    if (rows > kTileRows) {
-      columns.template run<Columns::panels(kTileRows)>(row, rows, begin, end,
-                                                       [&](auto N, int64_t n, int64_t next, float* sums) {
-                                                         multiply_groups<N()>(a, rows, panel(n), panel(next), sums);
-                                                       });
-    } else {
-      with_rows<kTileRows>(rows, [&](auto R) {
-        columns.template run<Columns::panels(R())>(
-            row, rows, begin, end, [&](auto N, int64_t n, int64_t next, float* sums) {
-              tile<R(), N()>(a, panel(n), call_.k, true, Fetch{ahead(R(), N()), panel(next), 1, 0}, sums);
-            });
-      });
-    }
+    Columns(call_).run(
+        row, rows, begin, end,
+        [&](auto R, auto N, int64_t n, int64_t next, float* sums) {
+          tile<R(), N()>(a, panel(n), call_.k, true, Fetch{ahead(R(), N()), panel(next), 1, 0}, sums);
+        },
+        [&](auto N, int64_t n, int64_t next, float* sums) {
+          multiply_groups<N()>(a, rows, panel(n), panel(next), sums);
+        });
   }
 
 private:
@@ -121,24 +136,20 @@ private:
 
   const W* panel(int64_t column) const { return static_cast<const W*>(call_.weight) + column * call_.k; }
 
-  // More rows than a tile has: in groups as even as can be, which meet a chunk of the panels in turns and share the
+  // More rows than a tile has: in groups, which meet a chunk of the panels in turns and share the
   // fetching of the next, so that DRAM is busy while they multiply.
   template <int N>
   void multiply_groups(const Packed* a, int64_t rows, const W* weight, const W* next, float* sums) const {
     constexpr int64_t kDepth = kChunk / (kColumns * int64_t{sizeof(W)});
-    const int64_t groups = (rows + kTileRows - 1) / kTileRows, shares = groups < 4 ? 2 : 4;
+    const int64_t shares = Columns::groups_of(rows) < 4 ? 2 : 4;
     for (int64_t k = 0; k < call_.k || k == 0; k += kDepth) {
       const bool last = k + kDepth >= call_.k;
       const W* w = weight + k * kColumns;
       const int64_t depth = last ? call_.k - k : kDepth;
-      for (int64_t group = 0, m = 0; group < groups; group++) {
-        const int64_t count = (rows - m + groups - group - 1) / (groups - group);
+      Columns::in_groups(rows, [&](auto R, int64_t m, int64_t group) {
         const Fetch fetch{0, last ? next : w + kDepth * kColumns, shares, group};
-        with_rows<kTileRows>(count, [&](auto R) {
-          tile<R(), N>(a + m * Rows::stride(call_.k) + k, w, depth, k == 0, fetch, sums + m * N * kColumns);
-        });
-        m += count;
-      }
+        tile<R(), N>(a + m * Rows::stride(call_.k) + k, w, depth, k == 0, fetch, sums + m * N * kColumns);
+      });
     }
   }
 
