@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import heapq
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,28 @@ def in_order(x: torch.Tensor) -> bool:
             return False
         stride = stride * size
     return True
+
+
+def viewed_strides(x: torch.Tensor, shape: Sequence[Size]) -> list[Size] | None:
+    """The strides of ``x.view(shape)``, or None if not known to exist for every size the graph accepts."""
+    strides: list[Size] = []
+    place = len(shape) - 1
+    #: Elements of a run of dimensions that lie as one, from the innermost, and how far apart they lie.
+    run, apart = 1, x.stride(-1) if x.dim() else 1
+    for dim in reversed(range(x.dim())):
+        run = run * x.shape[dim]
+        if dim and (known(x.stride(dim - 1) == run * apart) or known(x.shape[dim - 1] == 1)):
+            continue
+        seen: Size = 1
+        while place >= 0 and (not known(seen == run) or known(shape[place] == 1)):
+            strides.insert(0, seen * apart)
+            seen = seen * shape[place]
+            place -= 1
+        if not known(seen == run):
+            return None
+        run, apart = 1, x.stride(dim - 1) if dim else 1
+    # Dimensions of size 1 in front of a tensor without any.
+    return [1] * (place + 1) + strides if all(known(size == 1) for size in shape[: place + 1]) else None
 
 
 def _layout(x: torch.Tensor) -> list[Size]:

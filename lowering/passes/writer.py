@@ -22,6 +22,7 @@ from lowering.passes.strides import (
     in_order,
     memory_of,
     same_memory,
+    viewed_strides,
 )
 from lowering.record import Refusal
 
@@ -34,6 +35,10 @@ class Mark(NamedTuple):
     written: int
     replaced: int
     shared: dict[tuple[str, ...], Node]
+
+
+#: Views whose strides we find ourselves: see `viewed_strides`.
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 class Writer:
@@ -83,6 +88,8 @@ class Writer:
         args, kwargs = pytree.tree_map_only(Node, value, (node.args, node.kwargs))
         assert self.fake_mode is not None
         with self.fake_mode:
+            if node.target in VIEWS:
+                return _view(args[0], node.meta["val"].shape if "val" in node.meta else args[1])
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def shared(self, *key: object) -> tuple[tuple[str, ...], Node | None]:
@@ -268,10 +275,23 @@ def is_copied(node: Node, source: Node) -> bool:
 def viewable(node: Node, sizes: Sequence[Size]) -> bool:
     """Whether a tensor can have these sizes without a copy."""
     try:
-        node.meta["val"].view(list(sizes))
+        _view(node.meta["val"], sizes)
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+def _view(x: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
+    """``x.view(sizes)``, also where torch would think forever.
+
+    For symbolic sizes torch asks whether an expression holds that grows with every dimension that becomes one with
+    another: three take it a tenth of a second, four have not come to an end.
+    """
+    if sum(not known(size == 1) for size in x.shape) - len(sizes) <= 2 or in_order(x):
+        return x.view(list(sizes))
+    if (strides := viewed_strides(x, sizes)) is None:
+        raise ValueError(f"a view of {tuple(x.shape)}, strides {x.stride()}, as {tuple(sizes)} is not known to exist")
+    return x.as_strided(sizes, strides, x.storage_offset())
 
 
 def _describe(node: Node, val: Any) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lowering
+from lowering.passes.strides import viewed_strides
 from tests.lowering.compiled import Compiled
 from tests.lowering.passes.attentions import eager, inputs, repeat_kv, sdpa
 from tests.lowering.passes.graphs import Rewritten, assert_equal_to, dynamic_lengths, operators, rewrite, traced
@@ -268,3 +272,42 @@ def test_frozen_products_of_one_input_have_memory_of_their_own(rows: int) -> Non
         assert_equal_to(one, other)
         assert (one.stride(), one.storage_offset()) == (other.stride(), 0)
         assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
+
+
+def test_a_view_of_four_symbolic_sizes_ends() -> None:
+    """Torch's own proof that the transposed result cannot be flattened does not."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        rewritten = Rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v).flatten())
+        for x in (copies := tuple(x.clone() for x in (Q, K, V))):
+            torch._dynamo.mark_dynamic(x, [0, 1, 2, 3])
+        assert_equal_to(rewritten(*copies), F.scaled_dot_product_attention(Q, K, V).flatten())
+        assert "flashmla.decode.default" in rewritten.graphs[0].print_readable(False)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@given(data=st.data())
+def test_strides_of_views_are_those_of_torch(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), max_size=4))
+    x = torch.empty(sizes).permute(data.draw(st.permutations(range(len(sizes)))))
+    if sizes and data.draw(st.booleans()):
+        x = x.narrow(0, 0, (len(x) + 1) // 2)
+    if data.draw(st.booleans()):
+        x = x[None].expand(3, *x.shape)
+    shape, rest = [], x.numel()
+    while rest > 1:
+        shape.append(data.draw(st.sampled_from([n for n in range(2, rest + 1) if rest % n == 0])))
+        rest //= shape[-1]
+    shape = data.draw(st.permutations(shape + [1] * data.draw(st.integers(0, 2))))
+    try:
+        expected = list(x.view(shape).stride())
+    except RuntimeError:
+        expected = None
+    assert viewed_strides(x, shape) == expected
