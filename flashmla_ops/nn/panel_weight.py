@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,15 +19,19 @@ IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in (*_OPERATIONS, *_BITWISE
 class PanelWeight(Tensor):
     """A copy that can be read like any tensor. A write would be lost, and raises `ArgumentError`, in its views too."""
 
+    #: The function that keeps the weight otherwise, and what the tensor is a copy of.
+    owner: ClassVar[tuple[str, str]] = ("fast_linear", "a weight that is kept in panels (call restore_linear first)")
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
-        if any(isinstance(x, PanelWeight) for x in _written(name, args, kwargs)):
-            expected = "no write to a copy of a weight that is kept in panels (call restore_linear first)"
-            raise ArgumentError("fast_linear", "weight", expected, name)
+        for written in _written(name, args, kwargs):
+            if isinstance(written, PanelWeight):
+                op, what = written.owner
+                raise ArgumentError(op, "weight", f"no write to a copy of {what}", name)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             return torch.utils._pytree.tree_map(lambda x: _as_seen(x, args), result)
@@ -64,5 +68,5 @@ def _as_seen(value: Any, args: tuple[Any, ...]) -> Any:
     if not isinstance(value, Tensor):
         return value
     storage = value.untyped_storage().data_ptr()
-    shared = any(isinstance(x, PanelWeight) and x.untyped_storage().data_ptr() == storage for x in args)
-    return value.as_subclass(PanelWeight if shared else Tensor)
+    owners = (x for x in args if isinstance(x, PanelWeight) and x.untyped_storage().data_ptr() == storage)
+    return value.as_subclass(next(map(type, owners), Tensor))
