@@ -13,30 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError, RankError, UnsupportedModelError
 from flashmla_ops.integrations.transformers import PagedLatentCache, enable, is_enabled
 from flashmla_ops.parallel import merge_over_ranks, tensor_parallel
-from tests.integrations.models import COMMON, tiny_model
+from tests.parallel.models import PROMPT, generated, made
 from tests.support.ranks import Ranks
 
 TYPES = ["deepseek_v2", "deepseek_v3", "llama", "mistral", "qwen2", "qwen3"]
-PROMPT = torch.arange(3, 25).view(2, 11)
-
-
-def made(model_type: str, **changes: Any) -> Any:
-    if model_type.startswith("deepseek"):
-        return tiny_model(model_type, moe=True, **changes)
-    torch.manual_seed(0)
-    sizes = {k: v for k, v in COMMON.items() if k in ("vocab_size", "hidden_size", "intermediate_size")}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2, "head_dim": 16}
-    config = AutoConfig.for_model(model_type, **sizes, **heads, pad_token_id=0, eos_token_id=None, **changes)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def generated(model: Any, **options: Any) -> torch.Tensor:
-    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False, **options)
 
 
 def same_tokens(model_type: str) -> None:
