@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
 
-from flashmla_ops.errors import ArgumentError, NotDifferentiableError, RankError, UnsupportedModelError
-from flashmla_ops.integrations.transformers import PagedLatentCache, enable, is_enabled
+from flashmla_ops.errors import ArgumentError, FallbackWarning, NotDifferentiableError, RankError, UnsupportedModelError
+from flashmla_ops.integrations.transformers import PagedLatentCache, enable, is_enabled, why_not
 from flashmla_ops.parallel import merge_over_ranks, tensor_parallel
 from tests.parallel.models import PROMPT, generated, made
 from tests.support.ranks import Ranks
@@ -96,3 +98,27 @@ def test_the_demo() -> None:
     assert done.returncode == 0, done.stderr
     assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == ["rank 0", "rank 1"]
     assert done.stdout.count("4 of 8 heads, the same tokens") == 2
+
+
+def by_the_plan_of_transformers(model_type: str, folder: str) -> None:
+    """Weights that ``from_pretrained`` cut over ranks as DTensors."""
+    whole = made(model_type)
+    expected = generated(whole)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder)
+    dist.barrier()
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": "2", "LOCAL_RANK": str(dist.get_rank())}
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    enable(model)
+    assert why_not(model) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        assert torch.equal(generated(model), expected)
+        assert torch.equal(generated(model, past_key_values=PagedLatentCache(model)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_plan_of_transformers(two: Ranks, model_type: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="from_pretrained asks for accelerate to load by a plan")
+    two.run(by_the_plan_of_transformers, model_type, str(tmp_path))

@@ -25,7 +25,7 @@ from flashmla_ops.integrations.transformers.masks import (
     tokens_mask,
     without_needless,
 )
-from flashmla_ops.integrations.transformers.projection import obstacle
+from flashmla_ops.integrations.transformers.projection import obstacle, weight_of
 from flashmla_ops.integrations.transformers.ragged import PAGED, Batch, attend_ragged, is_ragged, write
 from flashmla_ops.integrations.transformers.rows import (
     Pages,
@@ -145,7 +145,7 @@ def _can_absorb(module: MLAModule, query: Tensor, rows: Rows, mask: Tensor | Non
     if reason := obstacle(module.kv_b_proj):
         module.tell_fallback(f"kv_b_proj is more than its weight: {reason}")
         return False
-    if reason := dtype_obstacle(query, rows, module.kv_b_proj.weight):
+    if reason := dtype_obstacle(query, rows, weight_of(module.kv_b_proj)):
         module.tell_fallback(reason)
         return False
     if _needs_gradient(module, query, rows):
@@ -275,7 +275,7 @@ def _attend_tokens(
 def up_projections(module: MLAModule) -> tuple[Tensor, Tensor]:
     """Views of ``kv_b_proj.weight`` as W_UK ``[h_q, d_nope, d_c]`` and W_UV ``[h_q, d_v, d_c]``, read at each call."""
     split = [module.qk_nope_head_dim, module.v_head_dim]
-    weight = module.kv_b_proj.weight.view(-1, sum(split), module.kv_lora_rank)
+    weight = weight_of(module.kv_b_proj).view(-1, sum(split), module.kv_lora_rank)
     w_uk, w_uv = weight.split(split, dim=1)
     return w_uk, w_uv
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -21,6 +23,8 @@ def obstacle(projection: nn.Module) -> str:
         return _other_class(projection)
     if projection.bias is not None:
         return "it has a bias"
+    if _is_cut_by_rows(projection):
+        return ""
     if "forward" in vars(projection):
         return "its forward was replaced, as offloading to another device does"
     if torch.compiler.is_exporting():  # which makes every weight a fake tensor and hooks every module
@@ -32,6 +36,20 @@ def obstacle(projection: nn.Module) -> str:
     if projection._forward_hooks or projection._forward_pre_hooks:
         return "it has forward hooks"
     return ""
+
+
+def weight_of(projection: nn.Module) -> Tensor:
+    """The weight of a projection without `obstacle`: this rank's rows, if transformers cut it over ranks."""
+    weight: Any = projection.weight
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return local
+
+
+def _is_cut_by_rows(projection: nn.Module) -> bool:
+    """Whether a tensor-parallel plan of transformers gave each rank some rows, which make some of the outputs."""
+    placements = getattr(projection.weight, "placements", ())
+    wrapped = getattr(vars(projection).get("forward"), "__qualname__", "")
+    return [each.is_shard(0) for each in placements] == [True] and wrapped.startswith("TensorParallelLayer.")
 
 
 def _other_class(projection: nn.Module) -> str:
