@@ -8,6 +8,7 @@ shown. Where too few blocks are clean the busiest thread's CPU time stands in, a
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import sys
@@ -83,30 +84,36 @@ def sleep_when_idle() -> None:
         os.execve(sys.executable, arguments, os.environ | QUIET_THREADS)
 
 
-def thread_ids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc/self/task")]
+def tasks() -> dict[int, Path]:
+    """What the kernel says of every thread of this process and of those that it started, by thread id."""
+    children = [child.pid for child in multiprocessing.active_children()]
+    folders = [Path("/proc/self/task"), *(Path(f"/proc/{pid}/task") for pid in children)]
+    return {int(path.name): path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+
+
+def _schedstat(task: Path) -> tuple[float, float]:
+    """Seconds that a thread ran and that it waited, runnable, for a core; 0 if it ended or no such statistics are."""
+    try:
+        ran, waited = (task / "schedstat").read_text().split()[:2]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    return int(ran) * 1e-9, int(waited) * 1e-9
 
 
 def queue_delay() -> float:
-    """Seconds that the threads of this process have waited, runnable, for a core, summed over threads."""
-    total = 0
-    for thread in thread_ids():
-        try:
-            total += int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1])
-        except (OSError, IndexError):  # the thread ended, or this kernel keeps no such statistics
-            continue
-    return total * 1e-9
+    """Seconds that our threads have waited, runnable, for a core, summed over threads."""
+    return sum(_schedstat(task)[1] for task in tasks().values())
 
 
 def cpu_times() -> dict[int, float]:
-    """CPU seconds of each thread of this process, by thread id."""
+    """CPU seconds of each of our threads, by thread id."""
     times = {}
-    for thread in thread_ids():
+    for thread, task in tasks().items():
         try:
             # Linux: the clock of another thread of this process (CPUCLOCK_PERTHREAD | CPUCLOCK_SCHED).
             times[thread] = time.clock_gettime((~thread << 3) | 6)
-        except OSError:
-            continue
+        except OSError:  # another process's: the kernel counts when it switches threads, and this one waits for us
+            times[thread] = _schedstat(task)[0]
     return times
 
 

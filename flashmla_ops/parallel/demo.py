@@ -6,30 +6,31 @@ They generate the same tokens. The model is a small DeepSeek-V3 with random weig
 from __future__ import annotations
 
 import sys
-import tempfile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+
+from flashmla_ops.parallel import tensor_parallel
+from flashmla_ops.parallel.local import LocalRanks
 
 RANKS = 2
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (f"file://{folder}/store",), RANKS)
+def main() -> int:
+    with LocalRanks(RANKS) as ranks:
+        found = ranks.run(generate)
+    for rank, (said, _) in enumerate(found):
+        print(f"rank {rank}: {said}")
+    return 0 if all(same for _, same in found) else 1
 
 
-def _rank(rank: int, store: str) -> None:
+def generate() -> tuple[str, bool]:
+    """On a rank: what it generated, and whether the tokens are those of one process."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from flashmla_ops.integrations.transformers import enable
-    from flashmla_ops.parallel import tensor_parallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store, rank=rank, world_size=RANKS)
     one, several = _model(), _model()
     enable(one)
     tensor_parallel(several, init_device_mesh("cpu", (RANKS,)))
@@ -37,10 +38,7 @@ def _rank(rank: int, store: str) -> None:
     expected, tokens = _generate(one), _generate(several)
     same = torch.equal(tokens, expected)
     said = "the same tokens" if same else f"OTHER TOKENS THAN {expected[0, -8:].tolist()}"
-    print(f"rank {rank}: {_heads(several)} of {_heads(one)} heads, {said}: {tokens[0, -8:].tolist()}", flush=True)
-    dist.destroy_process_group()
-    if not same:
-        sys.exit(1)
+    return f"{_heads(several)} of {_heads(one)} heads, {said}: {tokens[0, -8:].tolist()}", same
 
 
 def _model() -> Any:
@@ -68,4 +66,4 @@ def _heads(model: Any) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ STATES, RESULTS = 1, 2
 class Line:
     """Each rank takes states from the one before and gives its own to the next; the last gives results to all.
 
-    Nobody waits until what it sent has arrived.
+    Nobody waits until what it sent has arrived, but for `wait`: what was sent and not received is lost with the line.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -28,6 +30,7 @@ class Line:
         self.is_first, self.is_last = self.rank == 0, self.rank == self.last
         self._under_way: list[tuple[Any, Tensor]] = []
         self._own: list[Tensor] = []
+        self._keeps_logits = False
 
     def receive_states(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A hook before the first layer: its states are those of the rank before."""
@@ -39,18 +42,38 @@ class Line:
 
     def send_logits(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
         """A hook after the last rank's projection to logits."""
-        for rank in range(self.last):
-            self._send(logits, rank, RESULTS)
+        if not self._keeps_logits:
+            self._send_to_all(logits)
+            self.wait()
+
+    @contextmanager
+    def keeping_logits(self) -> Iterator[None]:
+        """The last rank's logits stay there, so that it can `give` what it makes of them."""
+        self._keeps_logits = True
+        try:
+            yield
+        finally:
+            self._keeps_logits = False
 
     def give(self, result: Tensor) -> None:
         """A result of the last rank for all, itself among them: each takes it by `take`, in the same order."""
-        for rank in range(self.last):
-            self._send(result, rank, RESULTS)
+        self._send_to_all(result)
         self._own.append(result)
 
     def take(self, like: Tensor) -> Tensor:
         """The next result of the last rank, which has the shape and the type of ``like``."""
         return self._own.pop(0) if self.is_last else self._received(torch.empty_like(like), self.last, RESULTS)
+
+    def wait(self) -> None:
+        """Until all that was sent has arrived."""
+        with answered("send", self.group):
+            for work, _ in self._under_way:
+                work.wait()
+        self._under_way.clear()
+
+    def _send_to_all(self, result: Tensor) -> None:
+        for rank in range(self.last):
+            self._send(result, rank, RESULTS)
 
     def _send(self, tensor: Tensor, rank: int, tag: int) -> None:
         if torch.is_grad_enabled() and tensor.requires_grad:

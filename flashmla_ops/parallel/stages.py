@@ -138,6 +138,7 @@ def generate_in_turns(
             if step < max_new_tokens and not ended[i].all():
                 states = causal.model(unread[i], past_key_values=cache, use_cache=True).last_hidden_state
                 if line.is_last:
-                    # Without the hook that sends logits to all: tokens are fewer.
-                    line.give(causal.lm_head.forward(states[:, -1]).argmax(-1))
+                    with line.keeping_logits():
+                        line.give(causal.lm_head(states[:, -1]).argmax(-1))
+    line.wait()
     return tokens

@@ -2,8 +2,9 @@
 
 Projections to heads are cut by rows of their weights, the one from heads by columns; what it computes is added over
 ranks. The latents of MLA are every rank's, and so are their caches; keys and values of GQA are cut with the heads. An
-MLP whose width divides is cut alike. All other layers, experts among them, are whole on every rank. Weights stay plain
-tensors, so that `flashmla_ops.integrations.transformers.enable` serves the model as any other.
+MLP whose width divides is cut alike. The projection to logits is cut by words, and every rank gathers the logits of
+all. All other layers, experts among them, are whole on every rank. Weights stay plain tensors, so that
+`flashmla_ops.integrations.transformers.enable` serves the model as any other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError, UnsupportedModelError
-from flashmla_ops.parallel.collectives import added
+from flashmla_ops.parallel.collectives import added, gathered
 
 OP = "tensor_parallel"
 #: Model types whose attention computes each head from these projections alone: to heads, and from heads.
@@ -31,6 +32,7 @@ TO_HEADS = {
     "qwen3": GROUPED,
 }
 FROM_HEADS = "o_proj"
+HEAD = "lm_head"
 TO_WIDTH, FROM_WIDTH = ("gate_proj", "up_proj"), "down_proj"
 
 
@@ -61,6 +63,8 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
         if _is_wide(module) and module.gate_proj.out_features % ranks == 0:
             columns += [getattr(module, name) for name in TO_WIDTH]
             rows.append(getattr(module, FROM_WIDTH))
+    head = getattr(model, HEAD, None)
+    head = head if isinstance(head, nn.Linear) and head.out_features % ranks == 0 else None
     for layer in (*columns, *rows):
         if not isinstance(layer, nn.Linear) or layer._forward_hooks:
             raise UnsupportedModelError(f"expected a plain nn.Linear that was not cut before, got {layer}")
@@ -69,6 +73,10 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     for layer in rows:
         _keep(layer, 1, mesh)
         layer.register_forward_hook(partial(_add, mesh.get_group()))
+    if head is not None:
+        _keep(head, 0, mesh)
+        # Before what sends the logits to others.
+        head.register_forward_hook(partial(_join, mesh.get_group()), prepend=True)
     return len(attention)
 
 
@@ -96,3 +104,9 @@ def _add(group: dist.ProcessGroup, layer: nn.Module, args: Any, out: Tensor) -> 
     if torch.is_grad_enabled() and out.requires_grad:
         raise NotDifferentiableError(OP, "model")
     return added(out, group)
+
+
+def _join(group: dist.ProcessGroup, layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise NotDifferentiableError(OP, "model")
+    return torch.cat(gathered(out, group), dim=-1)

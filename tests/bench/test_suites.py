@@ -22,6 +22,7 @@ from bench.suites import (
     decode,
     decode_shapes,
     decode_up,
+    dist,
     gqa_decode,
     merge,
     op_overhead,
@@ -113,6 +114,14 @@ def test_a_compiled_first_step_is_right(case: compile_time.CompileCase) -> None:
     with torch.no_grad():
         for name, call in problem.calls.items():
             assert problem.error(name, call()) <= problem.work.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dist.cases(False), ids=str)
+def test_several_processes_are_right(case: dist.DistCase) -> None:
+    problem = dist.problem(replace(case, times=1), (), 0)
+    for name, call in problem.calls.items():
+        assert problem.error(name, call()) <= problem.work.tolerance
 
 
 @pytest.mark.parametrize("mode", ["certified", "estimate"])

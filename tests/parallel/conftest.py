@@ -6,18 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.ranks import Ranks
+from flashmla_ops.parallel.local import LocalRanks
 
 
 @pytest.fixture(scope="session")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
+def two() -> Iterator[LocalRanks]:
+    with LocalRanks(2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="session")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
+def four() -> Iterator[LocalRanks]:
+    with LocalRanks(4) as ranks:
+        yield ranks

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError
 from flashmla_ops.parallel import context_parallel_decode, local_lengths, local_slots, local_table
-from tests.support.ranks import Ranks
+from flashmla_ops.parallel.local import LocalRanks
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,18 @@ def test_every_row_is_on_one_rank(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_in_one_process(two: Ranks, case: Case) -> None:
+def test_as_in_one_process(two: LocalRanks, case: Case) -> None:
     (out, lse), *others = two.run(attend, case)
     for other in others:
         assert torch.equal(out, other[0])
         assert torch.equal(lse, other[1])
 
 
-def test_refusals(two: Ranks) -> None:
+def test_refusals(two: LocalRanks) -> None:
     two.run(refuse)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_on_four_ranks(four: Ranks, case: Case) -> None:
+def test_on_four_ranks(four: LocalRanks, case: Case) -> None:
     four.run(attend, case)

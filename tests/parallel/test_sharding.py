@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from flashmla_ops.errors import ArgumentError, typed
 from flashmla_ops.ops._library import DEFINED, operator
+from flashmla_ops.parallel.local import LocalRanks
 from tests.support.calls import CALLS, run
-from tests.support.ranks import Ranks
 
 OPERATORS = [name for name in CALLS if not name.endswith(".out")]
 WRITE = [name for name in OPERATORS if CALLS[name].mutated]
@@ -111,17 +111,17 @@ def try_placements(mesh_shape: tuple[int, ...]) -> None:
                     as_in_one_process(name, named, placed, f"{name}, {key} cut in {at}")
 
 
-def test_every_way_of_every_operator(two: Ranks) -> None:
+def test_every_way_of_every_operator(two: LocalRanks) -> None:
     for cut in two.run(try_ways, (2,)):
         assert cut == set(OPERATORS) - {"decode_schedule"}
 
 
-def test_every_placement_of_every_argument(two: Ranks) -> None:
+def test_every_placement_of_every_argument(two: LocalRanks) -> None:
     two.run(try_placements, (2,))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", [(4,), (2, 2)])
-def test_on_four_ranks(four: Ranks, mesh_shape: tuple[int, ...]) -> None:
+def test_on_four_ranks(four: LocalRanks, mesh_shape: tuple[int, ...]) -> None:
     four.run(try_ways, mesh_shape)
     four.run(try_placements, mesh_shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError, RankError, UnsupportedModelError
 from flashmla_ops.integrations.transformers import PagedLatentCache, enable
 from flashmla_ops.parallel import generate_in_turns, pipeline_parallel, tensor_parallel
+from flashmla_ops.parallel.local import LocalRanks
 from flashmla_ops.parallel.stages import MODEL_TYPES
 from tests.parallel.models import PROMPT, generated, made
-from tests.support.ranks import Ranks
 
 LAYERS = 3
 
@@ -99,12 +98,12 @@ def without_the_other() -> str:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_same_tokens(two: Ranks, model_type: str) -> None:
+def test_same_tokens(two: LocalRanks, model_type: str) -> None:
     (first, _), (second, _) = two.run(same_tokens, model_type)
     assert (first, second) == (2, 1)
 
 
-def test_layers_where_they_are_wanted(two: Ranks) -> None:
+def test_layers_where_they_are_wanted(two: LocalRanks) -> None:
     assert two.run(count_layers, (1, 2)) == [1, 2]
 
 
@@ -115,23 +114,23 @@ def count_layers(layers: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_batches_in_turns(two: Ranks, enabled: bool) -> None:
+def test_batches_in_turns(two: LocalRanks, enabled: bool) -> None:
     token, _ = two.run(in_turns, None, enabled)
     two.run(in_turns, token, enabled)
 
 
-def test_refusals(two: Ranks) -> None:
+def test_refusals(two: LocalRanks) -> None:
     two.run(refuse)
 
 
 @pytest.mark.slow
-def test_four_ranks_of_layers_and_heads(four: Ranks) -> None:
+def test_four_ranks_of_layers_and_heads(four: LocalRanks) -> None:
     four.run(on_a_mesh)
 
 
 @pytest.mark.slow
-def test_a_rank_that_died_is_told(tmp_path: Path) -> None:
-    ranks = Ranks(2, tmp_path)
+def test_a_rank_that_died_is_told() -> None:
+    ranks = LocalRanks(2)
     for pipe in ranks.pipes:
         pipe.send((without_the_other, ()))
     assert ranks.pipes[1].recv() == (True, "told")

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from flashmla_ops.errors import ArgumentError, FallbackWarning, NotDifferentiableError, RankError, UnsupportedModelError
 from flashmla_ops.integrations.transformers import PagedLatentCache, enable, is_enabled, why_not
 from flashmla_ops.parallel import merge_over_ranks, tensor_parallel
+from flashmla_ops.parallel.local import LocalRanks
 from tests.parallel.models import PROMPT, generated, made
-from tests.support.ranks import Ranks
 
 TYPES = ["deepseek_v2", "deepseek_v3", "llama", "mistral", "qwen2", "qwen3"]
 
@@ -69,23 +69,23 @@ def merge_without_the_other() -> str:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_same_tokens(two: Ranks, model_type: str) -> None:
+def test_same_tokens(two: LocalRanks, model_type: str) -> None:
     two.run(same_tokens, model_type)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
-def test_same_tokens_on_four_ranks(four: Ranks, model_type: str) -> None:
+def test_same_tokens_on_four_ranks(four: LocalRanks, model_type: str) -> None:
     four.run(same_tokens, model_type)
 
 
-def test_refusals(two: Ranks) -> None:
+def test_refusals(two: LocalRanks) -> None:
     two.run(refuse)
 
 
 @pytest.mark.slow
-def test_a_rank_that_died_is_told(tmp_path: Path) -> None:
-    ranks = Ranks(2, tmp_path)
+def test_a_rank_that_died_is_told() -> None:
+    ranks = LocalRanks(2)
     for pipe in ranks.pipes:
         pipe.send((merge_without_the_other, ()))
     assert ranks.pipes[0].recv() == (True, "told")
@@ -119,6 +119,6 @@ def by_the_plan_of_transformers(model_type: str, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
-def test_the_plan_of_transformers(two: Ranks, model_type: str, tmp_path: Path) -> None:
+def test_the_plan_of_transformers(two: LocalRanks, model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="from_pretrained asks for accelerate to load by a plan")
     two.run(by_the_plan_of_transformers, model_type, str(tmp_path))
