@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from flashmla_ops.errors import ArgumentError
 from flashmla_ops.quant.linear import QuantizedLinear, pack, unpack
-from flashmla_ops.quant.plan import Plan, linear_layers, planned
+from flashmla_ops.quant.plan import Plan, alternatives, linear_layers, planned
 from flashmla_ops.quant.report import Report, report
+from flashmla_ops.quant.search import check_tokens, search, token_losses
 from flashmla_ops.quant.weights import FORMATS, NATIVE, check_weight
 
 #: Absorbed attention reads these weights as they are.
 KEEP = ("kv_b_proj",)
+AUTO = "auto"
 
 
-def quantize(model: nn.Module, weights: str | Plan = "int4", *, keep: Collection[str] = KEEP) -> Report:
+def quantize(
+    model: nn.Module,
+    weights: str | Plan = "int4",
+    *,
+    mixed: str | None = None,
+    calibration: Tensor | None = None,  # [n, s] token ids
+    held_out: Tensor | None = None,  # [n, s]
+    tolerance: float = 0.01,
+    keep: Collection[str] = KEEP,
+) -> Report:
     """Keep the weights of ``model``'s linear layers in integers, in place, for inference; what each became.
 
     ``weights``: "int8" (a scale for each row), "int4" (a scale for each 128, 64 or 32 elements of a row: the most that
     divides it), "int4_g128", "int4_g64", "int4_g32", "int8-attention+int4-mlp" (int4 for the layers of MLPs, int8 for
     the others), or a format for each layer by name, as ``plan`` of a report has them: layers without one stay.
+
+    ``mixed="auto"`` chooses for each layer between that format, those of more bits, and its weight as it is: as few
+    bytes as keep the perplexity of ``calibration`` within ``tolerance`` of before (see `quant.search`). It takes a
+    causal language model of transformers, and memory for its weights in every format. ``held_out`` is text that
+    nothing is chosen by. The report has perplexity before and after on both, whether formats are chosen or given.
 
     A layer stays as it is, and the report says why, if its weight is shared (a head that is tied to the embedding), if
     it is more than an ``nn.Linear``, if its rows are no multiple of 16, and if ``keep`` has its name or the last part
@@ -31,13 +49,34 @@ def quantize(model: nn.Module, weights: str | Plan = "int4", *, keep: Collection
     The weights before are gone: `dequantize` returns to linear layers with rounded weights. Raises `ArgumentError` for
     names that there are not, and for weights that are not finite, leaving the model unchanged.
     """
+    if mixed not in (None, AUTO):
+        raise ArgumentError("quantize", "mixed", f"{AUTO!r} or None", repr(mixed))
+    if mixed == AUTO and calibration is None:
+        raise ArgumentError("quantize", "calibration", f"token ids [n, s] with mixed={AUTO!r}", "none")
+    if not 0.0 < tolerance < math.inf:
+        raise ArgumentError("quantize", "tolerance", "a positive number", tolerance)
+    given = {"calibration": calibration, "held_out": held_out}
+    texts = {name: check_tokens(name, ids) for name, ids in given.items() if ids is not None}
     formats = planned(model, weights, keep)
     layers = {name: layer for name, layer in linear_layers(model) if formats.get(name, (NATIVE,))[0] != NATIVE}
     for name, layer in layers.items():
         check_weight(layer.weight, f"{name}.weight".removeprefix("."))
+    before = perplexities(model, texts)
+    chosen = {name: formats[name][0] for name in layers}
+    notes = {name: note for name, (_, note) in formats.items()}
+    if mixed == AUTO:
+        options = {name: alternatives(layer, chosen[name]) for name, layer in layers.items()}
+        chosen = search(model, options, texts["calibration"], tolerance)
+        notes |= {name: "kept for perplexity" if found == NATIVE else "" for name, found in chosen.items()}
     for name, layer in layers.items():
-        pack(layer, FORMATS[formats[name][0]])
-    return report(model, {name: note for name, (_, note) in formats.items()})
+        if chosen[name] != NATIVE:
+            pack(layer, FORMATS[chosen[name]])
+    after = perplexities(model, texts)
+    return replace(report(model, notes), perplexity={name: (before[name], after[name]) for name in texts})
+
+
+def perplexities(model: nn.Module, texts: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: math.exp(float(token_losses(model, ids).mean())) for name, ids in texts.items()}
 
 
 def dequantize(model: nn.Module) -> int:

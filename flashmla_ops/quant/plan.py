@@ -93,3 +93,11 @@ def _fitting(layer: nn.Linear, wanted: str) -> tuple[str, str]:
     reasons = [each.obstacle(layer.out_features, layer.in_features) for each in tried]
     fits = next((each.name for each, reason in zip(tried, reasons, strict=True) if not reason), NATIVE)
     return fits, "" if fits == wanted else reasons[0]
+
+
+def alternatives(layer: nn.Linear, chosen: str) -> list[str]:
+    """A format, and those of more bits that the layer's weight may have as well."""
+    names = list(FORMATS)[::-1]  # int4 of ever larger groups, after them int8
+    larger = [INT8.name, *(name for name in names if name in INT4_NAMES)]
+    allowed = larger[: larger.index(chosen) + 1]
+    return [name for name in allowed if not FORMATS[name].obstacle(layer.out_features, layer.in_features)]
