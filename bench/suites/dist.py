@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def problem(case: DistCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> Prob
 class Made:
     """What each implementation does, by name: the function that makes its call in a rank, and on how many ranks."""
 
-    makes: dict[str, tuple[Callable[[DistCase], Call], int]]
+    makes: Mapping[str, tuple[Callable[[DistCase], Call], int]]
     expected: Tensor  # float64
     flops: float
     bytes: float
