@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, ROOT
-from bench.runner import OURS
+from bench.report import RESULTS
+from bench.runner import OURS, ROOT
 from bench.suites import dist
 from cutlass_kernels.tables import markdown
 
