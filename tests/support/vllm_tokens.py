@@ -1,4 +1,4 @@
-"""Run by vLLM's Python: reads a job as JSON from its input, writes greedy tokens and cached lengths as its last line."""
+"""Run by vLLM's Python: reads a job as JSON, and writes greedy tokens and cached lengths as its last line."""
 
 from __future__ import annotations
 
