@@ -1,1 +1,1 @@
-"""What dynamic sparsity does to a model: perplexity of text and needles found, against the work that is skipped."""
+"""What dynamic sparsity and quantised weights do to a model: perplexity and needles found, against what is saved."""

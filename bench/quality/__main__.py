@@ -1,7 +1,9 @@
-"""``python -m bench.quality``: measure, and write the table of docs/sparsity.md.
+"""``python -m bench.quality``: measure, and write the tables of docs/sparsity.md and docs/quantize.md.
 
     python -m bench.quality run smollm2 --weights FOLDER --lengths 2048 8192 --texts 2 --decoded 128 --needles 10
     python -m bench.quality run tiny_mla_lm --lengths 1024
+    python -m bench.quality quant smollm2 --weights FOLDER --speed
+    python -m bench.quality quant tiny_mla_lm
     python -m bench.quality table
 
 FOLDER holds SmolLM2-135M-Instruct as transformers saves it. Results go to bench/quality/results, one file a model, in
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import flashmla_ops
+from bench.quality import weights
 from bench.quality.evaluate import evaluate
 from bench.quality.table import RESULTS, write
 from bench.quality.texts import documentation, haystacks
@@ -43,10 +46,9 @@ def selectors() -> dict[str, DynamicSparsity]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    tiny = arguments.model == TINY.name
-    folder = TINY if tiny else arguments.weights
+    folder = folder_of(arguments)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")))
+    tokenizer = tokenizer_of(folder)
     file = RESULTS / f"{arguments.model}.json"
     before = json.loads(file.read_text()) if file.exists() else []
     rows = [row for row in before if row["length"] not in arguments.lengths]
@@ -62,6 +64,22 @@ def run(arguments: argparse.Namespace) -> None:
             file.write_text(json.dumps(sorted(rows, key=lambda row: row["length"]), indent=1) + "\n")
 
 
+def folder_of(arguments: argparse.Namespace) -> Path:
+    return TINY if arguments.model == TINY.name else arguments.weights
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+def run_quant(arguments: argparse.Namespace) -> None:
+    """Texts lie apart in turns: one to calibrate, the next to measure."""
+    folder = folder_of(arguments)
+    ids = documentation(tokenizer_of(folder), 2 * arguments.texts, arguments.length)
+    options = {"tolerance": arguments.tolerance, "speed": arguments.speed}
+    weights.write_results(weights.measure(arguments.model, folder, ids[::2], ids[1::2], **options))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -73,12 +91,21 @@ def main() -> None:
     measure.add_argument("--decoded", type=int, default=256)
     measure.add_argument("--needles", type=int, default=20)
     measure.add_argument("--distractors", type=int, choices=[0, 1], default=0)
+    quant = commands.add_parser("quant", help="quantised weights: bits, bytes, perplexity")
+    quant.add_argument("model", choices=["smollm2", TINY.name])
+    quant.add_argument("--weights", type=Path)
+    quant.add_argument("--length", type=int, default=512)
+    quant.add_argument("--texts", type=int, default=8, help="to calibrate, and as many to measure")
+    quant.add_argument("--tolerance", type=float, default=0.01, help="of perplexity, for the mix that is chosen")
+    quant.add_argument("--speed", action="store_true", help="tokens/s too: keeps the model in every format in memory")
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "table":
         write()
     elif arguments.model == "smollm2" and arguments.weights is None:
         parser.error("smollm2 needs --weights")
+    elif arguments.command == "quant":
+        run_quant(arguments)
     else:
         run(arguments)
 

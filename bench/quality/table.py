@@ -1,10 +1,12 @@
-"""The table of docs/sparsity.md, made of results."""
+"""The tables of docs/sparsity.md and docs/quantize.md, made of results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from bench.quality import weights
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -27,11 +29,11 @@ def table() -> str:
 
 
 def write() -> None:
-    """Put the table between its marks in docs/sparsity.md."""
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    """Put each table between the marks of its page."""
+    for page, made in ((PAGE, table()), (weights.PAGE, weights.table())):
+        before, rest = page.read_text().split(BEGIN)
+        _, after = rest.split(END)
+        page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bench.quality import table
+from bench.quality import table, weights
 from bench.quality.evaluate import evaluate
 from bench.quality.texts import documentation, haystacks
 from flashmla_ops.sparsity import DynamicSparsity
@@ -58,3 +60,21 @@ def test_nothing_skipped_changes_nothing() -> None:
     assert few.rows_skipped > 0.5
     assert few.perplexity != few.perplexity_dense
     assert table._line(few.as_json())[:2] == ("200", "few")
+
+
+def test_mixes_of_weights(tmp_path: Path) -> None:
+    model = tiny_grouped()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(1, 200, (4, 80), generator=torch.Generator().manual_seed(0))
+    rows = weights.measure("tiny", tmp_path, ids[:2], ids[2:], tolerance=0.5, speed=True)
+    assert [row.weights for row in rows] == [*weights.MIXES]
+    native, int8, *_, auto = rows
+    assert native.perplexity == native.perplexity_before == int8.perplexity_before
+    assert native.bytes > int8.bytes >= auto.bytes
+    assert all(row.tokens_per_second for row in rows)
+    assert weights.line(asdict(native))[2:6] == (
+        "16.00",
+        f"{native.bytes / 1e6:.1f}",
+        f"{native.perplexity:.3f}",
+        "+0.00 %",
+    )
