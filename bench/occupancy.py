@@ -14,6 +14,8 @@ from bench.peers import vllm_blocks
 from flashmla_ops.kv_cache.native_pages import NativePages
 
 OURS = "flashmla"
+#: The same pool, with the rows of a model that decodes the trace.
+DECODED = "flashmla, decoding"
 CALLS = 20_000
 
 
@@ -27,6 +29,11 @@ def of_suite(suite: str) -> list[dict[str, Any]]:
         for name, policy in policies(page_size).items():
             figures = serving.simulate(requests, policy(), watch=True).figures()
             rows.append({"policy": name, "page_size": page_size, "shared": shared} | figures)
+    from bench import decoding  # transformers takes seconds to import, and no other suite needs it
+
+    page_size, shared = serving.TRACES[0]
+    figures = decoding.figures(serving.trace(serving.REQUESTS, shared), serving.MEMORY, page_size)
+    rows.append({"policy": DECODED, "page_size": page_size, "shared": shared} | figures)
     return rows + [{"policy": name} | latencies(*pair) for name, pair in allocations().items()]
 
 
@@ -84,16 +91,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['most_context']:,}",
             row["steps"],
             row["preempted"],
+            f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "",
         ]
         for row in traces
     ]
-    header = ["page", "shared", "policy", "utilisation", "context", "most", "steps", "preempted"]
+    header = ["page", "shared", "policy", "utilisation", "context", "most", "steps", "preempted", "tokens/s"]
     percentiles = [key for row in single[:1] for key in row if key != "policy"]
     by_call = [[row["policy"], *(f"{row[key] * 1e6:.2f}" for key in percentiles)] for row in single]
     return "\n\n".join(
         [
             "Memory of the same traces: of what was given out, the part that held tokens; and the tokens of all running"
-            " requests together, on average and at most, over the steps in which a request waited for memory.",
+            " requests together, on average and at most, over the steps in which a request waited for memory. One is"
+            " decoded to the end, by a model of 4 layers.",
             tabulate(by_trace, header, "pipe", disable_numparse=True),
             "A page allocated and released, in µs, what the clock takes included.",
             tabulate(by_call, ["", *(key.replace("_", " ") for key in percentiles)], "pipe", disable_numparse=True),

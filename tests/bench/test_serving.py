@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import occupancy, serving
+from bench import decoding, occupancy, serving
 from bench.peers import vllm_blocks
 
 #: A module like vLLM's, with an import that is nowhere, and one of a module beside it.
@@ -87,3 +88,22 @@ def test_the_table_has_all_policies_and_percentiles(monkeypatch: pytest.MonkeyPa
     assert text.count("contiguous, reserved") == len(serving.TRACES)
     assert "allocate p99.9" in text
     assert occupancy.of_suite("decode") == []
+    simulated, decoded = ([row for row in rows if row["policy"] == name] for name in ("flashmla", occupancy.DECODED))
+    assert decoded[0].pop("tokens_per_second") > 0
+    assert decoded[0] | {"policy": "flashmla"} == simulated[0]
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_a_real_model_decodes_a_trace(shared: float) -> None:
+    """Its tokens are those of each request alone, though some had to give way and begin anew."""
+    model = decoding.tiny_model()
+    requests = [serving.Request(0, each.prompt, 30 + i) for i, each in enumerate(serving.trace(8, shared))]
+    policy = decoding.Decoding(model, 1 << 10, 16)
+    outcome = serving.simulate(requests, policy)
+    assert (outcome.finished, policy.memory()[0]) == (8, 0)
+    assert outcome.preempted > 0
+    for request in requests:
+        prompt = torch.tensor([decoding.words(request.prompt, model)])
+        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": request.output, "do_sample": False}
+        alone = model.generate(prompt, eos_token_id=None, pad_token_id=0, **options)[0, prompt.shape[1] :].tolist()
+        assert policy.generated[request.prompt[-1]][: request.output] == alone
