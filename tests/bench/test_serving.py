@@ -98,7 +98,7 @@ def test_a_real_model_decodes_a_trace(shared: float) -> None:
     """Its tokens are those of each request alone, though some had to give way and begin anew."""
     model = decoding.tiny_model()
     requests = [serving.Request(0, each.prompt, 30 + i) for i, each in enumerate(serving.trace(8, shared))]
-    policy = decoding.Decoding(model, 1 << 10, 16)
+    policy = decoding.Decoding(model, 1536, 16)
     outcome = serving.simulate(requests, policy)
     assert (outcome.finished, policy.memory()[0]) == (8, 0)
     assert outcome.preempted > 0
