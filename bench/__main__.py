@@ -78,10 +78,19 @@ def run_suite(suite: Suite, cases: Sequence[Any], options: argparse.Namespace) -
     return not wrong
 
 
+def said_missing(suite: Suite) -> bool:
+    """Whether a suite cannot run here, which is then said."""
+    if (reason := suite.missing()) is not None:
+        print(f"{suite.name} is left out: {reason}", file=sys.stderr)
+    return reason is not None
+
+
 def run_suites(options: argparse.Namespace) -> int:
     suites = SUITES.values() if options.action == "all" else [SUITES[options.action]]
     torch.set_num_threads(options.threads)
-    chosen = [(suite, matching(suite.cases(options.quick), options.only)) for suite in suites]
+    if not (runs := [suite for suite in suites if not said_missing(suite)]):
+        return 1
+    chosen = [(suite, matching(suite.cases(options.quick), options.only)) for suite in runs]
     if not any(cases for _, cases in chosen):
         print("no case matches --only", file=sys.stderr)
         return 1

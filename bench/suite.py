@@ -49,6 +49,8 @@ class Suite:
     cases: Callable[[bool], Sequence[Any]]  # dataclasses; with True, small ones only
     problem: Callable[[Any, Sequence[Peer[Any]], int], Problem]
     peers: Sequence[Peer[Any]]
+    #: Why nothing of it can run here, or None.
+    missing: Callable[[], str | None] = always
 
     def problems(self, cases: Iterable[Any], peers: Sequence[Peer[Any]], cold_bytes: int) -> Iterator[Problem]:
         """Problems, each made when asked for: one case's tensors live at a time."""

@@ -84,9 +84,13 @@ def sleep_when_idle() -> None:
         os.execve(sys.executable, arguments, os.environ | QUIET_THREADS)
 
 
+#: Processes that this one started with another Python than its own, by their ids.
+OTHERS: set[int] = set()
+
+
 def tasks() -> dict[int, Path]:
     """What the kernel says of every thread of this process and of those that it started, by thread id."""
-    children = [child.pid for child in multiprocessing.active_children()]
+    children = [*(child.pid for child in multiprocessing.active_children()), *OTHERS]
     folders = [Path("/proc/self/task"), *(Path(f"/proc/{pid}/task") for pid in children)]
     return {int(path.name): path for folder in folders if folder.is_dir() for path in folder.iterdir()}
 

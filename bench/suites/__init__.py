@@ -20,6 +20,7 @@ from bench.suites import (
     prefill,
     quant,
     scaling,
+    serve,
     small_gemm,
     sparse,
     sparsity,
@@ -47,6 +48,7 @@ SUITES: dict[str, Suite] = {
         dist.SUITE,
         end_to_end.SUITE,
         models.SUITE,
+        serve.SUITE,
         pool.SUITE,
         compile_time.SUITE,
     )

@@ -224,6 +224,13 @@ def test_cases_differ_and_quick_ones_are_few(suite: Any) -> None:
     assert 0 < len(suite.cases(True)) <= len(cases)
 
 
+def test_a_suite_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FLASHMLA_VLLM_PYTHON", "/nowhere")
+    monkeypatch.setattr("sys.argv", ["bench", "serve", "--quick"])
+    assert command.run_suites(command.parse()) == 1
+    assert "serve is left out: vLLM is not installed: make vllm" in capsys.readouterr().err
+
+
 def test_gqa_pages_keep_a_heads_rows_together() -> None:
     inputs = paged.make_inputs(gqa_decode.cases(True)[0], cold_bytes=0)
     kv_cache, _ = inputs.copies[0]

@@ -123,10 +123,10 @@ def test_http_says_what_is_wrong(body: Any, status: int, kind: str, server: vllm
 
 def test_a_client_that_dies_leaks_no_page(server: vllm.Server) -> None:
     body = json.dumps(BODY | {"prompt": BEGINNING, "max_tokens": 1900, "stream": True})
-    read = (
-        f"import urllib.request as u; r = u.urlopen(u.Request({server.url + '/v1/completions'!r}, {body.encode()!r}, "
-        + ("{'Content-Type': 'application/json'}))\nwhile True: print(r.readline(), flush=True)")
+    request = (
+        f"u.Request({server.url + '/v1/completions'!r}, {body.encode()!r}, {{'Content-Type': 'application/json'}})"
     )
+    read = f"import urllib.request as u\nr = u.urlopen({request})\nwhile True: print(r.readline(), flush=True)"
     with subprocess.Popen([sys.executable, "-c", read], stdout=subprocess.PIPE) as client:
         assert client.stdout is not None
         client.stdout.readline()

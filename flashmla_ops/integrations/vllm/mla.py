@@ -102,6 +102,8 @@ class FlashMLAImpl(MLACommonImpl):  # type: ignore[misc]
             kv_sharing_target_layer_name,
             **mla_args,
         )
+        if self.dcp_world_size > 1:
+            raise UnsupportedModelError("flashmla serves MLA in vLLM with its cache in one place, not over ranks")
         self.supports_quant_query_input = False
         chosen = chosen_format(get_current_vllm_config())
         self.row_format = attend.row_format_of(kv_cache_dtype, chosen, self.kv_lora_rank, self.qk_rope_head_dim)

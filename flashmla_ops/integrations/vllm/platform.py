@@ -23,11 +23,17 @@ ROW_FORMAT = "flashmla_row_format"
 
 def mend() -> None:
     """Wrap both methods, once."""
-    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms.cpu import CpuPlatform
 
     if not hasattr(CpuPlatform.check_and_update_config, "__wrapped__"):
         CpuPlatform.check_and_update_config = classmethod(_keeping(CpuPlatform.check_and_update_config.__func__))
+    mend_rotary()
+
+
+def mend_rotary() -> None:
+    """Wrap the rotary embedding alone, once."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
     if not hasattr(RotaryEmbedding.forward_cpu, "__wrapped__"):
         RotaryEmbedding.forward_cpu = _flattening(RotaryEmbedding.forward_cpu)
 
