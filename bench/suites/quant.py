@@ -17,7 +17,7 @@ from bench.runner import Problem, Work
 from bench.suite import TOLERANCE, Bound, Peer, Suite, copies_of, describe, make_problem
 from flashmla_ops import reference
 from flashmla_ops.panels import pack_int4, to_panels
-from flashmla_ops.quant.weights import FORMATS
+from flashmla_ops.quant.weights import FORMATS, WeightFormat
 
 NAME = "quant"
 STEP = "step"
@@ -38,6 +38,12 @@ STEPS = {
 }
 
 
+def fitting(name: str, n: int, k: int) -> WeightFormat:
+    """The format, or the one of the next smaller group that divides k: 10944 takes 64."""
+    names = [*FORMATS]
+    return next(FORMATS[each] for each in names[names.index(name) :] if not FORMATS[each].obstacle(n, k))
+
+
 @dataclass(frozen=True)
 class QuantCase:
     m: int
@@ -54,7 +60,7 @@ class QuantCase:
     @property
     def bytes(self) -> int:
         """Bytes of the weights and their scales: all else is small."""
-        tensors = (tensor for shape in self.shapes for tensor in FORMATS[self.weights].empty(*shape))
+        tensors = (tensor for shape in self.shapes for tensor in fitting(self.weights, *shape).empty(*shape))
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -80,13 +86,13 @@ class QuantInputs:
 
 
 def make_inputs(case: QuantCase, cold_bytes: int) -> QuantInputs:
-    kept, generator = FORMATS[case.weights], torch.Generator().manual_seed(0)
-    least, most = (-8, 8) if kept.bits == 4 else (-127, 128)
+    generator = torch.Generator().manual_seed(0)
+    least, most = (-8, 8) if FORMATS[case.weights].bits == 4 else (-127, 128)
     linears = []
     for n, k in case.shapes:
         a = torch.randn((case.m, k), generator=generator).bfloat16()
         codes = torch.randint(least, most, (n, k), generator=generator, dtype=torch.int8)
-        group = kept.group or k
+        group = fitting(case.weights, n, k).group or k
         scale = torch.rand((n, k // group), generator=generator).mul_(0.01).add_(0.01).bfloat16().float()
         linears.append(Linear(a, codes, scale, group))
     return QuantInputs(case, linears, cold_bytes)
