@@ -24,7 +24,7 @@ class Residual(NamedTuple):
 
 def residual_of(node: Node) -> Residual | None:
     """The addition that is the only use of a product, to a tensor of the same shape and type."""
-    while (user := _only_user(node)) is not None and user.target in VIEWS:
+    while (user := only_user(node)) is not None and user.target in VIEWS:
         node = user
     if user is None or user.target != aten.add.Tensor or user.kwargs or len(inputs(user)) != 2:
         return None
@@ -35,7 +35,7 @@ def residual_of(node: Node) -> Residual | None:
     return Residual(user, added)
 
 
-def _only_user(node: Node) -> Node | None:
+def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

@@ -23,6 +23,7 @@ from lowering.passes.axes import Access, Axis, access, whole
 from lowering.passes.elements import resolve
 from lowering.passes.epilogues import VIEWS, gate_of, residual_of
 from lowering.passes.graph import FLOATS, arguments, aten, flashmla, inputs, known, refuse_gradient, shape
+from lowering.passes.integers import Scaled, find_scaled, int8_weight, refuse_groups, write_scale
 from lowering.passes.writer import Writer, is_copied, viewable
 from lowering.record import Record, Refusal
 
@@ -39,13 +40,20 @@ LINEAR, BY_HEAD, SHARED = "linear", "product by head", "products of one input"
 class Product:
     """``node`` is ``a [m, k]`` times ``right [k, n]``, the transpose of a weight, plus ``bias [n]``.
 
-    ``weight``: the node that puts it together from the weights of several products, if any does.
+    ``weight``: the node that puts it together from the weights of several products, if any does. ``scaled``: what a
+    product with a weight of integers is multiplied by.
     """
 
     node: Node
     right: Node
     bias: Node | None = None
     weight: Node | None = None
+    scaled: Scaled | None = None
+
+    @property
+    def last(self) -> Node:
+        """The node that the product's call takes the place of, before its gate and residual."""
+        return self.node if self.scaled is None else self.scaled.last
 
     @property
     def a(self) -> Node:
@@ -57,8 +65,12 @@ class Product:
         """A view ``[n, k]`` of the weight. Raises `Refusal` if the product does not read it by rows."""
         if self.weight is not None:
             return self.weight
-        k, n = (Axis(name, size) for name, size in zip("kn", shape(self.right), strict=True))
-        weight = _view_of_weight(writer, Access(self.right, (whole(k), whole(n))), [[n], [k]])
+        if self.scaled is not None:
+            element, k, n = self.scaled.weight
+        else:
+            k, n = (Axis(name, size) for name, size in zip("kn", shape(self.right), strict=True))
+            element = Access(self.right, (whole(k), whole(n)))
+        weight = _view_of_weight(writer, element, [[n], [k]])
         if not known(weight.meta["val"].stride(1) == 1) and not known(k.size == 1):
             raise Refusal("the weight lies along its columns: [k, n], not [n, k]")
         return weight
@@ -104,13 +116,20 @@ def _find_linear(writer: Writer, record: Record, node: Node, found: list[Product
     """Add the product to those found. Raises `Refusal` unless it is served; what is written to see it is undone."""
     _require_served(record, node)
     bound = arguments(node)
-    if node.target == aten.mm.default:
+    if node.target == aten.mm.default and (integers := int8_weight(bound["mat2"])) is not None:
+        scaled = find_scaled(node, integers)
+        product = Product(node, bound["mat2"], scaled.bias, scaled=scaled)
+    elif node.target == aten.mm.default:
         product = Product(node, bound["mat2"])
     else:
         product = Product(node, bound["mat2"], bound["self"])
         _require_bias(product, bound["alpha"], bound["beta"])
+    if product.scaled is None:
+        refuse_groups(product.right)
     writer.before = node
     product.write_weight(writer)
+    if product.scaled is not None:
+        write_scale(writer, product.scaled)
     found.append(product)
 
 
@@ -188,6 +207,8 @@ def _why_apart(group: list[Product], frozen: set[Node]) -> str:
         return "they read their input in rows of different lengths"
     if any(product.bias is not None for product in group):
         return "one of them has a bias"
+    if any(product.scaled is not None for product in group):
+        return "one of them has a weight of integers"
     if not all(_root(product.right) in frozen for product in group):
         return "the weights are arguments, which it would copy in every call: set torch._inductor.config.freezing"
     return ""
@@ -220,8 +241,8 @@ def _put_together(writer: Writer, group: list[Product], together: list[Product])
 
 def _write_linear(writer: Writer, product: Product) -> str:
     """One call for the product and its epilogue."""
-    parts, last, activation = ["linear"], product.node, "none"
-    if (gated := gate_of(last)) is not None:
+    parts, last, activation = ["linear" if product.scaled is None else "int8 linear"], product.last, "none"
+    if len(shape(last)) == 2 and (gated := gate_of(last)) is not None:
         parts.append("silu * up")
         last, activation = gated, "silu_mul"
     m, n = shape(product.node)[0], shape(last)[-1]
@@ -234,7 +255,10 @@ def _write_linear(writer: Writer, product: Product) -> str:
     writer.before = last
     added = None if residual is None else writer.view(residual.added, [m, n])
     weight = product.write_weight(writer)
-    out = writer.call(flashmla.gemm.default, product.a, weight, product.bias, added, None, activation)
-    out.meta[FROM_ATEN] = True
+    scale = None if product.scaled is None else write_scale(writer, product.scaled)
+    out = writer.call(flashmla.gemm.default, product.a, weight, product.bias, added, scale, activation)
+    # What is timed against operators of ATen: they have no product with integers.
+    if scale is None:
+        out.meta[FROM_ATEN] = True
     writer.replace(last, writer.view(out, shape(last)))
     return f"{' + '.join(parts)} -> flashmla::gemm"
