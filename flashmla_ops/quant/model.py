@@ -28,6 +28,7 @@ def quantize(
     calibration: Tensor | None = None,  # [n, s] token ids
     held_out: Tensor | None = None,  # [n, s]
     tolerance: float = 0.01,
+    cache: str | None = None,
     keep: Collection[str] = KEEP,
 ) -> Report:
     """Keep the weights of ``model``'s linear layers in integers, in place, for inference; what each became.
@@ -41,13 +42,15 @@ def quantize(
     causal language model of transformers, and memory for its weights in every format. ``held_out`` is text that
     nothing is chosen by. The report has perplexity before and after on both, whether formats are chosen or given.
 
+    ``cache`` is the ``cache_format`` of `enable`, which is then called too: rows of bytes in paged caches of MLA.
+
     A layer stays as it is, and the report says why, if its weight is shared (a head that is tied to the embedding), if
     it is more than an ``nn.Linear``, if its rows are no multiple of 16, and if ``keep`` has its name or the last part
     of it. So do weights that are none of a linear layer: embeddings, experts in one tensor. Where int4 does not fit, a
     smaller group or int8 is taken. Weights on the meta device become empty ones, to load a ``state_dict`` into.
 
     The weights before are gone: `dequantize` returns to linear layers with rounded weights. Raises `ArgumentError` for
-    names that there are not, and for weights that are not finite, leaving the model unchanged.
+    names that there are not, and for weights that are not finite, leaving the model unchanged; and what `enable` does.
     """
     if mixed not in (None, AUTO):
         raise ArgumentError("quantize", "mixed", f"{AUTO!r} or None", repr(mixed))
@@ -61,6 +64,10 @@ def quantize(
     layers = {name: layer for name, layer in linear_layers(model) if formats.get(name, (NATIVE,))[0] != NATIVE}
     for name, layer in layers.items():
         check_weight(layer.weight, f"{name}.weight".removeprefix("."))
+    if cache is not None:
+        from flashmla_ops.integrations.transformers import enable
+
+        enable(model, cache_format=cache)
     before = perplexities(model, texts)
     chosen = {name: formats[name][0] for name in layers}
     notes = {name: note for name, (_, note) in formats.items()}

@@ -189,7 +189,7 @@ def _absorbed(
         return _attend_tokens(q, rows, mask, up, scaling, module.levels)
     seqlens = rows.cache_seqlens if mask is None else mask[:, 0, -1, 0].contiguous()
     out: Tensor
-    options = {"softmax_scale": scaling, "causal": True, "levels": module.levels}
+    options = {"softmax_scale": scaling, "causal": True, "levels": module.levels, "row_format": rows.row_format}
     if (cached := cached_in_pages(layer, rows, seqlens)) is not None:
         sparsity = layer.sparsity
         chosen = select(q, cached, sparsity, 0, scaling)
@@ -267,6 +267,7 @@ def _attend_tokens(
         up,
         up.shape[1],
         softmax_scale=scaling,
+        row_format=rows.row_format,
         levels=levels,
     )
     return out.view(b, s_q, h_q, -1)
@@ -295,5 +296,5 @@ def _expanded(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values expanded by the model's own code, and a mask that SDPA understands. Differentiable."""
     if isinstance(value, Pages):
-        key, value = gather_pages(key, value, module.kv_lora_rank)
+        key, value = gather_pages(key, value, module.kv_lora_rank, query.dtype)
     return *module.expanded(key, value), mask_for_sdpa(mask, query.shape[2], key.shape[2])

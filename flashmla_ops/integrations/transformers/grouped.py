@@ -248,7 +248,7 @@ def _masked(
         if scored:
             raise UnsupportedModelError(f"layer {module.layer_idx} attends with {sorted(scored)} and a mask by head")
     if isinstance(value, Pages):
-        rows = contiguous_rows(*gather_pages(key, value, d_v))
+        rows = contiguous_rows(*gather_pages(key, value, d_v, q.dtype))
     scale = options["softmax_scale"]
     out: Tensor = torch.ops.flashmla.attend_masked(q, rows.kv_cache, rows.k_cache, mask, d_v, d_v, scale)
     return out
@@ -264,5 +264,5 @@ def _expanded(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and a mask that SDPA understands. Differentiable."""
     if isinstance(value, Pages):
-        value, key = gather_pages(key, value, key.shape[-1] - query.shape[-1])
+        value, key = gather_pages(key, value, key.shape[-1] - query.shape[-1], query.dtype)
     return key, value, mask_for_sdpa(mask, query.shape[2], key.shape[2])

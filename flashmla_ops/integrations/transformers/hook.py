@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from flashmla_ops.errors import UnsupportedModelError
+from flashmla_ops.errors import ArgumentError, UnsupportedModelError
+from flashmla_ops.formats import NATIVE, QUANTIZED
 from flashmla_ops.integrations.transformers import configs
 from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION, absorbed_attention
 from flashmla_ops.integrations.transformers.batching import batch_latents, unbatch_latents
@@ -38,7 +39,11 @@ AttentionInterface.register(PAGED + ABSORBED_ATTENTION, absorbed_attention)
 AttentionInterface.register(PAGED + GROUPED_ATTENTION, grouped_attention)
 
 
-def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None) -> int:
+#: kv_lora_rank and qk_rope_head_dim of the models whose latents have formats of bytes.
+LATENTS = (512, 64)
+
+
+def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None, cache_format: str = NATIVE) -> int:
     """Let ``model`` attend through `torch.ops.flashmla.*`, in place, on its own cache.
 
     MLA attends through `flashmla::decode_up` where queries are short, absorbed; prefill expands the cache chunk by
@@ -54,8 +59,13 @@ def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None) -> int:
     `DynamicCache`, a `PagedLatentCache` or a `StaticPagedLatentCache`; prefill and other caches are dense.
     ``sparsity.report()`` says what was skipped.
 
-    Returns the number of attention modules now enabled. Raises `UnsupportedModelError`, leaving the model unchanged, if
-    it has no attention that is known to be exact, or one that is not.
+    With ``cache_format`` the rows of a `PagedLatentCache` or a `StaticPagedLatentCache` that is made for the model
+    later are bytes ("int8_g128", "fp8_v32", "int4_g32"; `flashmla_ops.formats`), for MLA whose latents and rotary keys
+    have 512 and 64 elements. Other caches keep rows as they are, and a `FallbackWarning` says so.
+
+    Returns the number of attention modules now enabled. Raises, leaving the model unchanged, `UnsupportedModelError` if
+    it has no attention that is known to be exact, or one that is not, and `ArgumentError` for a format that there is
+    not, that does not fit the model's rows, or that comes with sparsity, which reads elements.
     """
     modules = served_modules(model)
     if not modules:
@@ -64,6 +74,7 @@ def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None) -> int:
         if reason := unserved(module):
             raise UnsupportedModelError(f"{name}{reason}")
     family = family_of(modules[0][1])
+    check_format(modules, cache_format, sparsity)
     configs.separate(model, family.attention)
     told = next((module.told_fallbacks for _, module in modules if isinstance(module, Served)), set())
     for _, module in modules:
@@ -71,7 +82,7 @@ def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None) -> int:
             specialise(module, family.mixin)
             module.told_fallbacks = told
         if sparsity is not None or mixin_of(module) is family.mixin:  # and not to None that of a `FlashMLALayer`
-            module.sparsity = sparsity
+            module.sparsity, module.cache_format = sparsity, cache_format
     configs.choose(model, {module.config.model_type for _, module in modules}, family.attention)
     if family is MLA:
         batch_latents(model)
@@ -91,7 +102,7 @@ def disable(model: nn.Module) -> None:
     for module in modules:
         if mixin_of(module) in (family.mixin, None):  # and not those of a `FlashMLALayer`, which stays one
             restore(module, family.mixin)
-            del module.told_fallbacks, module.sparsity
+            del module.told_fallbacks, module.sparsity, module.cache_format
     unbatch_latents(model)
     configs.reunite(model, family.attention)
 
@@ -119,6 +130,25 @@ def why_not(model: nn.Module) -> list[str]:
         return [nothing_served(model)]
     reasons = [(name, unserved(each) or _not_enabled(each) or _never_served(each)) for name, each in modules]
     return [f"{name}{reason}" for name, reason in reasons if reason]
+
+
+def check_format(modules: list[tuple[str, AttentionModule]], cache_format: str, sparsity: object) -> None:
+    """Raise `ArgumentError` unless the rows of all modules can be kept in a format."""
+    formats = (NATIVE, *(name for name, each in QUANTIZED.items() if each.elements == sum(LATENTS)))
+    if cache_format not in formats:
+        raise ArgumentError("enable", "cache_format", f"one of {', '.join(formats)}", cache_format)
+    if cache_format == NATIVE:
+        return
+    expected = f"a model with latents of {LATENTS[0]} and {LATENTS[1]} elements, which {cache_format} rows hold"
+    for name, module in modules:
+        found = "keys and values of each head"
+        if family_of(module) is MLA:
+            sizes = (module.kv_lora_rank, module.qk_rope_head_dim)
+            found = "" if sizes == LATENTS else f"{sizes[0]} and {sizes[1]}"
+        if found:
+            raise ArgumentError("enable", "cache_format", expected, f"{found} in {name}")
+    if sparsity is not None:
+        raise ArgumentError("enable", "cache_format", f"{NATIVE!r} with sparsity", cache_format)
 
 
 def served_modules(model: nn.Module) -> list[tuple[str, AttentionModule]]:

@@ -17,9 +17,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
+from flashmla_ops.formats import NATIVE
 from flashmla_ops.integrations.transformers.families import MLA, family_of
 from flashmla_ops.integrations.transformers.hook import all_served, served_modules
 from flashmla_ops.integrations.transformers.rows import Pages
+from flashmla_ops.integrations.transformers.served import Served
 from flashmla_ops.integrations.transformers.summarized import Summarizing
 from flashmla_ops.kv_cache import KVPool, Sequence, as_cache
 
@@ -29,8 +31,11 @@ DEFAULT_PAGES = 256
 class PagedLatentCache(Cache):  # type: ignore[misc]
     """A growing cache for ``generate``: all layers share one block table, and beams share pages until they write.
 
+    Its rows are kept in the format that `enable` was given.
     Serves greedy, sampled, beam, assisted and chunked generation, and several turns on one cache.
     """
+
+    takes_formats = True
 
     def __init__(self, model: nn.Module, *, n_pages: int = DEFAULT_PAGES, page_size: int = 64) -> None:
         """A pool of ``n_pages`` pages of ``page_size`` tokens for all sequences of a batch together.
@@ -41,8 +46,9 @@ class PagedLatentCache(Cache):  # type: ignore[misc]
         When pages run out, the forward raises `OutOfPagesError`.
         """
         self.sequences = PagedSequences(n_pages, page_size)
-        layout = row_layout(model)
-        super().__init__(layers=[PagedLatentLayer(self.sequences, layout) for _ in range(count_layers(model))])
+        layout, row_format = row_layout(model), format_of(model)
+        layers = [PagedLatentLayer(self.sequences, layout, row_format) for _ in range(count_layers(model))]
+        super().__init__(layers=layers)
 
     @property
     def batch_size(self) -> int:
@@ -127,14 +133,15 @@ class PagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, sequences: PagedSequences, layout: RowLayout) -> None:
+    def __init__(self, sequences: PagedSequences, layout: RowLayout, row_format: str) -> None:
         super().__init__()
+        self.row_format = row_format
         self.sequences = sequences
         self.layout = layout
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.slab = add_slab(self.sequences.pool, key_states, value_states)
+        self.slab = add_slab(self.sequences.pool, key_states, value_states, self.row_format)
         self.qk_start = key_start(self.layout, key_states, value_states)
         self.make_summaries()
         self.is_initialized = True
@@ -151,10 +158,10 @@ class PagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         b, _, n, _ = key_states.shape
         view, slots = self.sequences.extend(b, self.length + n)
-        append_rows(self.slab, self.layout(key_states, value_states), slots)
+        append_rows(self.slab, self.layout(key_states, value_states), slots, self.row_format)
         self.summarize(slots)
         self.length += n
-        return self.slab, view
+        return self.slab, view._replace(row_format=self.row_format)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -173,6 +180,8 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
     generation, for batches of one size.
     """
 
+    takes_formats = True
+
     def __init__(self, model: nn.Module, max_cache_len: int, *, page_size: int = 64) -> None:
         """Room for ``max_cache_len`` tokens in each sequence of the first batch. Raises as `PagedLatentCache` does.
 
@@ -182,8 +191,8 @@ class StaticPagedLatentCache(Cache):  # type: ignore[misc]
         if max_cache_len < 1:
             raise ArgumentError("StaticPagedLatentCache", "max_cache_len", "at least 1", max_cache_len)
         self.page_size = page_size
-        layout = row_layout(model)
-        layers = [StaticPagedLatentLayer(self, max_cache_len, layout) for _ in range(count_layers(model))]
+        layout, row_format = row_layout(model), format_of(model)
+        layers = [StaticPagedLatentLayer(self, max_cache_len, layout, row_format) for _ in range(count_layers(model))]
         super().__init__(layers=layers)
         self.pool: KVPool | None = None
         self.batch: list[Sequence] = []
@@ -272,8 +281,9 @@ class StaticPagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: StaticPagedLatentCache, max_cache_len: int, layout: RowLayout) -> None:
+    def __init__(self, cache: StaticPagedLatentCache, max_cache_len: int, layout: RowLayout, row_format: str) -> None:
         super().__init__()
+        self.row_format = row_format
         self.cache = cache
         self.layout = layout
         self.max_cache_len = max_cache_len
@@ -281,7 +291,7 @@ class StaticPagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pool, self.block_table = self.cache.reserve(key_states.shape[0], key_states.device)
-        self.slab = add_slab(pool, key_states, value_states)
+        self.slab = add_slab(pool, key_states, value_states, self.row_format)
         self.qk_start = key_start(self.layout, key_states, value_states)
         self.make_summaries()
         self.cumulative_length = self.cumulative_length.to(key_states.device)
@@ -311,11 +321,11 @@ class StaticPagedLatentLayer(Summarizing, CacheLayerMixin):  # type: ignore[misc
         slots = slot_mapping(self.block_table, torch.where(inside, positions, 0), self.cache.page_size)
         # A compiled step cannot look: a token past the end gets a slot past the end, which append_ refuses by name.
         slots = torch.where(inside.flatten(), slots, self.block_table.numel() * self.cache.page_size)
-        append_rows(self.slab, self.layout(key_states, value_states), slots)
+        append_rows(self.slab, self.layout(key_states, value_states), slots, self.row_format)
         self.summarize(slots)
         self.cumulative_length.add_(n)
         seqlens = self.cumulative_length.to(torch.int32).expand(b).contiguous()
-        return self.slab, Pages(self.block_table, seqlens, self.max_cache_len)
+        return self.slab, Pages(self.block_table, seqlens, self.max_cache_len, self.row_format)
 
     def reset(self) -> None:
         if self.is_initialized:
@@ -359,6 +369,11 @@ def row_layout(model: nn.Module) -> RowLayout:
     return keys_first if any(family_of(module) is MLA for _, module in served_modules(model)) else values_first
 
 
+def format_of(model: nn.Module) -> str:
+    """How `enable` was told to keep the rows of the model's paged caches."""
+    return next((module.cache_format for _, module in served_modules(model) if isinstance(module, Served)), NATIVE)
+
+
 def keys_first(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
     return key_states, value_states
 
@@ -373,10 +388,13 @@ def key_start(layout: RowLayout, key_states: Tensor, value_states: Tensor) -> in
     return 0 if first is key_states else first.shape[-1]
 
 
-def add_slab(pool: KVPool, key_states: Tensor, value_states: Tensor) -> Tensor:
-    """A layer of rows of the states' widths, dtype and device."""
-    d = key_states.shape[-1] + value_states.shape[-1]
-    layer = pool.add_layer(d, h_kv=key_states.shape[1], dtype=key_states.dtype, device=key_states.device)
+def add_slab(pool: KVPool, key_states: Tensor, value_states: Tensor, row_format: str) -> Tensor:
+    """A layer of rows of the states' widths, dtype and device, or of the format's bytes."""
+    if row_format == NATIVE:
+        d = key_states.shape[-1] + value_states.shape[-1]
+        layer = pool.add_layer(d, h_kv=key_states.shape[1], dtype=key_states.dtype, device=key_states.device)
+    else:
+        layer = pool.add_layer(format=row_format, h_kv=key_states.shape[1], device=key_states.device)
     return pool.storage.slabs[layer][0]
 
 
@@ -390,10 +408,10 @@ def slot_mapping(
     return (pages * page_size + positions % page_size).flatten()
 
 
-def append_rows(slab: Tensor, states: tuple[Tensor, Tensor], slots: Tensor) -> None:
+def append_rows(slab: Tensor, states: tuple[Tensor, Tensor], slots: Tensor, row_format: str) -> None:
     """Write the states ``[b, h_kv, n, d]`` of n tokens of b sequences to ``slots [b * n]``."""
     rows = torch.cat(states, dim=-1).transpose(1, 2).flatten(0, 1)
-    torch.ops.flashmla.append_(as_cache(slab), rows, slots)
+    torch.ops.flashmla.append_(as_cache(slab), rows, slots, row_format)
 
 
 def length_after_crop(length: int, tokens_to_remove: int | Tensor) -> int:

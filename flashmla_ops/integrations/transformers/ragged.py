@@ -148,7 +148,7 @@ def attend_ragged(
         out[tokens] = attend(q[tokens], Batch(own, batch.some(sequences)))
     if many:
         sequences, tokens, own = chosen(many)
-        kv_cache, k_cache, block_table, _, _ = batch.some(sequences)
+        kv_cache, k_cache, block_table, *_ = batch.some(sequences)
         new, cached = (q[tokens], keys[tokens], values[tokens], own), (kv_cache, k_cache, block_table)
         out[tokens] = prefill_with_prefix(*new, *cached, batch.prefix_lens()[sequences], **options)[0]
     return out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.formats import NATIVE
 from flashmla_ops.nn.prefix import Expand, Span, gather, prefill_with_prefix
 from flashmla_ops.ops.check import FLOATS
 
@@ -22,6 +23,7 @@ class Pages(NamedTuple):
     block_table: Tensor  # [b, max_pages] int32
     cache_seqlens: Tensor  # [b] int32, the tokens in the cache, new ones included
     s_kv: int  # the length that the mask covers: the tokens in the cache, or its capacity where that is static
+    row_format: str = NATIVE
 
 
 class Rows(NamedTuple):
@@ -32,6 +34,7 @@ class Rows(NamedTuple):
     block_table: Tensor  # [b, max_pages] int32
     cache_seqlens: Tensor  # [b] int32
     s_kv: int
+    row_format: str = NATIVE
 
 
 def contiguous_rows(
@@ -52,12 +55,17 @@ def paged_rows(slab: Tensor, pages: Pages) -> Rows:
     return Rows(slab.transpose(1, 2), None, *pages)
 
 
-def gather_pages(slab: Tensor, pages: Pages, d_first: int) -> tuple[Tensor, Tensor]:
-    """The rows of all sequences as transformers has them, in two parts: ``[b, h_kv, s_kv, d]`` of each."""
+def gather_pages(slab: Tensor, pages: Pages, d_first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows of all sequences as transformers has them, in two parts ``[b, h_kv, s_kv, d]`` of ``dtype``."""
     found = slab[pages.block_table.long()]  # [b, max_pages, h_kv, page_size, d]
-    rows = found.transpose(1, 2).flatten(2, 3)[:, :, : pages.s_kv]
+    rows = elements(found.transpose(1, 2).flatten(2, 3)[:, :, : pages.s_kv], pages.row_format, dtype)
     first, second = rows.split([d_first, rows.shape[-1] - d_first], dim=-1)
     return first, second
+
+
+def elements(rows: Tensor, row_format: str, dtype: torch.dtype) -> Tensor:
+    """Rows as they are stored ``[..., d]``, as elements."""
+    return rows if row_format == NATIVE else torch.ops.flashmla.dequantize_rows(rows, row_format, dtype)
 
 
 def token_pages(rows: Rows, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -89,7 +97,8 @@ def dtype_obstacle(query: Tensor, rows: Rows, *weights: Tensor) -> str:
     """Why the operators do not take these dtypes; empty if they do."""
     if query.dtype not in FLOATS:
         return f"no operator takes {query.dtype}"
-    others = [tensor for tensor in (rows.kv_cache, rows.k_cache, *weights) if tensor is not None]
+    cached = (rows.kv_cache, rows.k_cache) if rows.row_format == NATIVE else ()
+    others = [tensor for tensor in (*cached, *weights) if tensor is not None]
     if any(tensor.dtype != query.dtype for tensor in others):
         what = "the cache and the weights of kv_b_proj" if weights else "the cache"
         return f"queries are {query.dtype}, but not {what}, as under autocast"
@@ -115,8 +124,12 @@ def prefill_behind(
     """
     b, s_q, h_q, d_qk = q.shape
     cache = (rows.kv_cache, rows.k_cache, rows.block_table)
-    keys, values = split(*gather(*cache, [Span(i, n, n + s_q) for i, n in enumerate(prefix_lens.tolist())]))
+    spans = [Span(i, n, n + s_q) for i, n in enumerate(prefix_lens.tolist())]
+    first, second = gather(*cache, spans, rows.row_format)
+    keys, values = split(elements(first, rows.row_format, q.dtype), second)
     cu_seqlens = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=q.device)
     flat = q.reshape(b * s_q, h_q, d_qk)
-    out, _ = prefill_with_prefix(flat, keys, values, cu_seqlens, *cache, prefix_lens, **options)
+    out, _ = prefill_with_prefix(
+        flat, keys, values, cu_seqlens, *cache, prefix_lens, row_format=rows.row_format, **options
+    )
     return out.view(b, s_q, h_q, -1)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.errors import FallbackWarning
+from flashmla_ops.formats import NATIVE
 from flashmla_ops.integrations.transformers.specialise import Specialised
 from flashmla_ops.integrations.transformers.summarized import summarized_layer
 from flashmla_ops.sparsity import DynamicSparsity
@@ -32,12 +33,17 @@ class Served(Specialised):
     told_fallbacks: set[str]
     #: How decoding chooses the pages that it attends to; None: all.
     sparsity: DynamicSparsity | None = None
+    #: How the paged caches made for the model keep rows: a name of `flashmla_ops.formats`.
+    cache_format: str = NATIVE
     #: Whether a row of the cache begins with what transformers has as keys, as the latents of MLA are, not values.
     keys_first: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, which hands the layer of a cache that has summaries to the attention function."""
-        if self.sparsity is not None and (cache := cache_among(args, kwargs)) is not None:
+        cache = cache_among(args, kwargs)
+        if self.cache_format != NATIVE and cache is not None and not getattr(cache, "takes_formats", False):
+            self.tell_fallback(f"a {type(cache).__name__} keeps rows as they are, and not as {self.cache_format}")
+        if self.sparsity is not None and cache is not None:
             layer = summarized_layer(cache, self.layer_idx, self.sparsity, keys_first=self.keys_first)
             if layer is None:
                 self.tell_fallback(f"a {type(cache).__name__} has no summaries, so that attention is dense")
