@@ -19,14 +19,14 @@ from torch import Tensor
 
 from bench import vllm
 from bench.runner import OURS, Problem, Work
-from bench.suite import Peer, Suite, describe
+from bench.suite import TOLERANCE, Peer, Suite, describe
 from bench.vllm import checkpoints
 from bench.vllm.engine import TOKEN
 from bench.vllm.engines import Engine
 
 NAME, THEIRS = "serve", "vLLM's own"
-#: Of logits, by the rows: vLLM's own are 5% off in bfloat16. Half of a prompt unseen is an error of 85% and more.
-TOLERANCES = {"native": 0.1, "fp8_v32": 0.2}
+#: Of logits, by the rows. Half of a prompt unseen is an error of 85% and more.
+TOLERANCES = {"native": TOLERANCE["bf16"], "fp8_v32": 4 * TOLERANCE["bf16"]}
 #: Of a call.
 STEPS = 4
 #: Tokens that a sequence may get while it is timed.

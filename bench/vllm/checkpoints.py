@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,5 +47,7 @@ def write(name: str, folder: Path, layers: int, hidden_size: int) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=parameter.size(1) ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return model.float()
+        parameter.copy_(parameter.bfloat16())
+    # A copy, since conversion would round the frequencies of the model's rotary embedding too.
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    return model

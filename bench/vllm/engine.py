@@ -55,8 +55,9 @@ class Decoding:
         compute = model.compute_logits
 
         def compute_logits(*arguments: Any, **options: Any) -> Any:
-            seen[:] = [compute(*arguments, **options)]
-            return seen[0]
+            logits = compute(*arguments, **options)
+            seen[:] = [logits.clone()]  # the sampler masks them in place
+            return logits
 
         model.compute_logits = compute_logits
         return seen

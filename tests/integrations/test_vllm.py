@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from bench import vllm
+from bench.vllm.server import PATIENCE, Server, served
 from flashmla_ops.integrations.vllm.checkpoint import TINY, untied
-from tests.integrations import vllm
 from tests.integrations.grouped import tiny_grouped
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(vllm.MISSING), reason=vllm.MISSING or "-")]
+MISSING = vllm.missing() or ""
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 TOKENS = 12
 BEGINNING = list(range(3, 60))
@@ -29,6 +30,15 @@ ROUNDS = [[[5, 6, 7, 8, 9, 10, 11], [100, 200, 300], BEGINNING], [[*BEGINNING, 7
 #: Several steps for a prompt.
 IN_CHUNKS = {"block_size": 16, "max_num_batched_tokens": 16}
 BODY = {"model": "tiny_mla_lm", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+def run(script: str, job: dict[str, Any]) -> Any:
+    """What a script of tests/support says about a job, in vLLM's Python."""
+    command = [vllm.python(), vllm.ROOT / "tests/support" / script]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run(command, input=json.dumps(job), env=vllm.environment(1, ours=True), **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[int]:
@@ -51,7 +61,7 @@ def model(tiny: Path) -> nn.Module:
 @pytest.mark.parametrize("options", [{}, IN_CHUNKS], ids=["whole", "chunks"])
 def test_mla_has_the_tokens_of_transformers(options: dict[str, Any], tiny: Path, model: nn.Module) -> None:
     job = {"model": str(tiny), "options": options, "tokens": TOKENS, "rounds": ROUNDS}
-    found = vllm.run("vllm_tokens.py", job)
+    found = run("vllm_tokens.py", job)
     assert found["tokens"] == [[greedy(model, prompt) for prompt in prompts] for prompts in ROUNDS]
     assert found["cached"][1] == ([48, 48] if options else [0, 0])  # of pages of 16; a page of 64 is not full
 
@@ -65,17 +75,17 @@ def test_grouped_heads_have_the_tokens_of_transformers(name: str, changes: dict[
     model = tiny_grouped(name, vocab_size=512, **changes)
     model.save_pretrained(tmp_path)
     job = {"model": str(tmp_path), "options": IN_CHUNKS, "tokens": TOKENS, "rounds": ROUNDS}
-    found = vllm.run("vllm_tokens.py", job)
+    found = run("vllm_tokens.py", job)
     assert found["tokens"] == [[greedy(model, prompt) for prompt in prompts] for prompts in ROUNDS]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[vllm.Server]:
-    with vllm.served("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8") as server:
+def server() -> Iterator[Server]:
+    with served(["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"], grpc=True) as server:
         yield server
 
 
-def test_http_answers_two_at_once(server: vllm.Server, model: nn.Module) -> None:
+def test_http_answers_two_at_once(server: Server, model: nn.Module) -> None:
     answers: dict[int, Any] = {}
 
     def ask(at: int) -> None:
@@ -92,14 +102,14 @@ def test_http_answers_two_at_once(server: vllm.Server, model: nn.Module) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_grpc_answers(stream: bool, server: vllm.Server, model: nn.Module) -> None:
+def test_grpc_answers(stream: bool, server: Server, model: nn.Module) -> None:
     job = {"address": server.grpc, "prompt": ROUNDS[0][0], "tokens": TOKENS, "stream": stream}
-    assert vllm.run("vllm_grpc.py", job) == {"tokens": greedy(model, ROUNDS[0][0])}
+    assert run("vllm_grpc.py", job) == {"tokens": greedy(model, ROUNDS[0][0])}
 
 
-def test_grpc_refuses_what_is_too_long(server: vllm.Server) -> None:
+def test_grpc_refuses_what_is_too_long(server: Server) -> None:
     job = {"address": server.grpc, "prompt": [3] * 4000, "tokens": TOKENS, "stream": False}
-    assert vllm.run("vllm_grpc.py", job)["code"] == "INVALID_ARGUMENT"
+    assert run("vllm_grpc.py", job)["code"] == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize(
@@ -115,19 +125,14 @@ def test_grpc_refuses_what_is_too_long(server: vllm.Server) -> None:
     ],
     ids=["long", "many tokens", "no such token", "many answers", "no such model", "cut JSON", "no text"],
 )
-def test_http_says_what_is_wrong(body: Any, status: int, kind: str, server: vllm.Server) -> None:
+def test_http_says_what_is_wrong(body: Any, status: int, kind: str, server: Server) -> None:
     code, answer = server.post(body)
     assert (code, answer["error"]["type"]) == (status, kind)
     assert answer["error"]["message"]
 
 
-def test_a_client_that_dies_leaks_no_page(server: vllm.Server) -> None:
-    body = json.dumps(BODY | {"prompt": BEGINNING, "max_tokens": 1900, "stream": True})
-    request = (
-        f"u.Request({server.url + '/v1/completions'!r}, {body.encode()!r}, {{'Content-Type': 'application/json'}})"
-    )
-    read = f"import urllib.request as u\nr = u.urlopen({request})\nwhile True: print(r.readline(), flush=True)"
-    with subprocess.Popen([sys.executable, "-c", read], stdout=subprocess.PIPE) as client:
+def test_a_client_that_dies_leaks_no_page(server: Server) -> None:
+    with server.client(BODY | {"prompt": BEGINNING, "max_tokens": 1900}) as client:
         assert client.stdout is not None
         client.stdout.readline()
         assert server.metric("num_requests_running") == 1
