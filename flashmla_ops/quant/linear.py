@@ -92,11 +92,13 @@ class QuantizedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
-def pack(layer: nn.Linear, kept: WeightFormat, encoded: tuple[Tensor, Tensor] | None = None) -> None:
-    """Make ``layer`` a `QuantizedLinear`. ``encoded``: what ``kept.encode`` returned for its weight, if called."""
+def pack(
+    layer: nn.Linear, kept: WeightFormat, encoded: tuple[Tensor, Tensor] | None = None, moments: Tensor | None = None
+) -> None:
+    """Make ``layer`` a `QuantizedLinear`. ``encoded``: its weight, encoded before; else ``moments`` are for encoding it."""
     weight = layer.weight
     on_meta = kept.empty(*weight.shape) if weight.is_meta else None
-    packed, scale = encoded or on_meta or kept.encode(weight)
+    packed, scale = encoded or on_meta or kept.encode(weight, moments)
     del layer._parameters["weight"]
     layer.__class__ = QuantizedLinear
     layer.format = kept.name  # type: ignore[assignment]

@@ -9,10 +9,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from flashmla_ops.errors import ArgumentError
+from flashmla_ops.quant.feedback import input_moments
 from flashmla_ops.quant.linear import QuantizedLinear, pack, unpack
 from flashmla_ops.quant.plan import Plan, alternatives, linear_layers, planned
 from flashmla_ops.quant.report import Report, report
-from flashmla_ops.quant.search import check_tokens, search, token_losses
+from flashmla_ops.quant.search import Encoded, check_tokens, search, token_losses
 from flashmla_ops.quant.weights import FORMATS, NATIVE, check_weight
 
 #: Absorbed attention reads these weights as they are.
@@ -37,10 +38,12 @@ def quantize(
     divides it), "int4_g128", "int4_g64", "int4_g32", "int8-attention+int4-mlp" (int4 for the layers of MLPs, int8 for
     the others), or a format for each layer by name, as ``plan`` of a report has them: layers without one stay.
 
-    ``mixed="auto"`` chooses for each layer between that format, those of more bits, and its weight as it is: as few
-    bytes as keep the perplexity of ``calibration`` within ``tolerance`` of before (see `quant.search`). It takes a
-    causal language model of transformers, and memory for its weights in every format. ``held_out`` is text that
-    nothing is chosen by. The report has perplexity before and after on both, whether formats are chosen or given.
+    ``calibration``, text like that which the model will see, lets int4 make up for what it rounds as the layers' inputs
+    there weigh it (see `quant.feedback`). ``mixed="auto"`` chooses for each layer between that format, those of more
+    bits, and its weight as it is: as few bytes as keep the perplexity of every second sequence of ``calibration``, with
+    the others to round by, within ``tolerance`` of before (see `quant.search`); it takes memory for the weights in
+    every format. ``held_out`` is text that nothing is chosen by. Both are for causal language models of transformers;
+    the report has perplexity before and after on them.
 
     ``cache`` is the ``cache_format`` of `enable`, which is then called too: rows of bytes in paged caches of MLA.
 
@@ -69,17 +72,27 @@ def quantize(
 
         enable(model, cache_format=cache)
     before = perplexities(model, texts)
-    chosen = {name: formats[name][0] for name in layers}
+    chosen: dict[str, tuple[str, Encoded | None]] = {name: (formats[name][0], None) for name in layers}
+    moments = {}
+    if calibration is not None:
+        to_round, to_choose = halves(calibration) if mixed == AUTO else (calibration, calibration)
+        moments = input_moments(model, layers, to_round)
     notes = {name: note for name, (_, note) in formats.items()}
     if mixed == AUTO:
-        options = {name: alternatives(layer, chosen[name]) for name, layer in layers.items()}
-        chosen = search(model, options, texts["calibration"], tolerance)
-        notes |= {name: "kept for perplexity" if found == NATIVE else "" for name, found in chosen.items()}
+        options = {name: alternatives(layer, formats[name][0]) for name, layer in layers.items()}
+        chosen = search(model, options, to_choose, tolerance, moments)
+        notes |= {name: "kept for perplexity" if found == NATIVE else "" for name, (found, _) in chosen.items()}
     for name, layer in layers.items():
-        if chosen[name] != NATIVE:
-            pack(layer, FORMATS[chosen[name]])
+        found, encoded = chosen[name]
+        if found != NATIVE:
+            pack(layer, FORMATS[found], encoded, moments.pop(name, None))
     after = perplexities(model, texts)
     return replace(report(model, notes), perplexity={name: (before[name], after[name]) for name in texts})
+
+
+def halves(calibration: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequences to round by, and those to choose formats by: text that rounding has not seen, if there are two."""
+    return (calibration[::2], calibration[1::2]) if len(calibration) > 1 else (calibration, calibration)
 
 
 def perplexities(model: nn.Module, texts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -58,13 +58,18 @@ def search(
     options: Mapping[str, Sequence[str]],  # of each layer, the formats that it may have
     calibration: Tensor,  # [n, s]
     tolerance: float,
-) -> dict[str, str]:
+    moments: Mapping[str, Tensor],
+) -> dict[str, tuple[str, Encoded | None]]:
     """A format for each layer: as few bytes as keep perplexity within ``tolerance`` of before. Leaves ``model`` as is.
 
+    With it comes the weight in that format. ``moments`` are those that `WeightFormat.encode` rounds by.
     The mean change of a token's loss, and `MARGIN` standard errors of it, are within log(1 + tolerance).
     """
     layers = {name: _linear(model, name) for name in options}
-    encoded = {name: {each: FORMATS[each].encode(layers[name].weight) for each in options[name]} for name in options}
+    encoded = {
+        name: {each: FORMATS[each].encode(layers[name].weight, moments.get(name)) for each in options[name]}
+        for name in options
+    }
     before = token_losses(model, calibration)
     costs = estimated_costs(model, layers, encoded, calibration)
     steps = sorted(
@@ -77,7 +82,8 @@ def search(
             change = (token_losses(model, calibration) - before).flatten()
         worst = change.mean() + MARGIN * change.std() / math.sqrt(change.numel())
         fits, fails = (tried, fails) if float(worst) <= math.log1p(tolerance) else (fits, tried)
-    return dict.fromkeys(options, NATIVE) | plan_of(steps[:fits])
+    plan = plan_of(steps[:fits])
+    return {name: (plan[name], encoded[name][plan[name]]) if name in plan else (NATIVE, None) for name in options}
 
 
 def plan_of(steps: Sequence[Step]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from flashmla_ops.errors import ArgumentError
 from flashmla_ops.formats.int8_g128 import encode_integers
 from flashmla_ops.ops.check import FLOAT_NAMES, FLOATS, dtype_name
 from flashmla_ops.panels import PANEL, pack_int4, to_panels
+from flashmla_ops.quant.feedback import round_with_feedback
 from flashmla_ops.reference.gemm import values
 
 #: A weight that stays as it is.
@@ -42,18 +43,27 @@ class WeightFormat:
             return f"{n} rows, no multiple of {PANEL}"
         return f"rows of {k}, no multiple of {self.group}" if self.group and k % self.group else ""
 
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, weight: Tensor, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A weight ``[n, k]`` as panels, and scales as `flashmla::gemm` takes them: ``[n]`` or panels.
 
+        ``moments [k, k]``: of the inputs, by which int4 rounds with `feedback`; None: each group by itself.
         Raises `ArgumentError` for sizes and types that do not fit, and for elements that are not finite.
         """
         check_weight(weight)
         if reason := self.obstacle(*weight.shape):
             raise ArgumentError("quantize", "weight", f"a weight that {self.name} fits", reason)
         rows = max(1, AT_ONCE // max(1, weight.size(1)))
-        parts = [self.round(part.float()) for part in weight.detach().split(rows)]
+        feeds = moments is not None and self.bits == 4
+        parts = [
+            self.round_fed(part.float(), moments) if feeds else self.round(part.float())
+            for part in weight.detach().split(weight.size(0) if feeds else rows)
+        ]
         codes, scale = (torch.cat(each) for each in zip(*parts, strict=True))
         return (pack_int4(codes), to_panels(scale)) if self.bits == 4 else (to_panels(codes), scale)
+
+    def round_fed(self, weight: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert moments is not None
+        return round_with_feedback(weight, moments, self.group, self.round, _codes)
 
     def empty(self, n: int, k: int) -> tuple[Tensor, Tensor]:
         """The shapes and types of `encode`, on the meta device."""

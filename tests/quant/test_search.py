@@ -45,7 +45,7 @@ def test_the_search_changes_nothing() -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     options = {name: ["int8", "int4_g32"] for name in quantize(tiny_model("llama")).plan}
-    search(model, options, ids, 0.01)
+    search(model, options, ids, 0.01, {})
     assert [*model.state_dict()] == [*state]
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
