@@ -95,7 +95,7 @@ class QuantizedLinear(nn.Linear):
 def pack(
     layer: nn.Linear, kept: WeightFormat, encoded: tuple[Tensor, Tensor] | None = None, moments: Tensor | None = None
 ) -> None:
-    """Make ``layer`` a `QuantizedLinear`. ``encoded``: its weight, encoded before; else ``moments`` are for encoding it."""
+    """Make ``layer`` a `QuantizedLinear`. ``encoded``: its weight, encoded before; ``moments``: to encode it by."""
     weight = layer.weight
     on_meta = kept.empty(*weight.shape) if weight.is_meta else None
     packed, scale = encoded or on_meta or kept.encode(weight, moments)

@@ -408,7 +408,7 @@ def slot_mapping(
     return (pages * page_size + positions % page_size).flatten()
 
 
-def append_rows(slab: Tensor, states: tuple[Tensor, Tensor], slots: Tensor, row_format: str) -> None:
+def append_rows(slab: Tensor, states: tuple[Tensor, Tensor], slots: Tensor, row_format: str = NATIVE) -> None:
     """Write the states ``[b, h_kv, n, d]`` of n tokens of b sequences to ``slots [b * n]``."""
     rows = torch.cat(states, dim=-1).transpose(1, 2).flatten(0, 1)
     torch.ops.flashmla.append_(as_cache(slab), rows, slots, row_format)
