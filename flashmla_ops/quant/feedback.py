@@ -53,21 +53,23 @@ def round_with_feedback(
     """Codes and scales by groups along k, each scale chosen for what the columns are when their turn comes."""
     u = _inverse_factor(moments)
     left = weight.clone()
-    codes, scales = torch.empty_like(weight, dtype=torch.int8), []
+    codes, scales = torch.empty(weight.shape[::-1], dtype=torch.int8), []
     for start in range(0, weight.size(1), group):
-        block, stop = left[:, start : start + group], start + group
-        scale = round_group(block)[1]
-        factor = scale.float().where(scale != 0, 1.0)
-        errors = torch.empty_like(block)
-        for j in range(group):
-            column, row = block[:, j : j + 1], u[start + j, start + j : stop]
+        stop = start + group
+        scale = round_group(left[:, start:stop])[1]
+        factor = scale.float().where(scale != 0, 1.0).flatten()
+        # A column of the weight is a row here: it is read as it lies.
+        columns = left[:, start:stop].mT.contiguous()
+        errors = torch.empty_like(columns)
+        for j, column in enumerate(columns):
             code = codes_of(column, factor)
-            codes[:, start + j : start + j + 1] = code
-            errors[:, j : j + 1] = (column - code * factor) / row[0]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * row[1:]
-        left[:, stop:] -= errors @ u[start:stop, stop:]
+            codes[start + j] = code
+            row = u[start + j, start + j : stop]
+            errors[j] = (column - code * factor) / row[0]
+            columns[j + 1 :].addr_(row[1:], errors[j], alpha=-1)
+        left[:, stop:] -= errors.mT @ u[start:stop, stop:]
         scales.append(scale)
-    return codes, torch.cat(scales, dim=1)
+    return codes.mT.contiguous(), torch.cat(scales, dim=1)
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:
