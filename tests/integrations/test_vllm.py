@@ -34,11 +34,16 @@ BODY = {"model": "tiny_mla_lm", "temperature": 0, "ignore_eos": True, "return_to
 
 def run(script: str, job: dict[str, Any]) -> Any:
     """What a script of tests/support says about a job, in vLLM's Python."""
+    return run_and_log(script, job)[0]
+
+
+def run_and_log(script: str, job: dict[str, Any]) -> tuple[Any, str]:
+    """That, and all that was printed."""
     command = [vllm.python(), vllm.ROOT / "tests/support" / script]
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PATIENCE}
     done = subprocess.run(command, input=json.dumps(job), env=vllm.environment(1, ours=True), **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
 
 def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[int]:
@@ -77,6 +82,15 @@ def test_grouped_heads_have_the_tokens_of_transformers(name: str, changes: dict[
     job = {"model": str(tmp_path), "options": IN_CHUNKS, "tokens": TOKENS, "rounds": ROUNDS}
     found = run("vllm_tokens.py", job)
     assert found["tokens"] == [[greedy(model, prompt) for prompt in prompts] for prompts in ROUNDS]
+
+
+def test_alibi_is_left_to_vllm_and_that_is_said(tmp_path: Path) -> None:
+    model = tiny_grouped("bloom", vocab_size=512, hidden_size=128)
+    model.save_pretrained(tmp_path)
+    job = {"model": str(tmp_path), "options": {}, "tokens": TOKENS, "rounds": ROUNDS}
+    found, said = run_and_log("vllm_tokens.py", job)
+    assert found["tokens"] == [[greedy(model, prompt) for prompt in prompts] for prompts in ROUNDS]
+    assert said.count("flashmla leaves layers with ALiBi to vLLM's own CPU_ATTN") == 1
 
 
 @pytest.fixture(scope="module")
