@@ -24,6 +24,7 @@ class PageMass {
   static constexpr int W = Isa::W;
   using Pairs = typename VectorOf<uint64_t, W / 2>::type;
   using HalfU = typename VectorOf<uint32_t, W / 2>::type;
+  static constexpr int64_t kLine = 64, kTokensAhead = 8;
   static constexpr int kRows = W == 16 ? 4 : 2;  // of a score tile, which is four vectors of tokens wide
 
 public:
@@ -53,9 +54,9 @@ public:
     const int64_t last = divided(item_.length - call_.s_q + 1) - always.local_pages;
     for (int64_t page = item_.begin; page < item_.end; page++) {
       if (page >= always.sink_pages && page < last) {
-        const char* summary = call_.summaries.data + number(page) * call_.summaries.page_stride +
-                              item_.kv_head * call_.summaries.head_stride;
-        estimate(page, summary);
+        // Pages lie anywhere, so that no processor fetches the next one by itself.
+        ahead_ = page + 1 < std::min(item_.end, last) ? summary_of(page + 1) : nullptr;
+        estimate(page, summary_of(page));
       } else {
         exact(page);
       }
@@ -71,6 +72,10 @@ private:
   int64_t divided(int64_t length) const { return (length + call_.keys.page_size - 1) / call_.keys.page_size; }
   int64_t number(int64_t page) const {
     return call_.block_table[item_.sequence * call_.block_table_stride[0] + page * call_.block_table_stride[1]];
+  }
+  const char* summary_of(int64_t page) const {
+    return call_.summaries.data + number(page) * call_.summaries.page_stride +
+           item_.kv_head * call_.summaries.head_stride;
   }
   int64_t at(int64_t row, int64_t page) const {
     const int64_t head = item_.kv_head * group_ + row % group_;
@@ -144,11 +149,18 @@ private:
     unpack(summary + layout.step(), step_);
     for (int64_t r = 0; r < rows_; r++) weigh(r, radius);
     const char* words = summary + layout.words();
+    const int64_t before = words - summary;
+    for (int64_t i = 0; ahead_ && i < before; i += kLine) __builtin_prefetch(ahead_ + i, 0, 3);
+    if (ahead_) ahead_ += before;
     for (int64_t t = 0; t < tokens_; t += 4 * W) {
-      int64_t r = 0;
       const bool wide = t + 4 * W <= tokens_;
+      int64_t r = 0;
       for (; r + kRows <= rows_; r += kRows) wide ? score<kRows, 4>(words, t, r) : score_rest<kRows>(words, t, r);
-      for (; r < rows_; r++) wide ? score<1, 4>(words, t, r) : score_rest<1>(words, t, r);
+      if constexpr (kRows == 4) {
+        if (r + 3 <= rows_) wide ? score<3, 4>(words, t, r) : score_rest<3>(words, t, r), r += 3;
+        if (r + 2 <= rows_) wide ? score<2, 4>(words, t, r) : score_rest<2>(words, t, r), r += 2;
+      }
+      if (r < rows_) wide ? score<1, 4>(words, t, r) : score_rest<1>(words, t, r);
     }
     for (int64_t r = 0; r < rows_; r++)
       put(r, page, log_sum(scores_ + r * stride_, call_.keys.page_size), about_[r].slack);
@@ -190,12 +202,23 @@ private:
   // Scores of R query rows and V vectors of tokens.
   template <int R, int V>
   void score(const char* words, int64_t t, int64_t r) {
-    I sums[R][V] = {};
+    I sums[R][V];
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) {  // gcc fills an array that is set to {} by an instruction that takes forty cycles
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sums[i][v] = I{};
+    }
+    const char* ahead = r == 0 ? ahead_ : nullptr;
     const U low = Isa::set1(uint32_t{0x000f000f});
     for (int64_t j = 0; j < (d_ + 7) / 8; j++) {
       U eight[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) std::memcpy(&eight[v], words + (j * tokens_ + t + v * W) * 4, sizeof(U));
+      if (ahead) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < V * int64_t(sizeof(U)); i += kLine)
+          __builtin_prefetch(ahead + (j * tokens_ + t) * 4 + i, 0, 3);
+      }
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
         U codes[V];
@@ -209,8 +232,10 @@ private:
         }
       }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
       const F unit = Isa::set1(about_[r + i].unit), centre = Isa::set1(about_[r + i].centre);
+#pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         Isa::store(scores_ + (r + i) * stride_ + t + v * W,
                    Isa::fma(__builtin_convertvector(sums[i][v], F), unit, centre));
@@ -301,6 +326,7 @@ private:
       const int64_t here = std::min<int64_t>(W, n - t);
       for (int64_t i = 0; i < here; i++) {
         widen(number, t + i);
+        if (t + i + kTokensAhead < n) fetch(number, t + i + kTokensAhead);
         for (int64_t r = 0; r <= rows_; r++) {
           const float* q = r < rows_ ? queries_ + r * padded_ : key_;
           F sum{};
@@ -320,16 +346,22 @@ private:
     }
   }
 
+  const T* row(const FlashmlaCache& cache, int64_t page, int64_t token) const {
+    return static_cast<const T*>(cache.data) + page * cache.page_stride + token * cache.token_stride +
+           item_.kv_head * cache.head_stride;
+  }
+  void fetch(int64_t page, int64_t token) const {
+    const FlashmlaKeys& keys = call_.keys;
+    const auto* at = reinterpret_cast<const char*>(row(keys.kv, page, token) + keys.qk_start);
+    for (int64_t i = 0; i < (keys.kv.d - keys.qk_start) * int64_t(sizeof(T)); i += kLine)
+      __builtin_prefetch(at + i, 0, 3);
+  }
   // The key of a token, in key_.
   void widen(int64_t page, int64_t token) {
     const FlashmlaKeys& keys = call_.keys;
-    const auto row = [&](const FlashmlaCache& cache) {
-      return static_cast<const T*>(cache.data) + page * cache.page_stride + token * cache.token_stride +
-             item_.kv_head * cache.head_stride;
-    };
     const int64_t first = keys.kv.d - keys.qk_start;
-    convert(row(keys.kv) + keys.qk_start, first, key_);
-    if (keys.k.d) convert(row(keys.k), keys.k.d, key_ + first);
+    convert(row(keys.kv, page, token) + keys.qk_start, first, key_);
+    if (keys.k.d) convert(row(keys.k, page, token), keys.k.d, key_ + first);
     for (int64_t i = d_; i < padded_; i++) key_[i] = 0;
   }
   static void convert(const T* from, int64_t n, float* to) {
@@ -346,6 +378,7 @@ private:
   uint32_t* weights_;
   About* about_;
   uint64_t* signs_;
+  const char* ahead_ = nullptr;  // the summary of the next page, or null
   float cosines_[kPlanes + 1];
   bool signed_ = false;
 };
