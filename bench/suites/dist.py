@@ -70,7 +70,7 @@ def problem(case: DistCase, peers: Sequence[Peer[Any]], cold_bytes: int) -> Prob
     for name, (make, ranks) in made.makes.items():
         _ranks(case.ranks).run(_keep, name, make, case, shared[name], ranks=ranks)
     calls = {name: functools.partial(_measure, case, name, made.makes[name][1], shared[name]) for name in made.makes}
-    return Problem(work, calls, {}, made.expected)
+    return Problem(work, calls, {}, made.expected, crowded=case.ranks > 1)
 
 
 @dataclass(frozen=True)
