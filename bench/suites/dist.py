@@ -284,21 +284,20 @@ def _message(case: DistCase) -> Tensor:
 def _exchange(case: DistCase) -> Call:
     import torch.distributed as dist
 
-    mine = _message(case)
-    parts = [torch.empty_like(mine) for _ in range(case.ranks)]
+    from flashmla_ops.parallel.collectives import added, gathered
+
+    mine, theirs = _message(case), _message(case)
     rank = dist.get_rank()
 
     def call() -> Tensor | None:
         if case.way == "all_gather":
-            dist.all_gather(parts, mine)
-            return _first(parts[-1])
+            return _first(gathered(mine, None)[-1])
         if case.way == "all_reduce":
-            dist.all_reduce(mine, dist.ReduceOp.MAX)
-            return _first(mine)
+            return _first(added(mine, None) / case.ranks)
         # There and back.
         for sender in range(2):
-            dist.send(mine, 1 - rank) if rank == sender else dist.recv(parts[0], 1 - rank)
-        return _first(parts[0])
+            dist.send(mine, 1 - rank) if rank == sender else dist.recv(theirs, 1 - rank)
+        return _first(theirs)
 
     return call
 
