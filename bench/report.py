@@ -41,8 +41,8 @@ against float64. [CONTRIBUTING.md](../CONTRIBUTING.md) says how we time."""
 SHARES = """"Share of the limit" is the time that the machine needs at least, by limits measured in the same run, over
 the time of a call: median over the cases of a suite (least to most). The best peer is, in each case, the fastest of
 those that `make bench-peers` installs and that computed the right result, on the same pages through the same table; in
-`decode_up`, `decode_shapes` and `scaling` it is our own kernels instead, as two calls, in the usual shape and on fewer
-threads."""
+`decode_up`, `decode_shapes`, `scaling` and `dist` it is our own kernels instead, as two calls, in the usual shape, on
+fewer threads and in one process."""
 
 Row = Mapping[str, Any]
 
