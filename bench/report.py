@@ -51,7 +51,8 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All committed results of suites, quick ones left out, in the order of their file names."""
     files = sorted(path for path in folder.glob("*.json") if not path.stem.endswith("-quick"))
     found = [json.loads(path.read_text()) for path in files]
-    return [results for results in found if "suite" in results]  # cuda_verify.json is a verification, not a timing
+    # Verifications, checks of a GPU and servers under load are no suites of a machine.
+    return [results for results in found if "suite" in results and "host" in results]
 
 
 def group_of(row: Row) -> str:

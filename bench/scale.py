@@ -160,7 +160,7 @@ def step(plan: Plan, sequences: int, tokens: int, parts: Parts, link: Link, seed
         weights=layers * weights,
         cache=layers * b * plan.layers * rows * geometry.row,
         sent=plan.layers * sent,
-        waiting=1 - layers * computed / stage,
+        waiting=max(0.0, 1 - layers * computed / stage),
     )
 
 
@@ -196,8 +196,9 @@ def parts_of(results: Mapping[str, Any]) -> Parts:
 
 
 def _link_of(messages: Sequence[Mapping[str, Any]]) -> Link:
-    """From messages there and back: the latency of the smallest, and the rate at which larger ones take longer."""
-    sends = {r["case"]["bytes"]: measured(r) / 2 for r in messages if r["case"]["way"] == "send"}
+    """From what two ranks tell each other: the latency of the least, and the rate at which more takes longer."""
+    both = [r for r in messages if (r["case"]["way"], r["case"]["ranks"]) == ("all_gather", 2)]
+    sends = {r["case"]["bytes"]: measured(r) for r in both}
     (small, fast), (large, slow) = min(sends.items()), max(sends.items())
     rate = (large - small) / (slow - fast)
     return Link("gloo on one machine", fast - small / rate, rate)
@@ -271,6 +272,8 @@ more than four processes. A rank is one thread of that machine. A step decodes o
 is shown: how many ranks layers, heads, pages and sequences are cut into. Every rank takes its own time for each layer,
 drawn from what was measured, and those that exchange wait for the slowest. Messages go around a ring, as gloo sends
 them. "Scaling" is tokens per second for each rank, beside 8 ranks. Bytes are those of one rank, sent ones in one step.
+Where the parts are set against the whole, a ratio below 1 says that they promise too much: there ranks shared two cores
+with the threads that carry their messages.
 
 ## The parts
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -99,7 +100,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_a_command_runs(command: str) -> None:
     if command.startswith("make "):
-        run("make", "--dry-run", *command.split()[1:])
+        run("make", "--dry-run", *shlex.split(command)[1:])
     elif not any(command.startswith(known) for known in ELSEWHERE):
         run("bash", "-c", command)
 
