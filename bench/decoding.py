@@ -18,6 +18,7 @@ from flashmla_ops.errors import OutOfPagesError
 from flashmla_ops.integrations.transformers import enable
 from flashmla_ops.integrations.transformers.paged_cache import append_rows
 from flashmla_ops.integrations.transformers.rows import Pages
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from flashmla_ops.kv_cache import KVPool, Step
 
 TINY = Path(flashmla_ops.__file__).parent / "fixtures" / "tiny_mla_lm"
@@ -99,7 +100,7 @@ class Decoding(Ours):
         # The prefix form of `flashmla_ops.integrations.transformers.masks`: how many tokens each query sees.
         mask = (positions + 1).to(torch.int32)[:, None, :, None]
         cache = Cache(layers=[_Layer(slabs[0], step, n) for slabs in self.pool.storage.slabs])
-        inputs = {"position_ids": positions, "attention_mask": mask, "past_key_values": cache, "logits_to_keep": 1}
+        inputs = {"position_ids": positions, "attention_mask": mask, CACHE_ARGUMENT: cache, "logits_to_keep": 1}
         following: Tensor = self.model(tokens, **inputs).logits[:, -1].argmax(-1)
         return following
 

@@ -284,8 +284,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="of the suite dist; default: the newest of bench/results")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args()
-    path = options.results or max(RESULTS.glob("dist-*threads.json"), key=lambda each: each.stat().st_mtime)
-    options.document.write_text(document(json.loads(path.read_text())))
+    paths = [options.results] if options.results else RESULTS.glob("dist-*threads.json")
+    newest = max((json.loads(path.read_text()) for path in paths), key=lambda results: results["date"])
+    options.document.write_text(document(newest))
     print(f"wrote {options.document}")
 
 

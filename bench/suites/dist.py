@@ -84,9 +84,9 @@ class Made:
     tolerance: float
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _ranks(n: int) -> local.LocalRanks:
-    """Those of the case before, if they were as many."""
+    """Started once: the processes of other numbers of ranks sleep meanwhile."""
     ranks = local.LocalRanks(n, patience=600)
     atexit.register(ranks.close)
     return ranks

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flashmla_ops.integrations.vllm.__main__ import SETTINGS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,9 +29,8 @@ def environment(threads: int, *, ours: bool, gigabytes: int = 1) -> dict[str, st
     settings = {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(threads),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **SETTINGS,
         "VLLM_CPU_KVCACHE_SPACE": str(gigabytes),
-        "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }

@@ -25,6 +25,8 @@ NATIVE = "native"
 QUANTIZED: dict[str, RowFormat] = {
     each.name: each for each in (FP8_V32, INT8_G128, FP8_MODEL1, FP8_V41, FP4_V41, INT4_G32)
 }
+#: Those of MLA's latents: elements of a latent, and of its rotary key.
+LATENTS = {each.name: (each.values, each.rope) for each in (FP8_V32, INT8_G128, INT4_G32)}
 NAMES = (NATIVE, *QUANTIZED)
 FORMAT_NAMES = ", ".join(NAMES)
 QUANTIZED_NAMES = ", ".join(QUANTIZED)
@@ -53,6 +55,7 @@ __all__ = [
     "FP8_V41",
     "INT4_G32",
     "INT8_G128",
+    "LATENTS",
     "NAMES",
     "NATIVE",
     "QUANTIZED",

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
 from flashmla_ops.parallel.line import OP, Line
+from flashmla_ops.parallel.tensor import checked_config
 
 #: Model types whose layers need nothing but the states of the layer before.
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "gemma2", "llama", "minicpm3", "mistral", "qwen2", "qwen3")
@@ -25,28 +26,22 @@ MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "gemma2", "llama", "minicpm3", "mis
 def pipeline_parallel(model: nn.Module, mesh: DeviceMesh, layers: Sequence[int] | None = None) -> range:
     """Keep of ``model``, in place, the layers of this rank of ``mesh``, which has one dimension.
 
-    Every rank calls it with the same model, before or after `tensor_parallel` over another dimension of a larger mesh
-    and before `enable`, and then calls the model with the same inputs; each gets the logits of the whole. ``layers``
-    says how many each rank has; without it they have equally many, the first ones one more where there is a rest.
+    Every rank calls it with the same model, before or after `enable` and `tensor_parallel` over another dimension of a
+    larger mesh, and then calls the model with the same inputs; each gets the logits of the whole. ``layers`` says how
+    many each rank has; without it they have equally many, the first ones one more where there is a rest.
     ``model.config`` then describes this rank's layers. Returns which they were. Raises, leaving the model as it was,
     `ArgumentError` for a mesh of several dimensions or ``layers`` that are not one positive number for each rank with
     the sum of all, and `UnsupportedModelError` for a model of another type or one that was cut before. In a forward
     raises `NotDifferentiableError` where a gradient is required, and `RankError` if a rank does not answer.
     """
-    if mesh.ndim != 1:
-        raise ArgumentError(OP, "mesh", "a mesh of 1 dimension", f"{mesh.ndim} dimensions")
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in MODEL_TYPES:
-        raise UnsupportedModelError(f"model type {model_type!r} is not known to be cut by layers: {MODEL_TYPES}")
+    config = checked_config(OP, model, mesh, MODEL_TYPES, "layers")
     causal: Any = model
     body = causal.model
     if hasattr(body, "line"):
         raise UnsupportedModelError("the model's layers were spread over ranks before")
     first, last = _span(len(body.layers), mesh, layers)
     line = Line(mesh.get_group())
-    # What is not a module is no part of the model's state.
-    object.__setattr__(body, "line", line)
+    body.line = line
     width = (config.hidden_size, config.vocab_size)
     body.layers = body.layers[first:last]
     for module in body.layers.modules():
@@ -119,6 +114,8 @@ def generate_in_turns(
     """
     from transformers import DynamicCache
 
+    from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
+
     causal: Any = model
     line: Line | None = getattr(causal.model, "line", None)
     if line is None:
@@ -136,7 +133,7 @@ def generate_in_turns(
                     ended[i] |= unread[i][:, 0] == eos_token_id
                 tokens[i] = torch.cat([tokens[i], unread[i]], dim=1)
             if step < max_new_tokens and not ended[i].all():
-                states = causal.model(unread[i], past_key_values=cache, use_cache=True).last_hidden_state
+                states = causal.model(unread[i], use_cache=True, **{CACHE_ARGUMENT: cache}).last_hidden_state
                 if line.is_last:
                     with line.keeping_logits():
                         line.give(causal.lm_head(states[:, -1]).argmax(-1))

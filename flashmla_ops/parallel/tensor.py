@@ -9,6 +9,7 @@ all. All other layers, experts among them, are whole on every rank. Weights stay
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -45,19 +46,14 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
     for a model of another type, or one whose projections are more than ``nn.Linear``. In a forward raises
     `NotDifferentiableError` where a gradient is required, and `RankError` if a rank does not answer.
     """
-    if mesh.ndim != 1:
-        raise ArgumentError(OP, "mesh", "a mesh of 1 dimension", f"{mesh.ndim} dimensions")
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in TO_HEADS:
-        raise UnsupportedModelError(f"model type {model_type!r} is not known to be cut by heads: {', '.join(TO_HEADS)}")
+    config = checked_config(OP, model, mesh, TO_HEADS, "heads")
     ranks = mesh.size()
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, name) % ranks:
             raise ArgumentError(OP, f"model.config.{name}", f"a multiple of {ranks} ranks", getattr(config, name))
     modules: list[Any] = list(model.modules())
     attention = [m for m in modules if hasattr(m, "layer_idx") and hasattr(m, FROM_HEADS)]
-    columns = [getattr(m, name) for m in attention for name in TO_HEADS[model_type] if getattr(m, name, None)]
+    columns = [getattr(m, name) for m in attention for name in TO_HEADS[config.model_type] if getattr(m, name, None)]
     rows = [getattr(m, FROM_HEADS) for m in attention]
     for module in modules:
         if _is_wide(module) and module.gate_proj.out_features % ranks == 0:
@@ -78,6 +74,17 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> int:
         # Before what sends the logits to others.
         head.register_forward_hook(partial(_join, mesh.get_group()), prepend=True)
     return len(attention)
+
+
+def checked_config(op: str, model: nn.Module, mesh: DeviceMesh, known: Collection[str], cut: str) -> Any:
+    """The model's configuration. Raises for a mesh of several dimensions, and for a model type that is not known."""
+    if mesh.ndim != 1:
+        raise ArgumentError(op, "mesh", "a mesh of 1 dimension", f"{mesh.ndim} dimensions")
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in known:
+        raise UnsupportedModelError(f"model type {model_type!r} is not known to be cut by {cut}: {', '.join(known)}")
+    return config
 
 
 def _is_wide(module: Any) -> bool:

@@ -9,10 +9,10 @@ from torch.fx import Node
 
 from lowering.passes.axes import Access, Axis, access
 from lowering.passes.elements import resolve
-from lowering.passes.graph import CONVERSIONS, aten, inputs, known, shape
+from lowering.passes.graph import CONVERSIONS, VIEWS, aten, inputs, known, shape
 
 #: Operators that keep every element and their order.
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+RESHAPES = (*VIEWS, aten.reshape.default)
 
 
 class Residual(NamedTuple):
@@ -24,15 +24,21 @@ class Residual(NamedTuple):
 
 def residual_of(node: Node) -> Residual | None:
     """The addition that is the only use of a product, to a tensor of the same shape and type."""
-    while (user := only_user(node)) is not None and user.target in VIEWS:
+    if (found := addition_behind(node)) is None:
+        return None
+    user, node, added = found
+    return Residual(user, added) if _alike(added, node) else None
+
+
+def addition_behind(node: Node) -> tuple[Node, Node, Node] | None:
+    """The addition that is the only use of a result, behind views: it, the last of these, and what it is added to."""
+    while (user := only_user(node)) is not None and user.target in RESHAPES:
         node = user
     if user is None or user.target != aten.add.Tensor or user.kwargs or len(inputs(user)) != 2:
         return None
     left, right = inputs(user)
     added = right if left is node else left
-    if added is node or not isinstance(added, Node) or not _alike(added, node):
-        return None
-    return Residual(user, added)
+    return None if added is node or not isinstance(added, Node) else (user, node, added)
 
 
 def only_user(node: Node) -> Node | None:

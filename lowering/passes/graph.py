@@ -18,6 +18,7 @@ Size: TypeAlias = Any
 #: Types of the operators.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CONVERSIONS = (prims.convert_element_type.default, aten._to_copy.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 GRADIENT = "a gradient is required, and graphs are rewritten for inference: compile under torch.no_grad()"
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from lowering.passes.axes import Access, Axis, whole
 from lowering.passes.elements import resolve
-from lowering.passes.epilogues import VIEWS, only_user
+from lowering.passes.epilogues import addition_behind, only_user
 from lowering.passes.graph import CONVERSIONS, FLOATS, aten, inputs, known, name_of, prims, shape
 from lowering.passes.writer import Writer
 from lowering.record import Refusal
@@ -53,7 +53,7 @@ def refuse_groups(right: Node) -> None:
     """Raise `Refusal` for a weight ``[n, groups, group]`` that is scaled by group before the product."""
     node = right
     for _ in range(MOST_STEPS):
-        if node.op == "placeholder" or not node.all_input_nodes:
+        if not node.all_input_nodes:
             break
         node = node.all_input_nodes[0]
         if isinstance(x := node.meta.get("val"), torch.Tensor) and x.dtype == torch.int8 and node.op != "call_function":
@@ -92,14 +92,10 @@ def write_scale(writer: Writer, scaled: Scaled) -> Node:
 
 def _with_bias(scaled: Node, n: Any) -> tuple[Node, Node | None]:
     """The sum with one number for each column, where that is all that the scaled product is used for."""
-    node = scaled
-    while (user := only_user(node)) is not None and user.target in VIEWS:
-        node = user
-    if user is None or user.target != aten.add.Tensor or user.kwargs or len(inputs(user)) != 2:
+    if (found := addition_behind(scaled)) is None:
         return scaled, None
-    left, right = inputs(user)
-    bias = right if left is node else left
-    if bias is node or not _is_vector(bias, n) or not known(shape(node)[-1] == n):
+    user, node, bias = found
+    if not _is_vector(bias, n) or not known(shape(node)[-1] == n):
         return scaled, None
     value = bias.meta["val"]
     if value.dtype != node.meta["val"].dtype or not known(value.stride(0) == 1):

@@ -21,7 +21,7 @@ from lowering import versions
 from lowering.passes.attempt import attempt
 from lowering.passes.axes import Access, Axis, access, whole
 from lowering.passes.elements import resolve
-from lowering.passes.epilogues import VIEWS, gate_of, residual_of
+from lowering.passes.epilogues import RESHAPES, gate_of, residual_of
 from lowering.passes.graph import FLOATS, arguments, aten, flashmla, inputs, known, refuse_gradient, shape
 from lowering.passes.integers import Scaled, find_scaled, int8_weight, refuse_groups, write_scale
 from lowering.passes.writer import Writer, is_copied, viewable
@@ -194,7 +194,7 @@ def _joined(products: list[Product], record: Record, writer: Writer) -> list[Pro
 
 def _source(a: Node) -> Node:
     """The tensor that a matrix ``[m, k]`` is a view of: views keep the order of the elements."""
-    while a.target in VIEWS:
+    while a.target in RESHAPES:
         a = inputs(a)[0]
     return a
 

@@ -22,6 +22,7 @@ from lowering.passes.given import Given, Mask, decide, mask_of_choice, mask_that
 from lowering.passes.graph import (
     CONVERSIONS,
     FLOATS,
+    VIEWS,
     arguments,
     aten,
     inputs,
@@ -96,7 +97,7 @@ def match_softmax(product: Node) -> Attention:
 def _output_axes(product: Node) -> tuple[Node, tuple[Axis, ...], Axis, Axis]:
     """The node to replace and its axes: the product, or the view right behind it that separates sequences and heads."""
     for node in (*(user for user in product.users if len(product.users) == 1), product):
-        if node is not product and node.target not in (aten.view.default, aten._unsafe_view.default):
+        if node is not product and node.target not in VIEWS:
             continue
         *outer_sizes, s_q, d_v = shape(node)
         outer = outer_axes(outer_sizes)

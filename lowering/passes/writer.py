@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
 from lowering.passes.axes import Access, Axis, Digit, Entry, cut_digits
-from lowering.passes.graph import Size, aten, inputs, known, prims, shape
+from lowering.passes.graph import VIEWS, Size, aten, inputs, known, prims, shape
 from lowering.passes.strides import (
     Values,
     changed_behind,
@@ -35,10 +35,6 @@ class Mark(NamedTuple):
     written: int
     replaced: int
     shared: dict[tuple[str, ...], Node]
-
-
-#: Views whose strides we find ourselves: see `viewed_strides`.
-VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 class Writer:
@@ -287,7 +283,8 @@ def _view(x: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
     For symbolic sizes torch asks whether an expression holds that grows with every dimension that becomes one with
     another: three take it a tenth of a second, four have not come to an end.
     """
-    if sum(not known(size == 1) for size in x.shape) - len(sizes) <= 2 or in_order(x):
+    merged = sum(not known(size == 1) for size in x.shape) - len(sizes)
+    if merged <= 2 or all(isinstance(n, int) for n in (*x.shape, *x.stride())) or in_order(x):
         return x.view(list(sizes))
     if (strides := viewed_strides(x, sizes)) is None:
         raise ValueError(f"a view of {tuple(x.shape)}, strides {x.stride()}, as {tuple(sizes)} is not known to exist")

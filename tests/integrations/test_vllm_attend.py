@@ -24,7 +24,7 @@ def paged(queries: list[int], prefixes: list[int]) -> tuple[attend.Batch, Tensor
     ends = torch.tensor([0, *queries]).cumsum(0)
     lengths = torch.tensor([p + n for p, n in zip(prefixes, queries, strict=True)], dtype=torch.int32)
     decodes = sum(n == 1 for n in queries)
-    batch = attend.Batch(decodes, ends.tolist(), prefixes, lengths, table, ends.int())
+    batch = attend.Batch(decodes, prefixes, lengths, table, ends.int())
     return batch, torch.cat(
         [slots_of(batch, i, p, p + n) for i, (p, n) in enumerate(zip(prefixes, queries, strict=True))]
     )

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flashmla_ops.errors import ArgumentError, NotDifferentiableError, RankError, UnsupportedModelError
 from flashmla_ops.integrations.transformers import PagedLatentCache, enable
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from flashmla_ops.parallel import generate_in_turns, pipeline_parallel, tensor_parallel
 from flashmla_ops.parallel.local import LocalRanks
 from flashmla_ops.parallel.stages import MODEL_TYPES
@@ -38,7 +39,11 @@ def same_tokens(model_type: str) -> list[int]:
     enable(model)
     assert torch.equal(generated(model), expected)
     cache = PagedLatentCache(model)  # a pool for the layers of this rank
-    assert torch.equal(generated(model, past_key_values=cache), expected)
+    assert torch.equal(generated(model, **{CACHE_ARGUMENT: cache}), expected)
+    later = made(model_type, num_hidden_layers=LAYERS)
+    enable(later)
+    pipeline_parallel(later, mesh())
+    assert torch.equal(generated(later), expected)
     logits = made(model_type, num_hidden_layers=LAYERS)(PROMPT).logits
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, logits.detach(), atol=1e-5, rtol=1e-5)

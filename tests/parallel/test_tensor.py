@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from flashmla_ops.errors import ArgumentError, FallbackWarning, NotDifferentiableError, RankError, UnsupportedModelError
 from flashmla_ops.integrations.transformers import PagedLatentCache, enable, is_enabled, why_not
+from flashmla_ops.integrations.transformers.versions import CACHE_ARGUMENT
 from flashmla_ops.parallel import merge_over_ranks, tensor_parallel
 from flashmla_ops.parallel.local import LocalRanks
 from tests.parallel.models import PROMPT, generated, made
@@ -35,7 +36,7 @@ def same_tokens(model_type: str) -> None:
     heads = model.model.layers[0].self_attn.o_proj.in_features
     assert heads * mesh.size() == made(model_type).model.layers[0].self_attn.o_proj.in_features
     cache = PagedLatentCache(model)  # a pool for the heads of this rank
-    assert torch.equal(generated(model, past_key_values=cache), expected)
+    assert torch.equal(generated(model, **{CACHE_ARGUMENT: cache}), expected)
 
 
 def refuse() -> None:
@@ -114,7 +115,7 @@ def by_the_plan_of_transformers(model_type: str, folder: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         assert torch.equal(generated(model), expected)
-        assert torch.equal(generated(model, past_key_values=PagedLatentCache(model)), expected)
+        assert torch.equal(generated(model, **{CACHE_ARGUMENT: PagedLatentCache(model)}), expected)
 
 
 @pytest.mark.slow

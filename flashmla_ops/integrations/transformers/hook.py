@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashmla_ops.errors import ArgumentError, UnsupportedModelError
-from flashmla_ops.formats import NATIVE, QUANTIZED
+from flashmla_ops.formats import LATENTS, NATIVE
 from flashmla_ops.integrations.transformers import configs
 from flashmla_ops.integrations.transformers.attention import ABSORBED_ATTENTION, absorbed_attention
 from flashmla_ops.integrations.transformers.batching import batch_latents, unbatch_latents
@@ -37,10 +37,6 @@ AttentionMaskInterface.register(GROUPED_ATTENTION, grouped_mask)
 # Continuous batches have no masks, so that none is registered under these names.
 AttentionInterface.register(PAGED + ABSORBED_ATTENTION, absorbed_attention)
 AttentionInterface.register(PAGED + GROUPED_ATTENTION, grouped_attention)
-
-
-#: kv_lora_rank and qk_rope_head_dim of the models whose latents have formats of bytes.
-LATENTS = (512, 64)
 
 
 def enable(model: nn.Module, *, sparsity: DynamicSparsity | None = None, cache_format: str = NATIVE) -> int:
@@ -134,17 +130,17 @@ def why_not(model: nn.Module) -> list[str]:
 
 def check_format(modules: list[tuple[str, AttentionModule]], cache_format: str, sparsity: object) -> None:
     """Raise `ArgumentError` unless the rows of all modules can be kept in a format."""
-    formats = (NATIVE, *(name for name, each in QUANTIZED.items() if each.elements == sum(LATENTS)))
-    if cache_format not in formats:
-        raise ArgumentError("enable", "cache_format", f"one of {', '.join(formats)}", cache_format)
     if cache_format == NATIVE:
         return
-    expected = f"a model with latents of {LATENTS[0]} and {LATENTS[1]} elements, which {cache_format} rows hold"
+    if cache_format not in LATENTS:
+        raise ArgumentError("enable", "cache_format", f"one of {', '.join((NATIVE, *LATENTS))}", cache_format)
+    wanted = LATENTS[cache_format]
+    expected = f"a model with latents of {wanted[0]} and {wanted[1]} elements, which {cache_format} rows hold"
     for name, module in modules:
         found = "keys and values of each head"
         if family_of(module) is MLA:
             sizes = (module.kv_lora_rank, module.qk_rope_head_dim)
-            found = "" if sizes == LATENTS else f"{sizes[0]} and {sizes[1]}"
+            found = "" if sizes == wanted else f"{sizes[0]} and {sizes[1]}"
         if found:
             raise ArgumentError("enable", "cache_format", expected, f"{found} in {name}")
     if sparsity is not None:

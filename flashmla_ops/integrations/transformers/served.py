@@ -40,7 +40,8 @@ class Served(Specialised):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, which hands the layer of a cache that has summaries to the attention function."""
-        cache = cache_among(args, kwargs)
+        asked = self.sparsity is not None or self.cache_format != NATIVE
+        cache = cache_among(args, kwargs) if asked else None
         if self.cache_format != NATIVE and cache is not None and not getattr(cache, "takes_formats", False):
             self.tell_fallback(f"a {type(cache).__name__} keeps rows as they are, and not as {self.cache_format}")
         if self.sparsity is not None and cache is not None:

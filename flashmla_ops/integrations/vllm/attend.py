@@ -13,26 +13,24 @@ import torch
 from torch import Tensor
 
 from flashmla_ops.errors import ArgumentError
-from flashmla_ops.formats import NATIVE
+from flashmla_ops.formats import LATENTS, NATIVE, row_bytes
 from flashmla_ops.nn.prefix import Expand, prefill_with_prefix
 
 OP = "vllm"
-
-
-#: Row formats of 656 bytes, which is what vLLM takes rows of its ``fp8_ds_mla`` for, and the kv_lora_rank and
-#: qk_rope_head_dim of their latents.
-LATENT_FORMATS = {"fp8_v32": (512, 64), "int8_g128": (512, 64)}
+#: What vLLM takes a row of its ``fp8_ds_mla`` for.
+ROW_BYTES = 656
+#: Row formats of as many bytes, and the kv_lora_rank and qk_rope_head_dim of their latents.
+LATENT_FORMATS = {name: sizes for name, sizes in LATENTS.items() if row_bytes(name) == ROW_BYTES}
 
 
 class Batch(NamedTuple):
     """The sequences of a step. Query token i of a sequence of length n is its token n - (its query tokens) + i."""
 
     decodes: int  # sequences with one query token, which come first
-    queries: list[int]  # [b + 1], where each sequence's query tokens begin
     prefixes: list[int]  # [b], how many tokens each had before this step
     cache_seqlens: Tensor  # [b] int32, with this step's tokens
     block_table: Tensor  # [b, max_pages] int32
-    cu_seqlens_q: Tensor  # [b + 1] int32, as queries
+    cu_seqlens_q: Tensor  # [b + 1] int32, where each sequence's query tokens begin
 
 
 class Options(NamedTuple):
@@ -158,14 +156,13 @@ def attend_grouped(
     options: Options,
 ) -> Tensor:  # [t, h_q, d]
     """All sequences of a step: those that decode in one call, and the others in another."""
-    split, ends = batch.decodes, batch.queries
+    split = batch.decodes
     if split == len(batch.prefixes):
         return _decode(q, cache, batch, options, None)
     if split == 0:
         return _extend(q, k, v, cache, batch, options)
-    decoding = Batch(split, ends[: split + 1], *_of(batch, slice(0, split)), batch.cu_seqlens_q[: split + 1])
-    later = [end - split for end in ends[split:]]
-    rest = Batch(0, later, *_of(batch, slice(split, None)), batch.cu_seqlens_q[split:] - split)
+    decoding = Batch(split, *_of(batch, slice(0, split)), batch.cu_seqlens_q[: split + 1])
+    rest = Batch(0, *_of(batch, slice(split, None)), batch.cu_seqlens_q[split:] - split)
     new_k, new_v = (None if each is None else each[split:] for each in (k, v))
     first = _decode(q[:split], cache, decoding, options, None)
     return torch.cat([first, _extend(q[split:], new_k, new_v, cache, rest, options)])

@@ -7,14 +7,14 @@ cache of fp8, or an encoder's or cross attention goes to vLLM's own backend, and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -25,22 +25,13 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.vllm import attend
+from flashmla_ops.integrations.vllm.sizes import AnySize
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class FlashGroupedBackend(CPUAttentionBackend):  # type: ignore[misc]
+class FlashGroupedBackend(AnySize, CPUAttentionBackend):  # type: ignore[misc]
     """In place of ``CPU_ATTN``."""
-
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [MultipleOf(1)]
-
-    @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return []  # all
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -57,7 +48,7 @@ class FlashGroupedBackend(CPUAttentionBackend):  # type: ignore[misc]
 
 @dataclass
 class Metadata(CPUAttentionMetadata):  # type: ignore[misc]
-    """vLLM's, and ours: None for layers that vLLM's own backend serves."""
+    """vLLM's, and ours, which has a default because theirs have."""
 
     batch: attend.Batch | None = None
 
@@ -99,9 +90,7 @@ def _batch(common: Any) -> attend.Batch:
     ends: list[int] = common.query_start_loc_cpu.tolist()
     lengths: list[int] = common.seq_lens.tolist()
     prefixes = [n - (stop - start) for n, start, stop in zip(lengths, ends[:-1], ends[1:], strict=True)]
-    return attend.Batch(
-        decodes, ends, prefixes, common.seq_lens.int(), common.block_table_tensor, common.query_start_loc
-    )
+    return attend.Batch(decodes, prefixes, common.seq_lens.int(), common.block_table_tensor, common.query_start_loc)
 
 
 def why_elsewhere(attn_type: str, alibi_slopes: Any, kv_cache_dtype: str) -> str | None:

@@ -18,26 +18,18 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadata,
     MLACommonMetadataBuilder,
 )
-from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionType
 
 from flashmla_ops.errors import UnsupportedModelError
 from flashmla_ops.integrations.vllm import attend
 from flashmla_ops.integrations.vllm.platform import chosen_format
+from flashmla_ops.integrations.vllm.sizes import AnySize
 
 
-class FlashMLABackend(MLACommonBackend):  # type: ignore[misc]
-    """Latents of any size, pages of any size, float32, bfloat16, float16 and rows of bytes."""
+class FlashMLABackend(AnySize, MLACommonBackend):  # type: ignore[misc]
+    """Latents of any size, and rows of bytes."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla"]
-
-    @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return []  # all
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [MultipleOf(1)]
 
     @staticmethod
     def get_name() -> str:
