@@ -52,6 +52,16 @@ def test_other_finite_numbers_are_wrong(change) -> None:
     assert verdict(program, change(in_float32(program))) == ["values of output 0"]
 
 
+def test_selected_by_numbers_that_overflow() -> None:
+    """Eager selects nothing among NaN; how many numbers there are is right, and so are the numbers."""
+    program = attention(12000).but(outputs=("x",))
+    program = program.but(steps=(*program.steps, Step("x", "torch.masked_select(y, y < 1e6)")))
+    result = in_float32(program)
+    assert len(Expected(program, 0).seen.outputs[0]) < len(result)
+    assert not verdict(program, result)
+    assert verdict(program, result + 0.5) == verdict(program, result[1:]) == ["shape of output 0"]
+
+
 def test_finite_numbers_where_no_width_gives_any() -> None:
     """A row that sees nothing is NaN in float32 too."""
     program = attention(12000, "s = s.masked_fill(torch.ones(9, dtype=torch.bool), -math.inf)")
