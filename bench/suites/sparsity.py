@@ -82,7 +82,7 @@ def make_rows(case: SparsityCase, q: Tensor, table: Tensor, generator: torch.Gen
 
 def summarized(case: SparsityCase, cache: Tensor) -> Tensor:
     n_bytes = summary_bytes("codes", PAGE_SIZE, case.d_qk)
-    summaries = torch.zeros(len(cache), case.h_kv, n_bytes, dtype=torch.uint8)
+    summaries = new_slab(len(cache), 1, case.h_kv, n_bytes, torch.uint8).squeeze(2)
     last = torch.arange(PAGE_SIZE - 1, len(cache) * PAGE_SIZE, PAGE_SIZE)
     torch.ops.flashmla.summarize_(summaries, cache, None, last, "codes", case.qk_start)
     return summaries

@@ -74,24 +74,30 @@ def attend(
     """
     b, s_q, h_q, _ = q.shape
     h_kv = cache.kv_cache.size(2)
-    chosen = select(q, cache, sparsity, qk_start, softmax_scale)
-    out, lse = torch.ops.flashmla.decode(
-        queries_by_head(q, h_kv),
-        chosen.heads.kv_cache,
-        chosen.heads.k_cache,
-        chosen.pages,
-        chosen.lengths,
-        d_v,
-        qk_start,
-        softmax_scale,
-        causal=True,
-        levels=levels,
-    )
-    lse = lse.view(b, h_q, s_q)
-    lost = share_lost(chosen, lse)
+    scaled = (d_v, qk_start, softmax_scale)
+    if are_short(cache.cache_seqlens, sparsity.min_context):
+        out, lse = torch.ops.flashmla.decode(q, *cache[:4], *scaled, causal=True, levels=levels)
+        lost = torch.zeros_like(lse)
+        attended = cache.cache_seqlens.sum() * h_kv
+    else:
+        chosen = select(q, cache, sparsity, qk_start, softmax_scale)
+        views = (chosen.heads.kv_cache, chosen.heads.k_cache, chosen.pages, chosen.lengths)
+        heads, lse = torch.ops.flashmla.decode(queries_by_head(q, h_kv), *views, *scaled, causal=True, levels=levels)
+        out, lse = results_together(heads, h_kv), lse.view(b, h_q, s_q)
+        lost = share_lost(chosen, lse)
+        attended = chosen.lengths.sum()
     if tally is not None:
-        record(tally, q, cache, sparsity, chosen, lost, d_v)
-    return results_together(out, h_kv), lse, lost
+        record(tally, q, cache, sparsity, attended, lost, d_v)
+    return out, lse, lost
+
+
+def are_short(cache_seqlens: Tensor, min_context: int) -> bool:
+    """Whether all sequences are known to be too short to choose from: never while tracing, nor on other devices."""
+    if torch.compiler.is_compiling() or type(cache_seqlens) is not Tensor:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(cache_seqlens) or not cache_seqlens.is_cpu:
+        return False
+    return bool(len(cache_seqlens)) and int(cache_seqlens.max()) < min_context
 
 
 def share_lost(chosen: Chosen, lse: Tensor) -> Tensor:
@@ -107,17 +113,17 @@ def record(
     q: Tensor,
     cache: Cached,
     sparsity: DynamicSparsity,
-    chosen: Chosen,
+    attended: Tensor,
     lost: Tensor,
     d_v: int,
 ) -> None:
-    """Count a call."""
+    """Count a call that attended to so many rows of KV heads."""
     _, page_size, h_kv, d = cache.kv_cache.shape
     s_q, h_q, d_qk = q.shape[1:]
     row_bytes = (d + (0 if cache.k_cache is None else cache.k_cache.size(3))) * q.element_size()
     per_row = s_q * h_q // h_kv * (d_qk + d_v)
     lengths = cache.cache_seqlens.double()
-    rows, attended = lengths.sum() * h_kv, chosen.lengths.sum().double()
+    rows, attended = lengths.sum() * h_kv, attended.double()
     pages = (lengths / page_size).ceil().sum() * h_kv
     summary_bytes = 0 if cache.summaries is None else cache.summaries.size(2)
     scored = torch.where(lengths >= sparsity.min_context, (lengths / page_size).floor(), 0.0).sum() * h_kv

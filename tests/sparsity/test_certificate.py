@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmla_ops.sparsity import DynamicSparsity, attend, select
+from flashmla_ops.sparsity.report import LayerReport, Tally
 from flashmla_ops.sparsity.summaries import SUMMARIES
 from tests.sparsity.cases import KEYS, SparsityCase, sparsity_cases
 
@@ -147,3 +151,26 @@ def test_short_sequences_attend_to_all() -> None:
     chosen = select(q, cache, DynamicSparsity(eps=0.5, min_context=400), case.d_v, None)
     assert chosen.lengths[:2].tolist() == [300, 300]
     assert max(chosen.lengths[2:].tolist()) < 500
+
+
+def test_nothing_is_chosen_from_short_sequences() -> None:
+    """The bits of `decode`, in its time; where one sequence is long enough, operators choose."""
+    case = SparsityCase(lengths=(30, 0, 399), q_spread=0.1)
+    q, cache = case.build()
+    tally = Tally()
+    sparsity = DynamicSparsity(eps=0.5, min_context=400)
+    out, lse, lost = attend(q, cache, sparsity, case.d_v, case.d_v, tally=tally)
+    dense = torch.ops.flashmla.decode(q, *cache[:4], case.d_v, case.d_v, causal=True)
+    assert torch.equal(out, dense[0])
+    assert torch.equal(lse, dense[1])
+    assert not lost.any()
+    report = LayerReport.of(0, tally)
+    assert report.rows == report.rows_attended == 429 * case.h_kv
+    assert report.lost == report.bytes_to_choose == 0
+    compiled = torch.compile(lambda: attend(q, cache, sparsity, case.d_v, case.d_v), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled()[0], out)
+    longer = replace(sparsity, min_context=399)
+    with mock.patch("flashmla_ops.sparsity.select.select", side_effect=RuntimeError("chosen")):
+        attend(q, cache, sparsity, case.d_v, case.d_v)
+        with pytest.raises(RuntimeError, match="chosen"):
+            attend(q, cache, longer, case.d_v, case.d_v)

@@ -18,6 +18,7 @@ constexpr int64_t kPages = 16;  // that a thread takes at a time
 constexpr int64_t kFewPages = 64;
 constexpr double kRoom = 0x1p-18;      // relative, for the exponentials that choices are made of
 constexpr float kRounding = 0x1p-20f;  // of a float32 result
+constexpr float kLog2E = 1.44269504f;
 
 int64_t pages_of(int64_t length, int64_t page_size) { return (length + page_size - 1) / page_size; }
 
@@ -96,7 +97,6 @@ private:
 
   // exp(x - shift) of a row: infinite above 1, NaN for NaN.
   Floats exponentials(const Floats& x, int64_t r, float shift) const {
-    constexpr float kLog2E = 1.44269504f;
     const auto n = static_cast<size_t>(pages_);
     Floats powers(n), above(n);
     for (int64_t page = 0; page < pages_; page++) {
@@ -220,16 +220,17 @@ private:
 
   // No less than the logarithm of the sum of the exponentials of what is skipped.
   float residue(int64_t r) const {
+    Floats powers;
     float most = -INFINITY;
-    double sum = 0;
     for (int64_t page = 0; page < pages_; page++) {
-      if (skipped_[size_t(page)] && !(upper_[at(r, page)] <= most)) most = upper_[at(r, page)];
+      if (!skipped_[size_t(page)]) continue;
+      powers.push_back(upper_[at(r, page)]);
+      if (!(powers.back() <= most)) most = powers.back();
     }
     if (!std::isfinite(most)) return most;
-    for (int64_t page = 0; page < pages_; page++) {
-      if (skipped_[size_t(page)]) sum += std::exp(double(upper_[at(r, page)]) - double(most));
-    }
-    const float log = most + float(std::log(sum));
+    for (float& power : powers) power = (power - most) * kLog2E;
+    kernels().exponentials(powers.data(), int64_t(powers.size()));
+    const float log = most + float(std::log(sum(powers) * (1 + kRoom)));
     return log + kRounding * (1 + std::fabs(log));
   }
 

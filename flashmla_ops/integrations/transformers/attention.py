@@ -195,7 +195,8 @@ def _absorbed(
         chosen = select(q, cached, sparsity, 0, scaling)
         heads = (chosen.heads.kv_cache, chosen.heads.k_cache)
         out, lse = torch.ops.flashmla.decode_up(q, *heads, chosen.pages, chosen.lengths, up, d_c, **options)
-        record(sparsity.tally(module.layer_idx), q, cached, sparsity, chosen, share_lost(chosen, lse), d_c)
+        lost = share_lost(chosen, lse)
+        record(sparsity.tally(module.layer_idx), q, cached, sparsity, chosen.lengths.sum(), lost, d_c)
         return out
     caches = (rows.kv_cache, rows.k_cache, rows.block_table, seqlens)
     out, _ = torch.ops.flashmla.decode_up(q, *caches, up, d_c, **options)

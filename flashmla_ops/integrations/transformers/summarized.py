@@ -15,7 +15,7 @@ from transformers.utils.import_utils import is_tracing
 
 from flashmla_ops.integrations.transformers.growing import GrowingLayer
 from flashmla_ops.integrations.transformers.rows import Rows
-from flashmla_ops.kv_cache import as_cache
+from flashmla_ops.kv_cache import as_cache, new_slab
 from flashmla_ops.sparsity import Cached, DynamicSparsity
 from flashmla_ops.sparsity.summaries import summary_bytes
 
@@ -116,7 +116,7 @@ class SummarizedLayer(GrowingLayer):
         d_key = d - qk_start + second.shape[-1]
         if self.summaries is None or self.summaries.shape[:3] != (b, h_kv, room // page_size):
             n_bytes = summary_bytes(self.sparsity.kind or "", page_size, d_key)
-            grown = torch.zeros(b, h_kv, room // page_size, n_bytes, dtype=torch.uint8, device=first.device)
+            grown = new_slab(b, room // page_size, h_kv, n_bytes, torch.uint8, first.device)
             if self.summaries is not None and self.summaries.shape[:2] == grown.shape[:2]:
                 kept = min(self.summaries.shape[2], grown.shape[2])
                 grown[:, :, :kept] = self.summaries[:, :, :kept]
@@ -163,7 +163,7 @@ class Summarizing:
         if self.sparsity is not None and self.sparsity.kind is not None:
             n_pages, h_kv, page_size, d = self.slab.shape
             n_bytes = summary_bytes(self.sparsity.kind, page_size, d - self.qk_start)
-            self.summaries = torch.zeros(n_pages, h_kv, n_bytes, dtype=torch.uint8, device=self.slab.device)
+            self.summaries = new_slab(n_pages, 1, h_kv, n_bytes, torch.uint8, self.slab.device).squeeze(2)
             self.planes = self.sparsity.planes(d - self.qk_start, self.slab.device)
 
     def summarize(self, slots: Tensor) -> None:

@@ -1,7 +1,7 @@
 // The softmax mass of pages, exact from their keys or estimated from "codes" (flashmla/summaries.h), for the query rows
-// of one KV head. Codes are multiplied as 16-bit integers: a query's weights, q_i step_i, are rounded to 15 bits and a
-// sign for each page, which moves a score by less than a hundredth of what the codes leave open. That, and the rounding
-// of everything in fp32, is added to the slack.
+// of one KV head. Codes are multiplied as 16-bit integers: a query's weights, q_i step_i, are rounded to multiples of
+// (largest |q_i|) (largest step_i) / 32767, which moves a score by little beside what the codes leave open. That, and
+// the rounding of everything in fp32, is added to the slack.
 #pragma once
 
 #include <cmath>
@@ -26,6 +26,9 @@ class PageMass {
   using HalfU = typename VectorOf<uint32_t, W / 2>::type;
   static constexpr int64_t kLine = 64, kTokensAhead = 8;
   static constexpr int kRows = W == 16 ? 4 : 2;  // of a score tile, which is four vectors of tokens wide
+  // Sums of a query row's weights, and rows of which they are added up at once.
+  static constexpr int64_t kSums = 3, kWeighed = W / kSums;
+  static constexpr float kNarrow = 1e-33f;
 
 public:
   PageMass(const FlashmlaPageMass& call, const PageItem& item, char* memory) : call_(call), item_(item) {
@@ -34,8 +37,8 @@ public:
     tokens_ = round_up(keys.page_size, 16);
     error_ = float(d_ + 32) * 0x1p-24f;  // of a sum of d products, relative to the sum of their magnitudes
     Scratch scratch(memory);
-    queries_ = scratch.take<float>(rows_ * padded_);
-    norms_ = scratch.take<float>(rows_);
+    queries_ = scratch.take<float>(rows_ * padded_), scaled_ = scratch.take<float>(rows_ * padded_);
+    norms_ = scratch.take<float>(rows_), most_ = scratch.take<float>(rows_);
     low_ = scratch.take<float>(padded_), step_ = scratch.take<float>(padded_);
     weights_ = scratch.take<uint32_t>(rows_ * padded_ / 2);
     about_ = scratch.take<About>(rows_);
@@ -68,6 +71,11 @@ private:
   struct About {
     float centre, unit, slack;
   };
+  // A page's codes: the radius of its keys, its largest step, its largest element, and whether all steps are nothing.
+  struct Box {
+    float radius, step, furthest;
+    bool narrow;
+  };
 
   int64_t divided(int64_t length) const { return (length + call_.keys.page_size - 1) / call_.keys.page_size; }
   int64_t number(int64_t page) const {
@@ -91,11 +99,12 @@ private:
       const T* q = static_cast<const T*>(call_.q) + item_.sequence * call_.q_stride[0] +
                    r / group_ * call_.q_stride[1] + (item_.kv_head * group_ + r % group_) * call_.q_stride[2];
       float* to = queries_ + r * padded_;
-      float squares = 0;
+      float squares = 0, most = 0;
       for (int64_t i = 0; i < padded_; i++)
         to[i] = i < d_ ? to_float(q[i * call_.q_stride[3]]) * call_.softmax_scale : 0;
-      for (int64_t i = 0; i < d_; i++) squares += to[i] * to[i];
-      norms_[r] = std::sqrt(squares) * (1 + error_);
+      for (int64_t i = 0; i < d_; i++) squares += to[i] * to[i], most = std::max(most, std::fabs(to[i]));
+      norms_[r] = std::sqrt(squares) * (1 + error_), most_[r] = most;
+      for (int64_t i = 0; i < padded_; i++) scaled_[r * padded_ + i] = most > 0 ? to[i] / most : 0;
     }
   }
 
@@ -143,11 +152,11 @@ private:
 
   void estimate_codes(int64_t page, const char* summary) {
     const CodesLayout layout(call_.keys.page_size, d_);
-    float radius;
-    std::memcpy(&radius, summary, 4);
+    std::memcpy(&box_.radius, summary, 4);
     unpack(summary + kCodesHeader, low_);
     unpack(summary + layout.step(), step_);
-    for (int64_t r = 0; r < rows_; r++) weigh(r, radius);
+    frame();
+    for (int64_t r = 0; r < rows_; r += kWeighed) weigh(r, std::min(kWeighed, rows_ - r));
     const char* words = summary + layout.words();
     const int64_t before = words - summary;
     for (int64_t i = 0; ahead_ && i < before; i += kLine) __builtin_prefetch(ahead_ + i, 0, 3);
@@ -166,35 +175,61 @@ private:
       put(r, page, log_sum(scores_ + r * stride_, call_.keys.page_size), about_[r].slack);
   }
 
-  // The weights of a query row for the page in low_ and step_.
-  void weigh(int64_t r, float radius) {
-    const float* q = queries_ + r * padded_;
-    F sizes{}, centres{}, magnitudes{}, largest{};
+  // The middle of a page's box, in low_, and its steps as multiples of a 32767th of the largest, in step_.
+  void frame() {
+    F widest{}, furthest{};
     for (int64_t i = 0; i < padded_; i += W) {
-      const F x = Isa::load(q + i), low = Isa::load(low_ + i), step = Isa::load(step_ + i);
-      const F weight = magnitude(x * step), middle = Isa::fma(Isa::set1(8.0f), step, low);
-      sizes += weight;
-      largest = Isa::max(largest, weight);
-      centres = Isa::fma(x, middle, centres);
-      magnitudes = Isa::fma(magnitude(x), Isa::fma(Isa::set1(16.0f), step, magnitude(low)), magnitudes);
+      const F low = Isa::load(low_ + i), step = Isa::load(step_ + i);
+      widest = Isa::max(step, widest);
+      furthest = Isa::max(Isa::fma(Isa::set1(16.0f), step, magnitude(low)), furthest);
+      Isa::store(low_ + i, Isa::fma(Isa::set1(8.0f), step, low));
     }
-    const float most = Isa::max(largest), unit = most > 1e-30f ? most / 32767 : 0, inverse = unit > 0 ? 1 / unit : 0;
+    box_.step = Isa::max(widest), box_.furthest = Isa::max(furthest);
+    box_.narrow = !(box_.step > kNarrow);  // all weights are 0
+    const F inverse = Isa::set1(box_.narrow ? 0 : 32767 / box_.step);
+    for (int64_t i = 0; i < padded_; i += W) Isa::store(step_ + i, Isa::load(step_ + i) * inverse);
+  }
+
+  // The weights of n query rows for the page in low_ and step_.
+  void weigh(int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; i++) round_weights(first + i, sums_ + i * kSums * W);
+    float sums[W];
+    Isa::store(sums, Isa::sums(sums_));
+    const float rounding = float(padded_ / W + W + 8) * 0x1p-24f * box_.furthest * std::sqrt(float(d_));
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t r = first + i;
+      const float *of = sums + i * kSums, unit = most_[r] * box_.step / 32767;
+      const float centre = of[0] * most_[r] - 7.5f * unit * of[1];
+      // A weight is within half a unit of the number that stands for it, or is all that is left out.
+      const float in_box = (0.5f * of[2] + (box_.narrow ? 8 * 32767.0f : 0.25f) * float(d_)) * unit * (1 + error_);
+      const float open = std::min(in_box, norms_[r] * box_.radius);
+      const float rounded = 3.75f * float(d_) * unit * 1.05f + norms_[r] * rounding;
+      about_[r] = {centre, unit, box_.radius < INFINITY ? open + rounded : INFINITY};
+    }
+  }
+
+  // A row's weights as pairs of whole numbers. To sums: its products with the middle, the weights, their magnitudes.
+  void round_weights(int64_t r, float* sums) {
+    const float* q = scaled_ + r * padded_;
     uint32_t* to = weights_ + r * padded_ / 2;
     const F magic = Isa::set1(0x1.8p23f);  // adding it rounds to whole numbers, in the low bits of the sum
-    I total{};
+    const I zero = Isa::template reinterpret<I>(magic);
+    F centres{};
+    I total{}, sizes{};
     for (int64_t i = 0; i < padded_; i += W) {
-      const F weight = Isa::load(q + i) * Isa::load(step_ + i) * Isa::set1(inverse);
-      const I whole = Isa::template reinterpret<I>(weight + magic) - Isa::template reinterpret<I>(magic);
+      const F x = Isa::load(q + i);
+      const I whole = Isa::template reinterpret<I>(Isa::fma(x, Isa::load(step_ + i), magic)) - zero;
+      centres = Isa::fma(x, Isa::load(low_ + i), centres);
       total += whole;
+      sizes += whole < 0 ? -whole : whole;
       const Pairs two = Isa::template reinterpret<Pairs>(whole);
       const Pairs packed = (two & 0xffff) | (two >> 16 & 0xffff0000);
       const auto pairs = __builtin_convertvector(packed, HalfU);
       std::memcpy(to + i / 2, &pairs, sizeof pairs);
     }
-    const float open = std::min(Isa::sum(sizes) * 0.5f, norms_[r] * radius);
-    const float rounded = 3.75f * float(d_) * unit * 1.05f + error_ * Isa::sum(magnitudes);
-    const float sum = Isa::sum(__builtin_convertvector(total, F));
-    about_[r] = {Isa::sum(centres) - 7.5f * unit * sum, unit, radius < INFINITY ? open + rounded : INFINITY};
+    Isa::store(sums, centres);
+    Isa::store(sums + W, __builtin_convertvector(total, F));
+    Isa::store(sums + 2 * W, __builtin_convertvector(sizes, F));
   }
 
   static F magnitude(F x) { return Isa::max(x, F{} - x); }
@@ -374,7 +409,8 @@ private:
   const PageItem& item_;
   int64_t d_, padded_, group_, rows_, tokens_, stride_, bytes_;
   float error_;
-  float *queries_, *norms_, *low_, *step_, *scores_, *key_, *sums_;
+  float *queries_, *scaled_, *norms_, *most_, *low_, *step_, *scores_, *key_, *sums_;
+  Box box_{};
   uint32_t* weights_;
   About* about_;
   uint64_t* signs_;
