@@ -13,7 +13,7 @@ from typing import Any
 from bench import footprints, occupancy, summary
 from bench.runner import OURS, ROOT, file_name
 from bench.summary import best_peer, limit_of
-from cutlass_kernels.tables import markdown
+from cutlass_kernels.tables import markdown, place
 
 README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "bench.md"
@@ -21,6 +21,8 @@ DOCUMENT = ROOT / "docs" / "bench.md"
 DRAWN = ROOT / "bench" / "pictures"
 PICTURES = ROOT / "docs" / "bench"
 RESULTS = ROOT / "bench" / "results"
+#: The table in the README lies between the marks of this name.
+MARK = "bench"
 NO_RESULTS = "No results yet: `make bench` writes them."
 #: The pictures that documents show, of the machine with the most suites.
 SHOWN = (("decode", "roofline"), ("scaling", "lines"), ("end_to_end", "bars"))
@@ -235,23 +237,10 @@ def overview(runs: Sequence[Mapping[str, Any]], beside: Path, pictures: Path = P
     return "\n\n".join(parts)
 
 
-MARKERS = ("<!-- bench begin -->", "<!-- bench end -->")
-
-
-def between_markers(text: str, content: str) -> str:
-    """``text`` with ``content`` between the markers; raises ValueError if they are not there."""
-    begin, end = MARKERS
-    head, found_begin, rest = text.partition(begin)
-    _, found_end, tail = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"no {begin} ... {end} to write between")
-    return f"{head}{begin}\n{content}\n{end}{tail}"
-
-
 def write_tables(readme: Path = README, document: Path = DOCUMENT, folder: Path = RESULTS) -> None:
     """Bring the README's table and the whole of ``document`` up to date with the results."""
     runs = load(folder)
-    readme.write_text(between_markers(readme.read_text(), headlines(runs)))
+    place(readme, MARK, headlines(runs))
     chapters = [f"## {run['suite']}\n\n{chapter(run, document.parent)}" for run in runs]
     parts = [INTRODUCTION, overview(runs, document.parent), *chapters] if chapters else [INTRODUCTION, NO_RESULTS]
     document.write_text("\n\n".join(parts) + "\n")

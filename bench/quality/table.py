@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality import weights
+from cutlass_kernels.tables import place
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent.parent / "docs" / "sparsity.md"
-BEGIN, END = "<!-- begin: quality -->", "<!-- end: quality -->"
+MARK = "quality"
 HEADS = ("tokens", "selector", "rows skipped", "bytes saved", "perplexity", "same token", "lost", "needles")
 
 
@@ -31,9 +32,7 @@ def table() -> str:
 def write() -> None:
     """Put each table between the marks of its page."""
     for page, made in ((PAGE, table()), (weights.PAGE, weights.table())):
-        before, rest = page.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
+        place(page, MARK, made)
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:

@@ -23,9 +23,11 @@ from bench.cpu import this_cpu
 from bench.report import RESULTS
 from bench.vllm import checkpoints, load
 from bench.vllm.server import Server, served
-from cutlass_kernels.tables import markdown
+from cutlass_kernels.tables import markdown, place
 from flashmla_ops.integrations.vllm.checkpoint import TINY
 
+#: The document with the table, between the marks of this name.
+DOCUMENT, MARK = runner.ROOT / "docs" / "serving.md", "load"
 OURS, THEIRS = "flashmla", "vLLM's own"
 LAYERS, HIDDEN_SIZE = 2, 512
 KILLED = 8
@@ -98,6 +100,12 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown(header, rows, texts=2)
 
 
+def chapter(whole: dict[str, Any]) -> str:
+    """The table, and what it is of."""
+    about = f"{whole['requests']} requests of {whole['clients']} clients, {whole['threads']} threads of {whole['cpu']}"
+    return f"{about}, {whole['date'][:10]} (`{whole['command']}`):\n\n{table(whole['load'])}"
+
+
 def main() -> int:
     options = parse()
     if reason := vllm.missing():
@@ -115,12 +123,14 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": runner.commit(),
         "versions": runner.versions(),
-        "cpu": this_cpu().model,
+        "cpu": this_cpu().microarchitecture,
         "threads": torch.get_num_threads(),
     }
     path = options.out / ("serve-load-quick.json" if options.quick else "serve-load.json")
     path.write_text(json.dumps(whole, indent=1) + "\n")
     print(f"wrote {path}")
+    if path == RESULTS / "serve-load.json":
+        place(DOCUMENT, MARK, chapter(whole))
     wrong = [each for result in results for each in failures(result)]
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cutlass_kernels.tables import markdown
+from cutlass_kernels.tables import markdown, place
 
-BEGIN, END = "<!-- cutlass:verify begin -->", "<!-- cutlass:verify end -->"
+#: The summary lies between the marks of this name.
+MARK = "cutlass:verify"
 #: Beside the document with the summary.
 PAGE = Path("cuda_verify.md")
 #: Why a kernel does not miss a synchronising instruction: the first of these that its text begins with.
@@ -152,10 +152,6 @@ def _one_line(text: str) -> str:
 
 
 def update(document: Path, results: Mapping[str, Any]) -> None:
-    """Put the summary between the markers of a document, and write the page. Raises `ValueError` without markers."""
-    text = document.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{document}: expected one {BEGIN} and one {END}")
-    pattern = re.escape(BEGIN) + r".*?" + re.escape(END)
-    document.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n{summary(results)}\n{END}", text, flags=re.DOTALL))
+    """Put the summary between the marks of a document, and write the page. Raises `ValueError` without marks."""
+    place(document, MARK, summary(results))
     (document.parent / PAGE).write_text(page(results))

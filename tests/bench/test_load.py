@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
+from bench.report import RESULTS
 from bench.vllm import load
-from bench.vllm.__main__ import failures
+from bench.vllm.__main__ import DOCUMENT, MARK, chapter, failures
+from cutlass_kernels.tables import marked
 
 
 class Answering:
@@ -47,3 +50,8 @@ def test_what_is_wrong_is_named() -> None:
     assert [each.split(":")[1].split()[0] for each in failures(result)] == ["flashmla", "8", "cut"]
     good = {"running": 0.0, "kv_cache_usage": 0.0, "wrong_requests_without_a_typed_error": []}
     assert failures({"group": "MLA", "servers": {"flashmla": {"lost": 0}}, "after_killed_clients": good}) == []
+
+
+def test_the_document_shows_the_committed_load() -> None:
+    whole = json.loads((RESULTS / "serve-load.json").read_text())
+    assert marked(MARK, chapter(whole)) in DOCUMENT.read_text()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import footprints, report, runner, summary
+from cutlass_kernels.tables import marked, place
 from flashmla_ops import cpu
 from tests.support.bench_runs import small_run
 from tests.support.markdown import squeezed
@@ -76,10 +78,9 @@ def test_durations_have_no_exponent_for_being_large() -> None:
 def test_tables_replace_what_stands_between_the_markers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readme, document, folder = tmp_path / "README.md", tmp_path / "bench.md", tmp_path / "results"
     folder.mkdir()
-    begin, end = report.MARKERS
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    readme.write_text(f"before\n{marked(report.MARK, 'old')}\nafter\n")
     report.write_tables(readme, document, folder)
-    assert readme.read_text() == f"before\n{begin}\n{report.NO_RESULTS}\n{end}\nafter\n"
+    assert readme.read_text() == f"before\n{marked(report.MARK, report.NO_RESULTS)}\nafter\n"
     assert report.NO_RESULTS in document.read_text()
 
     results = json.dumps(with_groups(small_run(monkeypatch)))
@@ -110,9 +111,10 @@ def with_groups(results: dict[str, Any]) -> dict[str, Any]:
     return results | {"results": [row | {"case": row["case"] | {"group": name}} for name in ("grid", "shapes")]}
 
 
-def test_the_readme_has_the_markers() -> None:
-    for marker in report.MARKERS:
-        assert marker in report.README.read_text()
+def test_the_readme_has_the_marks(tmp_path: Path) -> None:
+    copy = Path(shutil.copy(report.README, tmp_path))
+    place(copy, report.MARK, "new")
+    assert marked(report.MARK, "new") in copy.read_text()
 
 
 def test_a_summary_is_the_median_and_the_range_of_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from cutlass_kernels.errors import CallError
 from cutlass_kernels.gemm import abi
 from cutlass_kernels.gemm.catalogue import by_name, kernels, representatives, smoke
 from cutlass_kernels.gemm.config import GemmConfig
+from cutlass_kernels.tables import marked
 from cutlass_kernels.verify import problem as oracle
 from cutlass_kernels.verify import report
 from cutlass_kernels.verify.cases import Case, cases_of
@@ -257,7 +258,7 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     report.write(path, [one], facts)
     report.write(path, [report.KernelResult("sm80_linear_two", "sm_80", "wrong", why="3 | mismatches")], facts)
     assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == ["sm80_linear_one", "sm80_linear_two"]
-    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    document.write_text(f"before\n{marked(report.MARK, 'old')}\nafter\n")
     report.update(document, report.load(path))
     text = document.read_text()
     assert text.startswith("before\n")
@@ -281,7 +282,7 @@ def committed() -> dict[str, Any]:
 
 
 def test_the_tables_are_those_of_the_committed_results(committed: dict[str, Any]) -> None:
-    assert f"{report.BEGIN}\n{report.summary(committed)}\n{report.END}" in (ROOT / "docs" / "cuda.md").read_text()
+    assert marked(report.MARK, report.summary(committed)) in (ROOT / "docs" / "cuda.md").read_text()
     assert (ROOT / "docs" / report.PAGE).read_text() == report.page(committed)
 
 
