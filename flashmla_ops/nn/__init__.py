@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flashmla_ops.nn.fast_linear import FastLinear, PanelLinear, fast_linear, restore_linear
 from flashmla_ops.nn.flashmla import FlashMLA
 from flashmla_ops.nn.prefix import latents_to_heads, prefill_with_prefix
+from flashmla_ops.nn.v41 import RowSource, rotated, v41_attention
 
 if TYPE_CHECKING:
     from flashmla_ops.nn.calibration import perplexity
@@ -24,6 +25,7 @@ __all__ = [
     "FlashMLA",
     "FlashMLALayer",
     "PanelLinear",
+    "RowSource",
     "compress",
     "convert",
     "fast_linear",
@@ -33,6 +35,8 @@ __all__ = [
     "prefill_with_prefix",
     "restore",
     "restore_linear",
+    "rotated",
+    "v41_attention",
 ]
 
 _NEEDS_TRANSFORMERS = {

@@ -7,6 +7,7 @@ from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.pages import choose_pages, page_mass, summarize
 from flashmla_ops.reference.schedule import decode_schedule
 from flashmla_ops.reference.sparse import Source, sparse_attention
+from flashmla_ops.reference.v41 import v41_attention
 
 __all__ = [
     "Source",
@@ -28,4 +29,5 @@ __all__ = [
     "sparse_attention",
     "sparse_prefill_backward",
     "summarize",
+    "v41_attention",
 ]

@@ -1,0 +1,104 @@
+"""The block of DeepSeek-V4.1, compiled: what stands around attention is a kernel before it and one after it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashmla_ops.nn import RowSource, rotated, v41_attention
+from lowering.explain.program import Program
+from tests.lowering.compiled import Compiled
+from tests.lowering.generated import generate
+from tests.support.v41 import BlockCase, BlockInputs, fault, inputs_of
+
+AROUND = ["kernel", "flashmla", "kernel"]
+CASES = [
+    BlockCase(n_pages=200),
+    BlockCase(n_pages=200, norm_eps=1e-6),
+    BlockCase(n_pages=200, s_q=2, h_q=63, extra_format="fp8_v41"),
+    BlockCase(n_pages=200, s_q=2, h_q=63, norm_eps=1e-6, extra_format=None),
+    BlockCase(n_pages=200, b=1, h_q=5, dtype="float32"),
+]
+SLOW = pytest.mark.slow
+
+
+def step(
+    kv: Tensor,  # [b, s_q, 512]
+    slots: Tensor,  # [b * s_q]
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    window: RowSource,
+    *rest: Any,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """New tokens' rows go to the window, and then they are attended to."""
+    rows = rotated(kv, cos, sin).flatten(0, 1)[:, None]
+    torch.ops.flashmla.append_(window.cache, rows, slots, window.row_format)
+    return v41_attention(q, cos, sin, window, *rest, norm_eps=norm_eps)
+
+
+def new_rows(inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+    """Rows for slots that every query token names first."""
+    b, s_q = inputs.q.shape[:2]
+    kv = torch.randn(b, s_q, 512, generator=torch.Generator().manual_seed(b)).to(inputs.q.dtype)
+    slots = torch.arange(b * s_q) * 3
+    inputs.window.indices[..., 0] = slots.view(b, s_q)
+    return kv, slots
+
+
+def with_own_cache(inputs: BlockInputs) -> BlockInputs:
+    return replace(inputs, window=inputs.window._replace(cache=inputs.window.cache.clone()))
+
+
+def bytes_of(results: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [result.view(torch.uint8) for result in results]
+
+
+def assert_nothing_is_copied(program: Program, inputs: BlockInputs) -> None:
+    """No cache: nothing is as large. No query: of its size there is one buffer alone, with the queries turned."""
+    sizes = [buffer.nbytes for buffer in program.buffers]
+    assert max(sizes) == inputs.q.nbytes < inputs.window.cache.nbytes
+    assert sizes.count(inputs.q.nbytes) == 1
+    assert program.missed == 0
+
+
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(c, marks=SLOW) for c in CASES[1:4]), CASES[4]], ids=str)
+def test_a_kernel_before_and_a_kernel_after(case: BlockCase) -> None:
+    inputs = inputs_of(case)
+    (source,) = generate(v41_attention, *inputs.arguments, norm_eps=case.norm_eps).ours
+    program = Program.joined([source])
+    assert [each.kind for each in program.steps] == AROUND
+    assert_nothing_is_copied(program, inputs)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_it_is_what_eager_computes(case: BlockCase) -> None:
+    inputs = inputs_of(case)
+    compiled = Compiled(v41_attention)
+    codes, scales = inputs.run(compiled)
+    assert fault(codes, scales, inputs.expected()) is None
+    if case.norm_eps is None:  # a mean is summed in another order
+        assert all(map(torch.equal, bytes_of((codes, scales)), bytes_of(inputs.run())))
+
+
+@pytest.mark.parametrize("norm_eps", [None, pytest.param(1e-6, marks=SLOW)])
+def test_one_graph_appends_and_attends_at_any_length(norm_eps: float | None) -> None:
+    """Batch, indices and lengths change; so do the slots. Rows are written by the kernel that turns the queries."""
+    compiled = Compiled(step, dynamic=True)
+    for seed, (b, topk) in enumerate([(3, 42), (3, 42), (5, 66)]):
+        inputs = inputs_of(BlockCase(b, 2, 16, norm_eps=norm_eps, topk=topk, n_pages=31, seed=seed))
+        new = new_rows(inputs)
+        theirs, ours = with_own_cache(inputs), with_own_cache(inputs)
+        expected = step(*new, *theirs.arguments, norm_eps=norm_eps)
+        actual = compiled(*new, *ours.arguments, norm_eps=norm_eps)
+        assert torch.equal(ours.window.cache, theirs.window.cache)
+        assert fault(*actual, theirs.expected()) is None
+        if norm_eps is None:
+            assert all(map(torch.equal, bytes_of(actual), bytes_of(expected)))
+    assert compiled.compilations == 1
+    assert [each.kind for each in compiled.program.steps] == AROUND
