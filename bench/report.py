@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import footprints, occupancy, summary
+from bench import footprints, occupancy, programs, summary
 from bench.runner import OURS, ROOT, file_name
 from bench.summary import best_peer, limit_of
 from cutlass_kernels.tables import markdown, place
@@ -213,6 +213,8 @@ def chapter(results: Mapping[str, Any], beside: Path, pictures: Path = PICTURES)
         parts.append(footprints.table(results["footprints"]))
     if results.get("occupancy"):
         parts.append(occupancy.table(results["occupancy"]))
+    if results.get("programs"):
+        parts.append(programs.table(results["programs"]))
     return "\n\n".join(parts)
 
 

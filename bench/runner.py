@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import footprints, occupancy, peers
+from bench import footprints, occupancy, peers, programs
 from bench.limits import LimitMeter, Limits, Samples, add, dram_read_of
 from bench.timing import Budget, Timing, interleave, stolen
 from flashmla_ops import capability
@@ -49,17 +49,17 @@ class Problem:
     """One case made concrete: what to call and what must come out."""
 
     work: Work
-    calls: Mapping[str, Callable[[], Tensor]]
+    calls: Mapping[str, Callable[[], Any]]  # a tensor each, or what `read` takes
     skipped: Mapping[str, str]  # implementations that cannot run here, with the reason
     expected: Tensor  # float64
     #: The part of a result that is compared with ``expected``; not timed.
-    read: Callable[[Tensor], Tensor] = lambda result: result
+    read: Callable[[Any], Tensor] = lambda result: result
     #: The expected results of implementations that compute something else, for comparison: float64, by name.
     others: Mapping[str, Tensor] = field(default_factory=dict)
     #: Whether threads wait for cores by design, those of processes that answer each other: wall time counts then.
     crowded: bool = False
 
-    def error(self, name: str, result: Tensor) -> float:
+    def error(self, name: str, result: Any) -> float:
         """The error of an implementation's result."""
         return row_error(self.read(result), self.others.get(name, self.expected))
 
@@ -93,7 +93,7 @@ def solve(problem: Problem, budget: Budget, measure_dram: Callable[[], Samples])
     dram: Samples = {}
     skipped = dict(problem.skipped)
 
-    def check(name: str, result: Tensor) -> None:
+    def check(name: str, result: Any) -> None:
         errors[name] = max(errors.get(name, 0.0), problem.error(name, result))
 
     for name, call in problem.calls.items():  # compiles and allocates
@@ -140,6 +140,7 @@ def run(suite: str, problems: Iterable[Problem], budget: Budget, meter: LimitMet
         "stolen_share": round((stolen() - stolen_before) / (elapsed * (os.cpu_count() or 1)), 4),
         "footprints": footprints.of_suite(suite),
         "occupancy": occupancy.of_suite(suite),
+        "programs": programs.of_suite(suite),
         "results": [as_dict(each, limits) for each in solved],
     }
 

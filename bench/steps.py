@@ -108,7 +108,8 @@ def exact(inputs: StepInputs) -> Tensor:
     doubled = StepInputs(inputs.case, inputs.model, rows)
     cache = doubled.fill(DynamicCache(config=inputs.model.config))
     with _in_float64(inputs.model):
-        return doubled.step(inputs.model.forward, cache, lambda: None)()
+        logits: Tensor = doubled.step(inputs.model.forward, cache, lambda: None)()
+    return logits
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ TOLERANCE = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-4}
 MOST_COPIES = 64
 
 Inputs = TypeVar("Inputs")
-#: An implementation bound to a case. It takes one copy of what must come from memory.
-Bound = Callable[..., Tensor]
+#: An implementation bound to a case. It takes one copy of what must come from memory, and returns a tensor, or what the
+#: problem's ``read`` makes one of.
+Bound = Callable[..., Any]
 
 
 def always(*_: object) -> None:
@@ -64,7 +65,7 @@ def make_problem(
     ours: Callable[[Inputs], Bound],
     peers: Iterable[Peer[Inputs]],
     expected: Tensor,
-    read: Callable[[Tensor], Tensor] | None = None,
+    read: Callable[[Any], Tensor] | None = None,
 ) -> Problem:
     """Our implementation and the peers, each bound to ``inputs`` and called with the next of ``copies`` each time."""
     calls = {OURS: rotating(ours(inputs), copies)}
@@ -77,7 +78,7 @@ def make_problem(
     return Problem(work, calls, skipped, expected, *(() if read is None else (read,)))
 
 
-def rotating(bound: Bound, copies: Sequence[tuple[Any, ...]]) -> Callable[[], Tensor]:
+def rotating(bound: Bound, copies: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
     """A call that reads another copy each time."""
     turn = itertools.cycle(copies)
     return lambda: bound(*next(turn))

@@ -24,6 +24,7 @@ from bench.suites import (
     small_gemm,
     sparse,
     sparsity,
+    v41_block,
 )
 
 SUITES: dict[str, Suite] = {
@@ -38,6 +39,7 @@ SUITES: dict[str, Suite] = {
         options.SUITE,
         sparse.SUITE,
         sparsity.SUITE,
+        v41_block.SUITE,
         small_gemm.SUITE,
         quant.SUITE,
         append.SUITE,

@@ -45,7 +45,7 @@ def bind_sdpa(inputs: PrefillInputs) -> Bound:
     with torch.enable_grad():
         out: Tensor = torch_prefill.bind_sdpa(PrefillInputs(**(vars(inputs) | tensors)))()
     dout = dout_of(inputs)
-    return lambda: torch.autograd.grad(out, list(tensors.values()), dout, retain_graph=True)  # type: ignore[return-value]
+    return lambda: torch.autograd.grad(out, list(tensors.values()), dout, retain_graph=True)
 
 
 def as_rows(gradients: Any) -> Tensor:

@@ -53,7 +53,7 @@ def tiny_inputs() -> StepInputs:
 
 
 def compiled_anew(inputs: StepInputs, bind: Callable[[StepInputs], Bound], *, cached: bool) -> Bound:
-    def first_step() -> Tensor:
+    def first_step() -> Any:
         torch.compiler.reset()
         with contextlib.nullcontext() if cached else versions.without_caches():
             return bind(inputs)()

@@ -51,9 +51,7 @@ def v41_attention(
     """
     check_angles(q, cos, sin)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    x = q.float()
-    if norm_eps is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    x = normed(q.float(), norm_eps)
     extra = (None,) * 3 if compressed is None else compressed[:3]
     out, _ = torch.ops.flashmla.sparse_decode(
         torch.cat([part.to(q.dtype) for part in turned(x, cos, sin)], dim=-1),
@@ -70,6 +68,11 @@ def v41_attention(
         *(() if compressed is None else (compressed.row_format,)),
     )
     return cast(turned(out.float(), cos, -sin))
+
+
+def normed(x: Tensor, norm_eps: float | None) -> Tensor:
+    """``x`` over the root of its rows' mean square plus ``norm_eps``; None: as it is."""
+    return x if norm_eps is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import dense, paged, runner
+from bench import blocks, dense, paged, programs, runner
 from bench.paged import PagedCase
 from bench.suite import Peer, clone_as_it_lies, copies_of, make_problem, rotating
 from bench.suites import (
@@ -34,6 +34,7 @@ from bench.suites import (
     small_gemm,
     sparse,
     sparsity,
+    v41_block,
 )
 from flashmla_ops import reference
 from flashmla_ops.sparsity import Cached
@@ -125,6 +126,43 @@ def test_several_processes_are_right(case: dist.DistCase) -> None:
     problem = dist.problem(replace(case, times=1), (), 0)
     for name, call in problem.calls.items():
         assert problem.error(name, call()) <= problem.work.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_compiled_block_is_right(norm: bool) -> None:
+    case = blocks.BlockCase(2, 2, 3, topk=9, extra_topk=20, norm=norm, n_rows=128)
+    with torch.no_grad():
+        problem = v41_block.problem(case, v41_block.PEERS, 0)
+        assert set(problem.calls) == {runner.OURS, *(peer.name for peer in v41_block.PEERS)}
+        for name, call in problem.calls.items():
+            assert problem.error(name, call()) <= problem.work.tolerance
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_block_in_torch_alone_is_that_of_the_library(norm: bool) -> None:
+    inputs = blocks.make_inputs(blocks.BlockCase(2, 2, 3, topk=9, extra_topk=20, norm=norm, n_rows=128))
+    for sequence, (topk, extra) in enumerate([(3, 20), (0, 7)]):
+        inputs.indices[sequence, :, topk:] = -1
+        inputs.extra_indices[sequence, :, extra:] = 1 << 20
+    for block in (inputs.block, inputs.plain):
+        assert runner.row_error(blocks.read(block(*inputs.caches)), blocks.exact(inputs)) <= v41_block.TOLERANCE
+
+
+@pytest.mark.slow
+def test_programs_of_the_block_are_counted() -> None:
+    rows = {row.pop("program"): row for row in programs.of_suite("v41_block")}
+    assert rows[runner.OURS]["kernels"] <= 3
+    assert rows[runner.OURS]["calls"] == 1
+    assert rows[runner.OURS]["bytes"] < min(rows[name]["bytes"] for name in ("torch.compile", "flashmla eager"))
+    assert programs.of_suite("decode") == []
+
+
+def test_views_are_no_calls_of_a_program() -> None:
+    x = torch.zeros(4, 8)
+    with programs.Allocations() as counted:
+        (x.view(8, 4).t() + 1).add_(2)
+    assert (counted.calls, counted.bytes) == (1, x.nbytes)
 
 
 @pytest.mark.parametrize("mode", ["certified", "estimate"])
