@@ -60,7 +60,7 @@ class BlockInputs:
         return v41_attention(*self.arguments(window, compressed), norm_eps=self.norm_eps)
 
     def plain(self, window: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
-        return torch_v41.block(*self.arguments(window, compressed), self.norm_eps)
+        return torch_v41.block(*self.arguments(window, compressed), norm_eps=self.norm_eps)
 
     def arguments(self, window: Tensor, compressed: Tensor) -> tuple[Any, ...]:
         """Those of `v41_attention`."""
