@@ -18,6 +18,7 @@ def block(
     window: RowSource,
     compressed: RowSource,
     attn_sink: Tensor,  # [h_q]
+    *,
     norm_eps: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As `flashmla_ops.nn.v41_attention`."""
