@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from bench import vllm
+from bench.vllm import checkpoints
 from bench.vllm.server import PATIENCE, Server, served
+from flashmla_ops.integrations.transformers import PagedLatentCache, disable, enable, is_enabled
 from flashmla_ops.integrations.vllm.checkpoint import TINY, untied
 from tests.integrations.grouped import tiny_grouped
 
@@ -53,6 +55,14 @@ def greedy(model: nn.Module, prompt: list[int], tokens: int = TOKENS) -> list[in
     return out[0, len(prompt) :].tolist()
 
 
+def chances(model: nn.Module, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Log-probabilities of tokens that follow a prompt, one step for each."""
+    cache = PagedLatentCache(model) if is_enabled(model) else DynamicCache()
+    steps = [prompt, *([token] for token in tokens[:-1])]
+    logits = [model(torch.tensor([step]), past_key_values=cache, use_cache=True).logits[0, -1] for step in steps]
+    return torch.stack(logits).log_softmax(dim=-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untied(TINY, tmp_path_factory.mktemp("tiny") / "model")
@@ -61,6 +71,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A model whose latents are of 512 and 64 elements."""
+    folder = tmp_path_factory.mktemp("latents")
+    return folder, checkpoints.write(checkpoints.MLA, folder, layers=2, hidden_size=256)
 
 
 @pytest.mark.parametrize("options", [{}, IN_CHUNKS], ids=["whole", "chunks"])
@@ -82,6 +99,28 @@ def test_grouped_heads_have_the_tokens_of_transformers(name: str, changes: dict[
     job = {"model": str(tmp_path), "options": IN_CHUNKS, "tokens": TOKENS, "rounds": ROUNDS}
     found = run("vllm_tokens.py", job)
     assert found["tokens"] == [[greedy(model, prompt) for prompt in prompts] for prompts in ROUNDS]
+
+
+@pytest.mark.parametrize(
+    ("row_format", "options"),
+    [
+        ("fp8_v32", {"kv_cache_dtype": "fp8"}),
+        ("int8_g128", {"additional_config": {"flashmla_row_format": "int8_g128"}}),
+    ],
+)
+def test_rows_of_bytes_move_numbers_as_they_do_in_transformers(
+    row_format: str, options: dict[str, Any], latents: tuple[Path, nn.Module]
+) -> None:
+    folder, model = latents
+    job = {"model": str(folder), "options": options, "tokens": TOKENS, "rounds": [[BEGINNING]]}
+    found = run("vllm_tokens.py", job)
+    tokens, served = found["tokens"][0][0], torch.tensor(found["logprobs"][0][0])
+    native = chances(model, BEGINNING, tokens)
+    enable(model, cache_format=row_format)
+    rounded = chances(model, BEGINNING, tokens)
+    disable(model)
+    moved, expected = ((x - native).square().mean().sqrt() for x in (served, rounded))
+    assert expected / 3 < moved < expected * 3
 
 
 def test_alibi_is_left_to_vllm_and_that_is_said(tmp_path: Path) -> None:
