@@ -31,6 +31,7 @@ BEGINNING = list(range(3, 60))
 ROUNDS = [[[5, 6, 7, 8, 9, 10, 11], [100, 200, 300], BEGINNING], [[*BEGINNING, 70], [*BEGINNING, 71, 72]]]
 #: Several steps for a prompt.
 IN_CHUNKS = {"block_size": 16, "max_num_batched_tokens": 16}
+INT8 = {"flashmla_row_format": "int8_g128"}
 BODY = {"model": "tiny_mla_lm", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 

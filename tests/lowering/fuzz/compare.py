@@ -22,6 +22,8 @@ from tests.lowering.fuzz.wide import widened
 
 #: Multiples allowed of what a change of the inputs in their last place does, and of the rounding of the largest value.
 CONDITION, ROUNDING, HALF_ROUNDING = 8.0, 32.0, 6.0
+#: How often inputs are disturbed, and how often where numbers look wrong.
+FEW, MANY = 2, 12
 EPSILON, HALF_EPSILON = 2.0**-23, 2.0**-8
 
 
@@ -118,7 +120,15 @@ class Expected:
         self.program, self.call = program, call
         self.seen = observe(function, setup, program, call)
         self.epsilon = epsilon or _epsilon(program)
-        self.disturbed = [observe(function, setup, program, call, (seed, self.epsilon)).values() for seed in (1, 2)]
+        self.disturbed: list[dict[str, Any]] = []
+        self._disturb(FEW)
+
+    def _disturb(self, n: int) -> None:
+        """Have ``n`` observations with inputs changed in the last place."""
+        setup, function = self.program.build()
+        for seed in range(len(self.disturbed) + 1, n + 1):
+            observation = observe(function, setup, self.program, self.call, (seed, self.epsilon))
+            self.disturbed.append(observation.values())
 
     @cached_property
     def wide(self) -> Expected | None:
@@ -127,6 +137,14 @@ class Expected:
         return None if program is None else Expected(program, self.call, EPSILON)
 
     def differences(self, actual: Observation) -> list[Difference]:
+        found = self._differences(actual)
+        if any(each.kind.startswith("values") for each in found) and len(self.disturbed) < MANY:
+            # Scores of thousands are rounded to where few changes of inputs reach: more of them show what rounding does.
+            self._disturb(MANY)
+            found = self._differences(actual)
+        return found
+
+    def _differences(self, actual: Observation) -> list[Difference]:
         expected = self.seen
         if expected.error is not None or actual.error is not None:
             return _errors(expected.error, actual.error)

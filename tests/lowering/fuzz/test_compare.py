@@ -62,6 +62,18 @@ def test_selected_by_numbers_that_overflow() -> None:
     assert verdict(program, result + 0.5) == verdict(program, result[1:]) == ["shape of output 0"]
 
 
+def test_large_scores_in_float32() -> None:
+    """Two scores of tens of thousands, alike up to their rounding: whatever rounds otherwise shares them otherwise."""
+    setup = (Step("q", "torch.randn(2, 2, 70, 24) * 12000"), Step("k", "torch.randn(2, 2, 130, 24)"))
+    setup = (*setup, Step("v", "torch.randn(2, 2, 130, 24)"))
+    steps = (Step("y", "F.scaled_dot_product_attention(q, k, v, torch.ones(70, 130, dtype=torch.bool).tril(60))"),)
+    program = Program("attention", setup, ("q", "k", "v"), steps, ("y",), ({},))
+    build, function = program.build()
+    (exact,) = function(*(x.double() for x in build(0)))
+    assert not verdict(program, exact.float())
+    assert verdict(program, exact.float() + 0.1) == ["values of output 0"]
+
+
 def test_finite_numbers_where_no_width_gives_any() -> None:
     """A row that sees nothing is NaN in float32 too."""
     program = attention(12000, "s = s.masked_fill(torch.ones(9, dtype=torch.bool), -math.inf)")
