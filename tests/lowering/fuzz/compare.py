@@ -139,7 +139,7 @@ class Expected:
     def differences(self, actual: Observation) -> list[Difference]:
         found = self._differences(actual)
         if any(each.kind.startswith("values") for each in found) and len(self.disturbed) < MANY:
-            # Scores of thousands are rounded to where few changes of inputs reach: more of them show what rounding does.
+            # Few changes of inputs reach scores of thousands, which are rounded coarsely: more show what rounding does.
             self._disturb(MANY)
             found = self._differences(actual)
         return found
