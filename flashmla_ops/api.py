@@ -117,7 +117,7 @@ def flash_mla_with_kvcache(
     Raises:
         ArgumentError: a shape, dtype, length or page does not fit; ``tile_scheduler_metadata`` was filled for other
             shapes or lengths; an argument belongs to the other kind of attention.
-        NotDifferentiableError: a gradient is required with ``indices``, or of a cache of bytes.
+        NotDifferentiableError: a gradient is required over a cache of bytes, without ``indices``.
     """
     meta = tile_scheduler_metadata
     if num_splits is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashmla_ops as flash_mla
-from flashmla_ops.errors import ArgumentError, NotDifferentiableError
+from flashmla_ops.errors import ArgumentError
 from tests.support.cases import DecodeCase, DecodeInputs, build
 from tests.support.oracle import check_decode
 from tests.support.poison import same_bits
@@ -202,12 +202,16 @@ def test_gradients_are_those_of_the_operator() -> None:
     assert torch.equal(leaf.grad, torch.ops.flashmla.decode_backward(**named)[0])
 
 
-def test_gradient_of_sparse_decode_is_refused() -> None:
-    q, cache = torch.randn(1, 1, 4, 576, requires_grad=True), torch.zeros(1, 64, 1, 576)
-    indices = torch.zeros(1, 1, 3, dtype=torch.int32)
-    meta = flash_mla.FlashMLASchedMeta()
-    with pytest.raises(NotDifferentiableError, match="argument 'q' requires a gradient"):
-        flash_mla.flash_mla_with_kvcache(q, cache, None, None, 512, meta, indices=indices)
+def test_gradients_of_sparse_decode_are_those_of_decode() -> None:
+    """Where indices name the rows that a sequence has."""
+    leaves = [torch.randn(1, 1, 4, 576, requires_grad=True), torch.randn(1, 64, 1, 576, requires_grad=True)]
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    found = []
+    for rows in ((None, None), (table, lengths)):
+        named = {"indices": torch.arange(3, dtype=torch.int32).view(1, 1, 3)} if rows[0] is None else {}
+        out, lse = flash_mla.flash_mla_with_kvcache(*leaves, *rows, 512, flash_mla.FlashMLASchedMeta(), **named)
+        found.append(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+    torch.testing.assert_close(*found)
 
 
 def test_compiled_with_metadata_filled_before() -> None:

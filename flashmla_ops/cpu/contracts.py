@@ -39,13 +39,14 @@ from flashmla_ops.ops.prefill_backward import PREFILL_BACKWARD
 from flashmla_ops.ops.schedule import DECODE_SCHEDULE
 from flashmla_ops.ops.sparse import SPARSE_DECODE, SPARSE_PREFILL
 from flashmla_ops.ops.sparse_backward import SPARSE_PREFILL_BACKWARD
+from flashmla_ops.ops.sparse_decode_backward import SPARSE_DECODE_BACKWARD
 
 #: The name by which C++ includes it.
 NAME = "flashmla/contracts.h"
 #: The operators that the binding implements.
 OPERATORS: tuple[Operator[Any], ...] = (
     *(DECODE, DECODE_UP, DECODE_SCHEDULE, PREFILL, APPEND, APPEND_TWO),
-    *(DECODE_BACKWARD, PREFILL_BACKWARD, SPARSE_PREFILL_BACKWARD),
+    *(DECODE_BACKWARD, PREFILL_BACKWARD, SPARSE_PREFILL_BACKWARD, SPARSE_DECODE_BACKWARD),
     *(SPARSE_DECODE, SPARSE_PREFILL, MERGE_STATES, GEMM, BMM, ATTEND_MASKED),
     *(SUMMARIZE, PAGE_MASS, CHOOSE_PAGES),
 )

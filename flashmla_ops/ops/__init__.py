@@ -6,6 +6,7 @@ from flashmla_ops.ops import (
     decode,
     decode_backward,
     decode_up,
+    decode_up_backward,
     gemm,
     grouped_gemm,
     merge,
@@ -16,6 +17,7 @@ from flashmla_ops.ops import (
     schedule,
     sparse,
     sparse_backward,
+    sparse_decode_backward,
 )
 from flashmla_ops.ops._library import complete
 
@@ -26,6 +28,7 @@ __all__ = [
     "decode",
     "decode_backward",
     "decode_up",
+    "decode_up_backward",
     "gemm",
     "grouped_gemm",
     "merge",
@@ -36,4 +39,5 @@ __all__ = [
     "schedule",
     "sparse",
     "sparse_backward",
+    "sparse_decode_backward",
 ]

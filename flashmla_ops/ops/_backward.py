@@ -157,8 +157,26 @@ def _listed(results: Any) -> Sequence[Tensor]:
     return (results,) if isinstance(results, Tensor) else results
 
 
+def check_results(
+    check: Check,
+    q: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    out_sizes: list[int],
+    lse_sizes: list[int],
+) -> None:
+    """What attention returned, and the gradients with respect to that, as arguments of its backward."""
+    check_result(check, "dout", dout, q, out_sizes, q.dtype)
+    check_result(check, "out", out, q, out_sizes, q.dtype)
+    check_result(check, "lse", lse, q, lse_sizes, torch.float32)
+    if dlse is not None:
+        check_result(check, "dlse", dlse, q, lse_sizes, torch.float32)
+
+
 def check_result(check: Check, name: str, tensor: Tensor, q: Tensor, wanted: list[int], dtype: torch.dtype) -> None:
-    """A result of attention, or the gradient with respect to one, as an argument of its backward."""
+    """A result of attention, or the gradient with respect to one."""
     check.shape(name, tensor, wanted)
     check.dtype(name, tensor, dtype)
     check.device(name, tensor, q)

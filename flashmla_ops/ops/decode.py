@@ -102,14 +102,8 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
     uncut = a.levels == 3 or a.schedule is None
     check.require("schedule", uncut, "None below level 3, where no sequence is cut", "a tensor")
     check.require("row_format", a.row_format in NAMES, f"one of {FORMAT_NAMES}", a.row_format)
-    if a.cu_seqlens_q is None:
-        check.dims("q", a.q, "[b, s_q, h_q, d_qk]")
-        check.require("q", a.q.size(1) >= 1, "at least 1 query token (s_q)", a.q.size(1))
-    else:
-        check.dims("q", a.q, "[t_q, h_q, d_qk]")
-        check_boundaries(check, "cu_seqlens_q", a.cu_seqlens_q, a.q)
+    check_queries(check, a.q, a.cu_seqlens_q)
     b = a.q.size(0) if a.cu_seqlens_q is None else a.cu_seqlens_q.size(0) - 1
-    check.floating("q", a.q)
     check_cache(check, "kv_cache", a.kv_cache, a.q, a.row_format)
     native = a.row_format == NATIVE
     check.require("k_cache", native or a.k_cache is None, f"None with rows of {a.row_format}", "a tensor")
@@ -128,6 +122,17 @@ def contract(check: Check, a: Decode) -> tuple[Result, Result]:
         enough = a.schedule.size(0) >= smallest
         check.require("schedule", enough, f"at least {smallest} elements", a.schedule.size(0))
     return Result(with_last(a.q, a.d_v), a.q.dtype), Result(lse_shape(a.q), torch.float32)
+
+
+def check_queries(check: Check, q: Tensor, cu_seqlens_q: Tensor | None) -> None:
+    """The queries of sequences, or ragged ones."""
+    if cu_seqlens_q is None:
+        check.dims("q", q, "[b, s_q, h_q, d_qk]")
+        check.require("q", q.size(1) >= 1, "at least 1 query token (s_q)", q.size(1))
+    else:
+        check.dims("q", q, "[t_q, h_q, d_qk]")
+        check_boundaries(check, "cu_seqlens_q", cu_seqlens_q, q)
+    check.floating("q", q)
 
 
 def check_table(check: Check, block_table: Tensor, cache_seqlens: Tensor, like: Tensor, b: int, unit: str) -> None:
@@ -199,11 +204,16 @@ def check_scores(check: Check, window: int, softcap: float) -> None:
 
 def check_values(check: Check, a: Decode) -> None:
     """The preconditions that lengths and the schedule decide; those of pages are the reference's."""
-    check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1))
-    if a.cu_seqlens_q is not None:
-        check_bounds(check.op, "cu_seqlens_q", a.cu_seqlens_q, a.q.size(0))
+    check_sequences(check, a, a.cu_seqlens_q)
     if a.schedule is not None:
         check_schedule(check, a.schedule, a.cache_seqlens, a.q.size(1), a.q.size(2), a.kv_cache.size(2))
+
+
+def check_sequences(check: Check, a: Cached, cu_seqlens_q: Tensor | None) -> None:
+    """The preconditions that lengths and boundaries decide."""
+    check_lengths(check, a.block_table, a.cache_seqlens, a.kv_cache.size(1))
+    if cu_seqlens_q is not None:
+        check_bounds(check.op, "cu_seqlens_q", cu_seqlens_q, a.q.size(0))
 
 
 def check_lengths(check: Check, block_table: Tensor, cache_seqlens: Tensor, page_size: int) -> None:

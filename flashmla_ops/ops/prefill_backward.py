@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops import reference
-from flashmla_ops.ops._backward import check_result, wanted_only
+from flashmla_ops.ops._backward import check_results, wanted_only
 from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result
@@ -51,11 +51,7 @@ def contract(check: Check, a: PrefillBackward) -> tuple[Result, Result, Result, 
     check_scores(check, a.window, a.softcap)
     t_q, h_q, d_qk = a.q.shape
     t_k, h_kv, d_v = a.v.shape
-    check_result(check, "dout", a.dout, a.q, [t_q, h_q, d_v], a.q.dtype)
-    check_result(check, "out", a.out, a.q, [t_q, h_q, d_v], a.q.dtype)
-    check_result(check, "lse", a.lse, a.q, [h_q, t_q], torch.float32)
-    if a.dlse is not None:
-        check_result(check, "dlse", a.dlse, a.q, [h_q, t_q], torch.float32)
+    check_results(check, a.q, a.dout, a.dlse, a.out, a.lse, [t_q, h_q, d_v], [h_q, t_q])
     check.require("wanted", a.wanted >= 0 and a.wanted < 16, "a sum of 1, 2, 4 and 8", a.wanted)
     dq = Result([t_q, h_q, d_qk] if a.wanted % 2 == 1 else [0], a.q.dtype)
     dk = Result([t_k, h_kv, d_qk] if a.wanted // 2 % 2 == 1 else [0], a.q.dtype)

@@ -50,13 +50,19 @@ from flashmla_ops.ops.quantize import check_pages
 
 
 @dataclass
-class SparseDecode(Arguments):
-    """Queries, a paged cache or two, and the slots of each that they attend to."""
+class Slots(Arguments):
+    """Queries, and the slots of a paged cache that they attend to."""
 
     q: Tensor  # [b, s_q, h_q, d_qk]
     kv_cache: Tensor  # [n_pages, page_size, h_kv, d], d contiguous
     k_cache: Tensor | None  # [n_pages, page_size, h_kv, d_k], d_k contiguous
     indices: Tensor  # [b, s_q, topk] int32
+
+
+@dataclass
+class SlotOptions(Arguments):
+    """How they attend, and a second cache."""
+
     d_v: int
     qk_start: int = 0
     softmax_scale: float | None = None
@@ -67,6 +73,17 @@ class SparseDecode(Arguments):
     extra_indices: Tensor | None = None  # [b, s_q, topk] int32
     extra_topk_length: Tensor | None = None  # [b] int32
     extra_row_format: str = NATIVE
+
+
+@dataclass
+class Chosen(SlotOptions, Slots):
+    """The fields of `Slots`, then those of `SlotOptions`."""
+
+
+@dataclass
+class SparseDecode(Chosen):
+    """A call of `sparse_decode`."""
+
     batch_invariant: bool = False
 
 
@@ -90,7 +107,7 @@ class SparsePrefill(Beside):
     topk_length: Tensor | None = None  # [s_q] int32
 
 
-def contract(check: Check, a: SparseDecode) -> tuple[Result, Result]:
+def contract(check: Check, a: Chosen) -> tuple[Result, Result]:
     check_format(check, "row_format", a.row_format)
     check_format(check, "extra_row_format", a.extra_row_format)
     check.dims("q", a.q, "[b, s_q, h_q, d_qk]")
@@ -169,7 +186,7 @@ def check_lengths(check: Check, name: str, lengths: Tensor | None, q: Tensor, sh
         check.size(name, lengths, 0, q.size(0), unit)
 
 
-def check_values(check: Check, a: SparseDecode) -> None:
+def check_values(check: Check, a: Chosen) -> None:
     _check_lengths_of(check, "topk_length", a.topk_length, a.indices)
     _check_lengths_of(check, "extra_topk_length", a.extra_topk_length, a.extra_indices)
 
@@ -188,11 +205,16 @@ def _check_lengths_of(check: Check, name: str, topk_length: Tensor | None, indic
 
 
 def decode_reference(a: SparseDecode) -> tuple[Tensor, Tensor]:
+    out, _, lse = reference.sparse_attention(a.q, sources_of(a), a.d_v, a.qk_start, a.softmax_scale, a.attn_sink)
+    return out, lse.transpose(1, 2)
+
+
+def sources_of(a: Chosen) -> list[reference.Source]:
+    """The caches of `sparse_decode` and of its backward."""
     sources = [_paged(a.kv_cache, a.k_cache, a.indices, a.topk_length, a.row_format)]
     if a.extra_kv_cache is not None and a.extra_indices is not None:
         sources.append(_paged(a.extra_kv_cache, None, a.extra_indices, a.extra_topk_length, a.extra_row_format))
-    out, _, lse = reference.sparse_attention(a.q, sources, a.d_v, a.qk_start, a.softmax_scale, a.attn_sink)
-    return out, lse.transpose(1, 2)
+    return sources
 
 
 def _paged(
@@ -205,8 +227,7 @@ def _paged(
 
 
 def prefill_reference(a: SparsePrefill) -> tuple[Tensor, ...]:
-    lengths = None if a.topk_length is None else a.topk_length[None]
-    source = reference.Source(a.kv[None], None, a.indices[None], lengths, a.row_format)
+    source = reference.Source.beside(a.kv, a.indices, a.topk_length, a.row_format)
     results = reference.sparse_attention(a.q[None], [source], a.d_v, 0, a.softmax_scale, a.attn_sink)
     return tuple(result[0] for result in results)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashmla_ops import reference
 from flashmla_ops.formats import NATIVE
-from flashmla_ops.ops._backward import check_result, wanted_only
+from flashmla_ops.ops._backward import check_results, wanted_only
 from flashmla_ops.ops._sharding import SUM, Way
 from flashmla_ops.ops._vmap import loop
 from flashmla_ops.ops.check import Check, Result, sizes_of
@@ -48,11 +48,7 @@ def contract(check: Check, a: SparsePrefillBackward) -> tuple[Result, Result, Re
     check_beside(check, a, NATIVE, a.topk_length)
     check_sink(check, a.q, a.attn_sink)
     s_q, h_q, _ = a.q.shape
-    check_result(check, "dout", a.dout, a.q, [s_q, h_q, a.d_v], a.q.dtype)
-    check_result(check, "out", a.out, a.q, [s_q, h_q, a.d_v], a.q.dtype)
-    check_result(check, "lse", a.lse, a.q, [s_q, h_q], torch.float32)
-    if a.dlse is not None:
-        check_result(check, "dlse", a.dlse, a.q, [s_q, h_q], torch.float32)
+    check_results(check, a.q, a.dout, a.dlse, a.out, a.lse, [s_q, h_q, a.d_v], [s_q, h_q])
     check.require("wanted", a.wanted >= 0 and a.wanted < 8, "a sum of 1, 2 and 4", a.wanted)
     dq = Result(sizes_of(a.q) if a.wanted % 2 == 1 else [0], a.q.dtype)
     dkv = Result(sizes_of(a.kv) if a.wanted // 2 % 2 == 1 else [0], a.q.dtype)

@@ -1,7 +1,13 @@
 """The float64 definitions of the operators: the specification that kernels are compared with."""
 
 from flashmla_ops.reference.attention import attend_masked, decode, decode_up, merge_states, prefill
-from flashmla_ops.reference.backward import decode_backward, prefill_backward, sparse_prefill_backward
+from flashmla_ops.reference.backward import (
+    decode_backward,
+    decode_up_backward,
+    prefill_backward,
+    sparse_backward,
+    sparse_prefill_backward,
+)
 from flashmla_ops.reference.cache import append, gather_rows
 from flashmla_ops.reference.gemm import bmm, gemm, grouped_gemm
 from flashmla_ops.reference.pages import choose_pages, page_mass, summarize
@@ -19,6 +25,7 @@ __all__ = [
     "decode_backward",
     "decode_schedule",
     "decode_up",
+    "decode_up_backward",
     "gather_rows",
     "gemm",
     "grouped_gemm",
@@ -27,6 +34,7 @@ __all__ = [
     "prefill",
     "prefill_backward",
     "sparse_attention",
+    "sparse_backward",
     "sparse_prefill_backward",
     "summarize",
     "v41_attention",

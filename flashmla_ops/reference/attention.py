@@ -104,10 +104,10 @@ def attend(
 def decode_up(*cache: Any, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """`decode`, then the product of each head's result with the head's weight (MLA: W_UV).
 
-    ``weight`` [h_q, d_v, d_up]; out [b, s_q, h_q, d_up]. All else is as `decode` takes and returns it.
+    ``weight`` [h_q, d_v, d_up]; out [b, s_q, h_q, d_up], or [t_q, h_q, d_up]. All else is as of `decode`.
     """
     out, lse = decode(*cache, **options, op="decode_up")
-    return torch.einsum("bshv,hvu->bshu", out, weight.double()), lse
+    return torch.einsum("...hv,hvu->...hu", out, weight.double()), lse
 
 
 def prefill(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashmla_ops.reference.attention import visible
+from flashmla_ops.formats import NATIVE
+from flashmla_ops.reference.attention import decode, visible
 from flashmla_ops.reference.cache import gather_rows
+from flashmla_ops.reference.sparse import Source
 
 
 def attention_backward(
@@ -125,22 +129,31 @@ def decode_backward(
     attn_sink: Tensor | None = None,  # [h_q]
     window: int = 0,
     softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,  # [b + 1]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # dq, dkv_cache, dk_cache, dattn_sink, float64
-    """The gradients of `decode`. A page that several sequences hold has the sum of theirs."""
-    scale = q.size(3) ** -0.5 if softmax_scale is None else softmax_scale
+    """The gradients of `decode`. A page that several sequences hold has the sum of theirs.
+
+    With ``cu_seqlens_q``, q, dout and out are [t_q, h_q, d], and dlse and lse [h_q, t_q].
+    """
+    scale = q.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
     dq, dkv = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(kv_cache, dtype=torch.float64)
     dk = None if k_cache is None else torch.zeros_like(k_cache, dtype=torch.float64)
     dsink = None if attn_sink is None else torch.zeros_like(attn_sink, dtype=torch.float64)
     in_kv = kv_cache.size(3) - qk_start
+    bounds = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     for i, n in enumerate(cache_seqlens.tolist()):
-        first, last, shown = seen_rows(q.size(1), n, causal, window, q.device)
+        own: Any = i if bounds is None else slice(bounds[i], bounds[i + 1])
+        own_lse = i if bounds is None else (slice(None), own)
+        one, result, gradient, row_lse = q[own], out[own], dout[own], lse[own_lse]
+        first, last, shown = seen_rows(len(one), n, causal, window, q.device)
         named: dict[str, Any] = {"op": "decode_backward", "sequence": i}
         rows = gather_rows(kv_cache, block_table[i], first, last, **named)
         key = rows[..., qk_start:]
         if k_cache is not None:
             key = torch.cat([key, gather_rows(k_cache, block_table[i], first, last, **named)], dim=-1)
-        results = (dout[i], None if dlse is None else dlse[i], q[i], key, rows[..., :d_v], out[i], lse[i])
-        dq[i], dkey, dvalue = attention_backward(*results, shown, scale, softcap, attn_sink)
+        row_dlse = None if dlse is None else dlse[own_lse]
+        results = (gradient, row_dlse, one, key, rows[..., :d_v], result, row_lse)
+        dq[own], dkey, dvalue = attention_backward(*results, shown, scale, softcap, attn_sink)
         positions = torch.arange(first, last, device=q.device)
         where = (block_table[i].long()[positions // kv_cache.size(1)], positions % kv_cache.size(1))
         dkv[..., :d_v].index_put_(where, dvalue, accumulate=True)
@@ -148,8 +161,82 @@ def decode_backward(
         if dk is not None:
             dk.index_put_(where, dkey[..., in_kv:], accumulate=True)
         if attn_sink is not None and dsink is not None:
-            dsink += sink_backward(dout[i], out[i], lse[i], attn_sink)
+            dsink += sink_backward(gradient, result, row_lse, attn_sink)
     return dq, dkv, dk, dsink
+
+
+def decode_up_backward(
+    weight: Tensor,  # [h_q, d_v, d_up]
+    dout: Tensor,  # [b, s_q, h_q, d_up]
+    dlse: Tensor | None,  # [b, h_q, s_q]
+    **call: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # those of `decode_backward` and dweight, float64
+    """The gradients of `decode_up`, whose other arguments are ``call``: what was attended to is computed again."""
+    attended, lse = decode(**call)
+    dattended = torch.einsum("...hu,hvu->...hv", dout.double(), weight.double())
+    dweight = torch.einsum("thv,thu->hvu", attended.flatten(0, -3), dout.double().flatten(0, -3))
+    return *decode_backward(**call, dout=dattended, dlse=dlse, out=attended, lse=lse), dweight
+
+
+def sparse_backward(
+    q: Tensor,  # [b, s_q, h_q, d_qk]
+    sources: list[Source],
+    dout: Tensor,  # [b, s_q, h_q, d_v]
+    dlse: Tensor | None,  # [b, h_q, s_q]
+    out: Tensor,  # [b, s_q, h_q, d_v]
+    lse: Tensor,  # [b, h_q, s_q]
+    d_v: int,
+    qk_start: int = 0,
+    softmax_scale: float | None = None,
+    attn_sink: Tensor | None = None,  # [h_q]
+) -> tuple[Tensor, list[RowGradients], Tensor | None]:  # dq, those of each source's caches and dattn_sink, float64
+    """The gradients of `sparse_attention`. A row that is named twice counts twice."""
+    scale = q.size(3) ** -0.5 if softmax_scale is None else softmax_scale
+    dq, drows = torch.zeros_like(q, dtype=torch.float64), [RowGradients.zeros(source) for source in sources]
+    dsink = None if attn_sink is None else torch.zeros_like(attn_sink, dtype=torch.float64)
+    h_kv = sources[0].kv_cache.size(2)
+    for i, s in itertools.product(range(q.size(0)), range(q.size(1))):
+        for head, heads in enumerate(torch.arange(q.size(2)).chunk(h_kv) if q.size(2) else ()):
+            rows = [source.rows(i, s, head, d_v, qk_start) for source in sources]
+            values, keys = (torch.cat(parts)[:, None] for parts in zip(*rows, strict=True))
+            query, result, gradient = (x[i, s, None, heads] for x in (q, out, dout))
+            row_lse, row_dlse = lse[i, heads, s, None], None if dlse is None else dlse[i, heads, s, None]
+            sink = None if attn_sink is None else attn_sink[heads]
+            shown = torch.ones(1, len(keys), dtype=torch.bool, device=q.device)
+            results = (gradient, row_dlse, query, keys, values, result, row_lse)
+            found, dkeys, dvalues = attention_backward(*results, shown, scale, attn_sink=sink)
+            dq[i, s, heads] = found[0]
+            counts = [len(values) for values, _ in rows]
+            parts = zip(sources, drows, dkeys[:, 0].split(counts), dvalues[:, 0].split(counts), strict=True)
+            for source, gradients, dkey, dvalue in parts:
+                gradients.add(source.where(i, s, head), head, qk_start, dkey, dvalue)
+            if dsink is not None and sink is not None:
+                dsink[heads] += sink_backward(gradient, result, row_lse, sink)
+    return dq, drows, dsink
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """The gradients of a source's caches; rows of bytes have none."""
+
+    dkv: Tensor | None  # [n_pages, page_size, h_kv, d], float64
+    dk: Tensor | None  # [n_pages, page_size, h_kv, d_k], float64
+
+    @classmethod
+    def zeros(cls, source: Source) -> RowGradients:
+        native, k_cache = source.row_format == NATIVE, source.k_cache
+        dkv = torch.zeros_like(source.kv_cache, dtype=torch.float64) if native else None
+        return cls(dkv, None if k_cache is None else torch.zeros_like(k_cache, dtype=torch.float64))
+
+    def add(self, where: tuple[Tensor, Tensor], head: int, qk_start: int, dkey: Tensor, dvalue: Tensor) -> None:
+        """To rows ``where`` of a KV head: dkey [n, d_qk] and dvalue [n, d_v]."""
+        if self.dkv is None:
+            return
+        dkv, in_kv = self.dkv[:, :, head], self.dkv.size(3) - qk_start
+        dkv[..., : dvalue.size(1)].index_put_(where, dvalue, accumulate=True)
+        dkv[..., qk_start:].index_put_(where, dkey[:, :in_kv], accumulate=True)
+        if self.dk is not None:
+            self.dk[:, :, head].index_put_(where, dkey[:, in_kv:], accumulate=True)
 
 
 def sparse_prefill_backward(
@@ -164,26 +251,9 @@ def sparse_prefill_backward(
     softmax_scale: float | None = None,
     attn_sink: Tensor | None = None,  # [h_q]
     topk_length: Tensor | None = None,  # [s_q] int32
-) -> tuple[Tensor, Tensor, Tensor | None]:  # dq, dkv, dattn_sink, float64
-    """The gradients of sparse attention over rows beside the queries. A row that is named twice counts twice."""
-    scale = q.size(2) ** -0.5 if softmax_scale is None else softmax_scale
-    dq, dkv = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(kv, dtype=torch.float64)
-    for s in range(q.size(0)):
-        for head, heads in enumerate(torch.arange(q.size(1)).chunk(kv.size(1)) if q.size(1) else ()):
-            chosen = indices[s, head].long()
-            if topk_length is not None:
-                chosen = chosen[: int(topk_length[s])]
-            chosen = chosen[(chosen >= 0) & (chosen < kv.size(0))]
-            rows, sink = kv[chosen, head, None], None if attn_sink is None else attn_sink[heads]
-            of_query = (x[s, None, heads] for x in (q, out, dout))
-            query, result, gradient = of_query
-            row_lse, row_dlse = lse[s, heads, None], None if dlse is None else dlse[s, heads, None]
-            results = (gradient, row_dlse, query, rows, rows[..., :d_v], result, row_lse)
-            shown = torch.ones(1, len(rows), dtype=torch.bool, device=q.device)
-            found = attention_backward(*results, shown, scale, attn_sink=sink)
-            dq[s, heads] = found[0][0]
-            dkv[:, head].index_add_(0, chosen, found[1][:, 0])
-            dkv[:, head, :d_v].index_add_(0, chosen, found[2][:, 0])
-    if attn_sink is None:
-        return dq, dkv, None
-    return dq, dkv, sink_backward(dout, out, lse.T, attn_sink)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # dq, dkv, dattn_sink, float64
+    """The gradients of sparse attention over rows beside the queries."""
+    source, transposed = Source.beside(kv, indices, topk_length), None if dlse is None else dlse.T[None]
+    results = (dout[None], transposed, out[None], lse.T[None])
+    dq, [rows], dsink = sparse_backward(q[None], [source], *results, d_v, 0, softmax_scale, attn_sink)
+    return dq[0], None if rows.dkv is None else rows.dkv[0], dsink

@@ -22,14 +22,30 @@ class Source:
     topk_length: Tensor | None  # [b, s_q] int32: so many indices count, the first ones
     row_format: str = NATIVE
 
-    def rows(self, i: int, s: int, head: int, d_v: int, qk_start: int) -> tuple[Tensor, Tensor]:
-        """Values [n, d_v] and keys [n, d_qk] of query token s of sequence i, for one KV head."""
+    @classmethod
+    def beside(
+        cls,
+        kv: Tensor,  # [s_kv, h_kv, d]
+        indices: Tensor,  # [s_q, h_kv, topk] int32
+        topk_length: Tensor | None,  # [s_q] int32
+        row_format: str = NATIVE,
+    ) -> Source:
+        """Rows beside the queries of one sequence: a cache of one page."""
+        lengths = None if topk_length is None else topk_length[None]
+        return cls(kv[None], None, indices[None], lengths, row_format)
+
+    def where(self, i: int, s: int, head: int) -> tuple[Tensor, Tensor]:
+        """Pages [n] and places in them [n] of the rows of query token s of sequence i, for one KV head."""
         n_pages, page_size = self.kv_cache.shape[:2]
         chosen = self.indices[i, s, head].long()
         if self.topk_length is not None:
             chosen = chosen[: int(self.topk_length[i, s])]
         slots = chosen[(chosen >= 0) & (chosen < n_pages * page_size)]
-        where = (slots // max(page_size, 1), slots % max(page_size, 1))
+        return slots // max(page_size, 1), slots % max(page_size, 1)
+
+    def rows(self, i: int, s: int, head: int, d_v: int, qk_start: int) -> tuple[Tensor, Tensor]:
+        """Their values [n, d_v] and keys [n, d_qk]."""
+        where = self.where(i, s, head)
         rows = read_rows(self.kv_cache, *where, self.row_format)[:, head].double()
         key = rows[:, qk_start:]
         if self.k_cache is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -37,16 +38,14 @@ SMALL = {
 
 def call(case: DecodeCase, *, dlse: bool = True) -> dict[str, Any]:
     """The arguments of the backward of a case."""
-    inputs = build(replace(case, s_qs=None))
+    inputs = build(case)
     generator = torch.Generator().manual_seed(case.seed)
     out, lse = torch.ops.flashmla.decode(**inputs.kwargs())
     dout = torch.randn(out.shape, generator=generator).to(out.dtype)
     gradient = torch.randn(lse.shape, generator=generator) if dlse else None
     if case.strided:
         dout, out, lse = (strided(x, generator, contiguous_rows=False) for x in (dout, out, lse))
-    named = inputs.reference_kwargs()
-    del named["cu_seqlens_q"]
-    return named | {"dout": dout, "dlse": gradient, "out": out, "lse": lse}
+    return inputs.reference_kwargs() | {"dout": dout, "dlse": gradient, "out": out, "lse": lse}
 
 
 def check(case: DecodeCase, *, dlse: bool = True) -> None:
@@ -62,7 +61,7 @@ def check(case: DecodeCase, *, dlse: bool = True) -> None:
 
 
 @settings(max_examples=200)
-@given(strategies.decode_cases())
+@given(strategies.decode_cases() | strategies.option_cases())
 def test_any_case(case: DecodeCase) -> None:
     check(case, dlse=case.seed % 2 == 0)
 
@@ -85,12 +84,15 @@ def test_every_layout(isa: str, dtype: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", SMALL)
-@pytest.mark.parametrize(("sink", "window", "softcap"), [(False, 0, 0.0), (True, 2, 0.0), (False, 0, 0.5)])
-def test_the_definition_is_the_derivative(layout: str, sink: bool, window: int, softcap: float) -> None:
+@pytest.mark.parametrize(
+    ("sink", "window", "softcap", "s_qs"), [(True, 2, 0.0, None), (False, 0, 0.5, None), (True, 2, 0.5, (4, 0, 1))]
+)
+def test_the_definition_is_the_derivative(
+    layout: str, sink: bool, window: int, softcap: float, s_qs: tuple[int, ...] | None
+) -> None:
     options = {"s_q": 3, "h_q": 6, "page_size": 4, "dtype": "float32", "causal": True, "strided": False}
     case = DecodeCase((5, 0, 2), window=window, softcap=softcap, **options, **SMALL[layout])
-    options = build(case).reference_kwargs()
-    del options["cu_seqlens_q"]
+    options = build(replace(case, s_qs=s_qs)).reference_kwargs()
     tensors = {"q": options.pop("q").double() * 10, "kv_cache": options.pop("kv_cache").nan_to_num(0).double()}
     k_cache, _ = options.pop("k_cache"), options.pop("attn_sink")
     if k_cache is None:
@@ -144,10 +146,40 @@ def test_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_ragged_queries_have_no_gradient() -> None:
-    inputs = build(DecodeCase((9, 4), s_qs=(2, 3), h_q=4, page_size=8, d=24, d_v=16, strided=False))
-    with pytest.raises(NotDifferentiableError, match="no gradient for it with cu_seqlens_q"):
-        torch.ops.flashmla.decode(**inputs.kwargs(q=inputs.q.clone().requires_grad_()))
+RAGGED = DecodeCase((9, 0, 16, 7), s_qs=(2, 3, 0, 11), h_q=6, page_size=8, d=24, d_v=16, causal=True, sink=True)
+
+
+def test_ragged_sequences_are_as_alone() -> None:
+    arguments = call(replace(RAGGED, strided=False, dtype="float32", window=5))
+    dq, dkv, _, dsink = torch.ops.flashmla.decode_backward(**arguments)
+    bounds, alone = arguments.pop("cu_seqlens_q").tolist(), []
+    for i, (s, e) in enumerate(pairwise(bounds)):
+        own = {name: arguments[name][None, s:e] for name in ("q", "dout", "out")}
+        own |= {name: arguments[name][None, :, s:e] for name in ("dlse", "lse")}
+        own |= {name: arguments[name][i : i + 1] for name in ("block_table", "cache_seqlens")}
+        if e > s:
+            alone.append(torch.ops.flashmla.decode_backward(**arguments | own))
+    assert torch.equal(dq, torch.cat([each[0][0] for each in alone]))
+    assert torch.equal(dkv, sum(each[1] for each in alone))  # they share no page
+    torch.testing.assert_close(dsink, sum(each[3] for each in alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ragged_queries_through_a_compiled_step(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    inputs = build(replace(RAGGED, strided=False, dtype="float32"))
+    named = inputs.kwargs(cu_seqlens_q=inputs.cu_seqlens_q.to(dtype), kv_cache=inputs.kv_cache.nan_to_num(0))
+
+    def loss(q: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        out, lse = torch.ops.flashmla.decode(**named | {"q": q, "kv_cache": kv_cache})
+        return out.square().sum() + lse.where(lse.isfinite(), 0.0).sum()
+
+    found = []
+    for step in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)):
+        leaves = [named[name].clone().requires_grad_() for name in ("q", "kv_cache")]
+        found.append(torch.autograd.grad(step(*leaves), leaves))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1))(named["q"], named["kv_cache"]), found[0])
 
 
 def test_bytes_have_no_gradient() -> None:
@@ -160,8 +192,10 @@ def test_bytes_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layout", ["mla_two", "gqa"])
-def test_opcheck(dtype: str, layout: str) -> None:
-    case = DecodeCase((9, 0, 16), s_q=2, h_q=6, page_size=8, dtype=dtype, causal=True, sink=True, **LAYOUTS[layout])
+@pytest.mark.parametrize("s_qs", [None, (2, 0, 5)])
+def test_opcheck(dtype: str, layout: str, s_qs: tuple[int, ...] | None) -> None:
+    options = {"s_q": 2, "s_qs": s_qs, "causal": True, "sink": True}
+    case = DecodeCase((9, 0, 16), h_q=6, page_size=8, dtype=dtype, **options, **LAYOUTS[layout])
     opcheck(torch.ops.flashmla.decode_backward.default, **call(case))
 
 
@@ -184,3 +218,19 @@ def test_misuse(name: str, change: Any, message: str) -> None:
     arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.flashmla.decode_backward(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cu_seqlens_q", lambda x: x + 1, r"argument 'cu_seqlens_q': expected 0 at \[0\], got 1"),
+        ("cu_seqlens_q", lambda x: x.clamp(max=9), r"expected 16 at \[4\], the number of tokens, got 9"),
+        ("cu_seqlens_q", lambda x: x[:-1], "expected 3 sequences, as q"),
+        ("dout", lambda x: x[None], "argument 'dout': expected shape"),
+        ("dlse", lambda x: x.T, "argument 'dlse': expected shape"),
+    ],
+)
+def test_ragged_misuse(name: str, change: Any, message: str) -> None:
+    arguments = call(RAGGED)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.flashmla.decode_backward(**arguments | {name: change(arguments[name])})

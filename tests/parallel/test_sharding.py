@@ -37,7 +37,8 @@ def one_head(name: str) -> dict[str, Any]:
         named["indices"] = named["indices"][:, :1]
     if name.endswith("_backward"):
         given = {key: value for key, value in named.items() if key not in ("dout", "dlse", "out", "lse")}
-        named["out"], *_, named["lse"] = operator(name.removesuffix("_backward"))(**given)
+        out, *_, lse = operator(name.removesuffix("_backward"))(**given)
+        named |= {key: x for key, x in {"out": out, "lse": lse}.items() if key in named}
     return named | ({"h_kv": 1} if "h_kv" in named else {})
 
 

@@ -76,11 +76,17 @@ def _prefill() -> dict[str, Any]:
     return sequences | {"causal": True, "attn_sink": torch.randn(4)}
 
 
+def fields_of(name: str) -> set[str]:
+    """The arguments of an operator."""
+    return {argument.name for argument in operator(name)._schema.arguments}
+
+
 def _backward_of(name: str, arguments: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     def made() -> dict[str, Any]:
         named = arguments()
         out, *_, lse = operator(name)(**named)
-        return named | {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
+        results = {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
+        return named | {key: x for key, x in results.items() if key in fields_of(f"{name}_backward")}
 
     return made
 
@@ -148,15 +154,17 @@ CALLS = {
     "attend_masked": Call(_attend_masked, ("q", "kv_cache", "k_cache", "mask")),
     "decode": Call(_decode, with_gradient=_DECODE),
     "decode.out": Call(_DECODE_OUT, (*_DECODE, "out", "lse"), ("out", "lse")),
-    "decode_up": Call(_decode_up, (*_DECODE, "weight")),
+    "decode_up": Call(_decode_up, with_gradient=(*_DECODE, "weight")),
     "decode_schedule": Call(
         lambda: {"cache_seqlens": torch.tensor([7, 4], dtype=INT), "s_q": 3, "h_q": 6, "h_kv": 2, "num_parts": 2}
     ),
-    "sparse_decode": Call(_sparse_decode, ("q", "kv_cache", "k_cache", "attn_sink", "extra_kv_cache")),
+    "sparse_decode": Call(_sparse_decode, with_gradient=(*_DECODE, "extra_kv_cache")),
     "sparse_prefill": Call(_sparse_prefill, with_gradient=("q", "kv", "attn_sink")),
     "prefill": Call(_prefill, with_gradient=("q", "k", "v", "attn_sink")),
     "decode_backward": Call(_backward_of("decode", _decode)),
     "prefill_backward": Call(_backward_of("prefill", _prefill)),
+    "decode_up_backward": Call(_backward_of("decode_up", _decode_up)),
+    "sparse_decode_backward": Call(_backward_of("sparse_decode", _sparse_decode)),
     "sparse_prefill_backward": Call(_backward_of("sparse_prefill", _sparse_prefill)),
     "append_": Call(_append, ("kv_cache", "rows"), ("kv_cache",)),
     "append_.two": Call(_append_two, ("kv_cache", "k_cache", "rows", "k_rows"), ("kv_cache", "k_cache")),

@@ -12,19 +12,9 @@ namespace {
 bool has_own_sequences(const FlashmlaDecode& call) { return call.cu_seqlens_q || call.window || call.batch_invariant; }
 
 const std::vector<Sequences::Sequence>& sequences_of(const FlashmlaDecode& call) {
-  const int64_t size = call.dtype == FLASHMLA_F32 ? 4 : 2;
   std::vector<Sequences::Sequence>& sequences = Sequences::kept();
   for (int64_t i = 0; i < call.b; i++) {
-    FlashmlaDecode one = call;
-    if (call.cu_seqlens_q) {
-      const Bounds bounds{call.cu_seqlens_q, call.cu_seqlens_q_stride};
-      one.cu_seqlens_q = nullptr, one.s_q = bounds[i + 1] - bounds[i];
-      one.q = static_cast<const char*>(call.q) + bounds[i] * call.q_stride[1] * size;
-      one.out = static_cast<char*>(call.out) + bounds[i] * call.out_stride[1] * size;
-      one.lse = call.lse + bounds[i] * call.lse_stride[2];
-      one.q_stride[0] = one.out_stride[0] = one.lse_stride[0] = 0;
-    }
-    sequences.push_back({one, i, call.cache_seqlens[i * call.cache_seqlens_stride]});
+    sequences.push_back({sequence_of(call, i), i, call.cache_seqlens[i * call.cache_seqlens_stride]});
   }
   return sequences;
 }

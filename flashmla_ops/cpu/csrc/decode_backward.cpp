@@ -53,20 +53,27 @@ private:
   };
 
   bool wants_rows() const { return call_.dkv_cache || call_.dk_cache; }
+  FlashmlaGradients gradients_of(int64_t i) const {
+    if (attention_.cu_seqlens_q == nullptr) return call_.gradients;
+    const Bounds bounds{attention_.cu_seqlens_q, attention_.cu_seqlens_q_stride};
+    return gradients_from(call_.gradients, attention_.dtype, bounds[i]);
+  }
   int64_t length(int64_t i) const { return attention_.cache_seqlens[i * attention_.cache_seqlens_stride]; }
   float* rows(int64_t i, int64_t head) const { return rows_ + first_[size_t(i)] + head * length(i) * row_floats_; }
 
   bool compute(int64_t i, int64_t head) const {
-    const int64_t rows_of_head = attention_.s_q * group_size(attention_), n = length(i);
+    const FlashmlaDecode one = sequence_of(attention_, i);
+    const FlashmlaGradients gradients = gradients_of(i);
+    const int64_t rows_of_head = one.s_q * group_size(one), n = length(i);
     const Item largest{i, head, 0, std::min(rows_of_head, Schedule::kMaxRows), n};
-    char* scratch = work_arena.reserve(size_t(kernels_.backward_scratch_bytes(attention_, largest)));
+    char* scratch = work_arena.reserve(size_t(kernels_.backward_scratch_bytes(one, largest)));
     if (scratch == nullptr) return false;
     float* into = wants_rows() ? rows(i, head) : nullptr;
     if (into) std::memset(into, 0, size_t(n * row_floats_) * sizeof(float));
     for (int64_t row = 0; row < rows_of_head; row += Schedule::kMaxRows) {
       const Item item{i, head, row, std::min(Schedule::kMaxRows, rows_of_head - row), n};
-      const Tokens tokens = tokens_of(attention_, item);
-      kernels_.backward(attention_, call_.gradients, item, tokens.begin, tokens.end, into, row_floats_, scratch);
+      const Tokens tokens = tokens_of(one, item);
+      kernels_.backward(one, gradients, item, tokens.begin, tokens.end, into, row_floats_, scratch, false);
     }
     return true;
   }
@@ -126,10 +133,15 @@ private:
 extern "C" int flashmla_decode_backward(const FlashmlaDecodeBackward* call, const FlashmlaRuntime* runtime,
                                         char* message) try {
   using namespace flashmla;
-  if (check_lengths(call->attention, message)) return 1;
-  if (check_pages(call->attention, message)) return 1;
+  const FlashmlaDecode& attention = call->attention;
+  if (check_lengths(attention, message)) return 1;
+  if (attention.cu_seqlens_q) {
+    const Bounds bounds{attention.cu_seqlens_q, attention.cu_seqlens_q_stride};
+    if (bounds.check(attention.op, "cu_seqlens_q", attention.b, attention.t_q, message)) return 1;
+  }
+  if (check_pages(attention, message)) return 1;
   if (DecodeBackward(*call).run(*runtime)) return 0;
-  return out_of_memory(message, call->attention.op);
+  return out_of_memory(message, attention.op);
 } catch (const std::bad_alloc&) {
   return flashmla::out_of_memory(message, call->attention.op);
 }

@@ -1,5 +1,6 @@
 // Gradients through attention, once for each instruction set (see kernels.cpp).
 #include "flashmla/attend_backward.h"
+#include "flashmla/decode_rows.h"
 #include "flashmla/isa/compiled_for.h"
 
 namespace flashmla {
@@ -11,9 +12,9 @@ int64_t scratch_bytes(const FlashmlaDecode& call, const Item& item) {
                       [&](auto t) { return AttentionBackward<Isa, decltype(t)>::scratch_bytes(call, item); });
 }
 bool backward(const FlashmlaDecode& call, const FlashmlaGradients& gradients, const Item& item, int64_t begin,
-              int64_t end, float* rows, int64_t stride, char* scratch) {
+              int64_t end, float* rows, int64_t stride, char* scratch, bool more) {
   return with_element(call.dtype, [&](auto t) {
-    return AttentionBackward<Isa, decltype(t)>(call, gradients, item, {rows, stride}, scratch).run(begin, end);
+    return AttentionBackward<Isa, decltype(t)>(call, gradients, item, {rows, stride}, scratch).run(begin, end, more);
   });
 }
 void sum_rows(FlashmlaDType dtype, const float* const* parts, int64_t n_parts, int64_t n, int64_t stride, int64_t d,

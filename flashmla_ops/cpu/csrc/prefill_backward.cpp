@@ -33,7 +33,7 @@ public:
     row_floats_ = attention_.d_v + attention_.d_qk;
     for (int64_t i = 0; i < attention_.b; i++) {
       sequences_.push_back(sequence_of(attention_, i));
-      gradients_.push_back(gradients_of(i));
+      gradients_.push_back(gradients_from(call_.gradients, attention_.dtype, bounds_q(attention_)[i]));
     }
     double all = 0;
     for (int64_t i = 0; i < attention_.b; i++) all += cost(i) * double(attention_.h_kv);
@@ -68,19 +68,6 @@ private:
   struct Sum {
     int64_t sequence, head, begin, end, parts, sums;
   };
-
-  FlashmlaGradients gradients_of(int64_t i) const {
-    const int64_t begin = bounds_q(attention_)[i];
-    const int64_t size = attention_.dtype == FLASHMLA_F32 ? 4 : 2;
-    FlashmlaGradients one = call_.gradients;
-    one.out = static_cast<const char*>(one.out) + begin * one.out_stride[1] * size;
-    one.dout = static_cast<const char*>(one.dout) + begin * one.dout_stride[1] * size;
-    one.lse += begin * one.lse_stride[2];
-    if (one.dlse) one.dlse += begin * one.dlse_stride[2];
-    if (one.dsink) one.dsink += begin * one.dsink_stride[2];
-    if (one.dq) one.dq = static_cast<char*>(one.dq) + begin * one.dq_stride[1] * size;
-    return one;
-  }
 
   bool wants_rows() const { return call_.dk || call_.dv; }
   int64_t rows(int64_t i) const { return sequences_[size_t(i)].s_q * group_; }
@@ -136,7 +123,7 @@ private:
       const Item here = item(unit.sequence, unit.head, row);
       const Tokens seen = tokens_of(one, here);
       kernels_.backward(one, gradients_[size_t(unit.sequence)], here, seen.begin, seen.end,
-                        wants_rows() ? sums : nullptr, row_floats_, memory + own);
+                        wants_rows() ? sums : nullptr, row_floats_, memory + own, false);
     }
     if (wants_rows() && unit.sums < 0) {
       write({unit.sequence, unit.head, 0, length_of(attention_, unit.sequence), 1, 0}, sums);

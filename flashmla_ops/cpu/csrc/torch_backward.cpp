@@ -44,7 +44,7 @@ public:
     if (!is_wanted) return;
     parts_.resize(size_t(b * h_q * s_q));
     gradients.dsink = parts_.data();
-    gradients.dsink_stride[0] = h_q * s_q, gradients.dsink_stride[1] = s_q, gradients.dsink_stride[2] = 1;
+    gradients.dsink_stride[0] = b > 1 ? h_q * s_q : 0, gradients.dsink_stride[1] = s_q, gradients.dsink_stride[2] = 1;
   }
   void sum() const {
     if (sums_ == nullptr) return;
@@ -81,11 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_backward(const DecodeBackwardA
   const Tensor dq = new_tensor(results[0]), dkv_cache = new_tensor(results[1]), dk_cache = new_tensor(results[2]);
   const Tensor dsink = new_tensor(results[3]);
   FlashmlaDecodeBackward call{native_decode_call(a), gradients_of(a), nullptr, nullptr};
+  const auto bounds = set_boundaries(call.attention, a);
   if (a.wanted & 1) set_dq(call.gradients, dq);
   call.dkv_cache = wanted(dkv_cache, a.wanted & 2), call.dk_cache = wanted(dk_cache, a.k_cache && (a.wanted & 4));
-  const FlashmlaDecode& attention = call.attention;
-  const SinkGradient sink(call.gradients, attention.b, attention.h_q, attention.s_q, dsink,
-                          a.attn_sink && (a.wanted & 8));
+  const int64_t sequences = bounds ? 1 : a.q.size(0);  // ragged ones have their tokens side by side
+  const SinkGradient sink(call.gradients, sequences, a.q.size(-2), a.q.size(-3), dsink, a.attn_sink && (a.wanted & 8));
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
   raise_if(flashmla_decode_backward(&call, &threads, message), message);
@@ -96,12 +96,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_backward(const DecodeBackwardA
 std::tuple<Tensor, Tensor, Tensor> sparse_prefill_backward(const SparsePrefillBackwardArguments& a) {
   const auto results = check(a);
   const Tensor dq = new_tensor(results[0]), dkv = new_tensor(results[1]), dsink = new_tensor(results[2]);
-  FlashmlaSparseBackward call{sparse_call(a, a.kv.size(1), 0), gradients_of(a), nullptr};
+  FlashmlaSparseBackward call{sparse_call(a, a.kv.size(1), 0), gradients_of(a), {}};
   call.attention.sources[call.attention.n_sources++] = beside(a.kv, a.indices, given(a.topk_length), 0);
   // lse is [s_q, h_q] here.
   for (int64_t* stride : {call.gradients.lse_stride, call.gradients.dlse_stride}) std::swap(stride[1], stride[2]);
   if (a.wanted & 1) set_dq(call.gradients, dq);
-  call.dkv = wanted(dkv, a.wanted & 2);
+  call.rows[0].dkv = wanted(dkv, a.wanted & 2);
   const SinkGradient sink(call.gradients, 1, a.q.size(1), a.q.size(0), dsink, a.attn_sink && (a.wanted & 4));
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
@@ -110,10 +110,30 @@ std::tuple<Tensor, Tensor, Tensor> sparse_prefill_backward(const SparsePrefillBa
   return {dq, dkv, dsink};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_decode_backward(const SparseDecodeBackwardArguments& a) {
+  const auto results = check(a);
+  const Tensor dq = new_tensor(results[0]), dkv_cache = new_tensor(results[1]), dk_cache = new_tensor(results[2]);
+  const Tensor dsink = new_tensor(results[3]), dextra = new_tensor(results[4]);
+  FlashmlaSparseBackward call{sparse_call(a, a.kv_cache.size(2), a.qk_start), gradients_of(a), {}};
+  set_sources(call.attention, a);
+  if (a.wanted & 1) set_dq(call.gradients, dq);
+  const auto is_native = [&](int32_t i) { return call.attention.sources[i].row_format == 0; };
+  call.rows[0].dkv = wanted(dkv_cache, is_native(0) && (a.wanted & 2));
+  call.rows[0].dk = wanted(dk_cache, a.k_cache && (a.wanted & 4));
+  call.rows[1].dkv = wanted(dextra, a.extra_kv_cache && is_native(1) && (a.wanted & 16));
+  const SinkGradient sink(call.gradients, a.q.size(0), a.q.size(2), a.q.size(1), dsink, a.attn_sink && (a.wanted & 8));
+  char message[FLASHMLA_MESSAGE];
+  const FlashmlaRuntime threads = runtime();
+  raise_if(flashmla_sparse_backward(&call, &threads, message), message);
+  sink.sum();
+  return {dq, dkv_cache, dk_cache, dsink, dextra};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
   m.impl("decode_backward", TORCH_BOX(&DecodeBackwardArguments::call<&decode_backward>));
   m.impl("sparse_prefill_backward", TORCH_BOX(&SparsePrefillBackwardArguments::call<&sparse_prefill_backward>));
+  m.impl("sparse_decode_backward", TORCH_BOX(&SparseDecodeBackwardArguments::call<&sparse_decode_backward>));
   m.impl("prefill_backward", TORCH_BOX(&PrefillBackwardArguments::call<&prefill_backward>));
 }

@@ -12,23 +12,6 @@ void set_out(FlashmlaDecode& attention, const Tensor& out) {
   for (int64_t i = 0, dims = out.dim(); i < dims - 1; i++) attention.out_stride[4 - dims + i] = out.stride(i);
 }
 
-// A source of sparse_decode, whose indices are the same for all KV heads.
-FlashmlaSource paged(const Tensor& kv_cache, const Tensor* k_cache, const Tensor& indices, const Tensor* topk_length,
-                     int32_t number) {
-  FlashmlaSource source{};
-  source.kv = cache_of(kv_cache, number), source.row_format = number;
-  if (k_cache) source.k = cache_of(*k_cache);
-  source.n_pages = kv_cache.size(0), source.page_size = kv_cache.size(1);
-  source.indices = indices.const_data_ptr<int32_t>(), source.topk = indices.size(2);
-  source.indices_stride[0] = indices.stride(0), source.indices_stride[1] = indices.stride(1);
-  source.indices_stride[3] = indices.stride(2);
-  if (topk_length) {
-    source.topk_length = topk_length->const_data_ptr<int32_t>();
-    source.topk_length_stride[0] = topk_length->stride(0);
-  }
-  return source;
-}
-
 void run(const FlashmlaSparse& call) {
   char message[FLASHMLA_MESSAGE];
   const FlashmlaRuntime threads = runtime();
@@ -40,12 +23,7 @@ std::tuple<Tensor, Tensor> sparse_decode(const SparseDecodeArguments& a) {
   const Tensor out = new_tensor(results[0]), lse = new_tensor(results[1]);
   FlashmlaSparse call = sparse_call(a, a.kv_cache.size(2), a.qk_start);
   call.batch_invariant = a.batch_invariant;
-  call.sources[call.n_sources++] =
-      paged(a.kv_cache, given(a.k_cache), a.indices, given(a.topk_length), number_of_format(a.row_format));
-  if (a.extra_kv_cache) {
-    call.sources[call.n_sources++] = paged(*a.extra_kv_cache, nullptr, *a.extra_indices, given(a.extra_topk_length),
-                                           number_of_format(a.extra_row_format));
-  }
+  set_sources(call, a);
   set_out(call.attention, out);
   set_lse(call.attention, lse);
   run(call);

@@ -50,7 +50,7 @@ void write_sum(T* out, int64_t d, int64_t n_parts, Part part) {
   }
 }
 
-// T is the type of queries and rows.
+// T is the type of queries and of native rows. Rows of bytes become elements of what is packed.
 template <class Isa, class T>
 class AttentionBackward {
   using M = Mac<Isa, T>;
@@ -75,18 +75,26 @@ public:
     return AttentionBackward(call, {}, item, {}, nullptr).bytes_;
   }
 
-  bool run(int64_t begin, int64_t end) {
-    pack_rows();
-    if (gradients_.dq) std::memset(dq_, 0, size_t(rows_ * out_stride_) * sizeof(float));
-    const auto block = [&](Rows<NativeRow<T>, kBlock>& here, int64_t t, auto) { add_block(here, t); };
-    if (!for_blocks<NativeRow<T>, kBlock>(call_, item_, begin, end, nullptr, [](int n) { return n; }, block)) {
-      return false;
+  // `more`: the scratch holds the item's queries and their gradients so far, from a call over tokens of another cache.
+  bool run(int64_t begin, int64_t end, bool more) {
+    if (!more) {
+      pack_rows();
+      if (gradients_.dq) std::memset(dq_, 0, size_t(rows_ * out_stride_) * sizeof(float));
     }
+    if (!(call_.row_format ? add<QuantizedRow<Element>>(begin, end) : add<NativeRow<T>>(begin, end))) return false;
     if (gradients_.dq) write_queries();
     return true;
   }
 
 private:
+  template <class Row>
+  bool add(int64_t begin, int64_t end) {
+    const auto block = [&](Rows<Row, kBlock>& here, int64_t t, auto) { add_block(here, t); };
+    typename Row::Element* decoded = nullptr;
+    if constexpr (!Row::in_place) decoded = decoded_;
+    return for_blocks<Row, kBlock>(call_, item_, begin, end, decoded, [](int n) { return n; }, block);
+  }
+
   // Rows [n, d] in both layouts that products read: over their elements, and over the rows themselves.
   struct Packed {
     int64_t d, units, columns_stride;  // units of a row
@@ -118,6 +126,7 @@ private:
     dq_ = scratch.take<float>(rows_ * out_stride_);
     block_ = scratch.take<float>(kBlock * out_stride_);
     for (float** row : {&lse_, &share_, &delta_, &visible_, &hidden_, &ones_}) *row = scratch.take<float>(rows_);
+    decoded_ = scratch.take<Element>(call_.row_format ? kBlock * call_.kv.d : 0);  // last: no other cache's are here
     bytes_ = scratch.used();
   }
   static Packed sizes(int64_t d) {
@@ -180,13 +189,14 @@ private:
     }
   }
   // d elements, and zeros up to a multiple of 2 W.
-  static void read_line(Element* to, const T* from, int64_t stride, int64_t d) {
+  template <class From>
+  static void read_line(Element* to, const From* from, int64_t stride, int64_t d) {
     const int64_t whole = round_up(std::max<int64_t>(d, 1), 2 * W);
     int64_t i = 0;
     if (from == nullptr) d = 0;
     if constexpr (M::pairs) {
-      if (stride == 1) std::memcpy(to, from, size_t(d) * sizeof(T)), i = d;
-      for (; i < d; i++) std::memcpy(to + i, from + i * stride, sizeof(T));
+      if (stride == 1) std::memcpy(to, from, size_t(d) * sizeof(From)), i = d;
+      for (; i < d; i++) std::memcpy(to + i, from + i * stride, sizeof(From));
     } else {
       for (; stride == 1 && i + W <= d; i += W) Isa::store(to + i, Isa::load(from + i));
       for (; i < d; i++) to[i] = to_float(from[i * stride]);
@@ -204,7 +214,8 @@ private:
     return sum;
   }
 
-  void add_block(const Rows<NativeRow<T>, kBlock>& rows, int64_t first_token) {
+  template <class Row>
+  void add_block(const Rows<Row, kBlock>& rows, int64_t first_token) {
     look(rows.n, first_token);
     const int64_t first_row = first_seeing();
     if (first_row == rows_) return;
@@ -248,7 +259,8 @@ private:
     return first;
   }
 
-  void pack_tokens(const Rows<NativeRow<T>, kBlock>& rows) {
+  template <class Row>
+  void pack_tokens(const Rows<Row, kBlock>& rows) {
     const int64_t in_kv = call_.kv.d - call_.qk_start, padded = round_up(rows.n, kNarrowTokens);
     for (int64_t t = 0; t < padded; t++) {
       const bool real = t < rows.n;
@@ -419,6 +431,7 @@ private:
   const GradientRows into_;
   const int64_t rows_;  // padded to whole vectors
   int64_t bytes_ = 0, out_stride_ = 0;
+  Element* decoded_;  // rows of bytes as elements
   Packed queries_, douts_, keys_, values_;
   float *scores_, *dweights_;
   Unit *weights_, *dscores_, *dscores_by_row_;

@@ -9,6 +9,7 @@
 #include <new>
 
 #include "flashmla/arena.h"
+#include "flashmla/bounds.h"
 #include "flashmla/failure.h"
 #include "flashmla/kernels.h"
 #include "flashmla/schedule.h"
@@ -175,13 +176,23 @@ inline int check_lengths(const FlashmlaDecode& call, char* message) {
   return 0;
 }
 
+// The call for the queries of sequence i, which items still name by its number.
+inline FlashmlaDecode sequence_of(FlashmlaDecode call, int64_t i) {
+  if (call.cu_seqlens_q == nullptr) return call;
+  const Bounds bounds{call.cu_seqlens_q, call.cu_seqlens_q_stride};
+  const int64_t size = call.dtype == FLASHMLA_F32 ? 4 : 2;
+  call.cu_seqlens_q = nullptr, call.s_q = bounds[i + 1] - bounds[i];
+  call.q = static_cast<const char*>(call.q) + bounds[i] * call.q_stride[1] * size;
+  call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
+  if (call.out) call.out = static_cast<char*>(call.out) + bounds[i] * call.out_stride[1] * size;
+  if (call.lse) call.lse += bounds[i] * call.lse_stride[2];
+  return call;
+}
+
 // The tokens of a sequence that any of its queries sees.
-inline Tokens attended(FlashmlaDecode call, int64_t sequence) {
-  const int64_t length = call.cache_seqlens[sequence * call.cache_seqlens_stride];
-  if (call.cu_seqlens_q) {
-    const int32_t* bounds = call.cu_seqlens_q + sequence * call.cu_seqlens_q_stride;
-    call.s_q = bounds[call.cu_seqlens_q_stride] - bounds[0];
-  }
+inline Tokens attended(const FlashmlaDecode& all, int64_t sequence) {
+  const int64_t length = all.cache_seqlens[sequence * all.cache_seqlens_stride];
+  const FlashmlaDecode call = sequence_of(all, sequence);
   if (call.s_q == 0) return {0, 0};
   const Item item{sequence, 0, 0, 0, length};
   const int64_t end = std::clamp<int64_t>(visible(call, item, call.s_q * group_size(call) - 1).end, 0, length);

@@ -127,15 +127,20 @@ struct FlashmlaPrefillBackward {
 };
 
 struct FlashmlaDecodeBackward {
-  FlashmlaDecode attention;  // but for its results; rows are native
-  FlashmlaGradients gradients;
-  void *dkv_cache, *dk_cache;  // as the caches, but contiguous; either null: not wanted
+  FlashmlaDecode attention;     // but for its results; rows are native
+  FlashmlaGradients gradients;  // all first strides are 0 where sequences are ragged
+  void *dkv_cache, *dk_cache;   // as the caches, but contiguous; either null: not wanted
+};
+
+// As a source's kv and k, but contiguous; either null: not wanted. Rows of bytes have none.
+struct FlashmlaRowGradients {
+  void *dkv, *dk;
 };
 
 struct FlashmlaSparseBackward {
-  FlashmlaSparse attention;  // but for its results; one source of native rows
+  FlashmlaSparse attention;  // but for its results
   FlashmlaGradients gradients;
-  void* dkv;  // as the source's kv, which is one page, but contiguous; null: not wanted
+  FlashmlaRowGradients rows[2];  // of each source
 };
 
 // rows [n, h_kv, d] are written to slots of a cache; bytes, not elements: the copy knows no dtype.

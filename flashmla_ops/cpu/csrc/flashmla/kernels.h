@@ -19,6 +19,18 @@ inline int64_t group_size(const FlashmlaDecode& call) { return call.h_q / call.h
 struct Tokens {
   int64_t begin, end;
 };
+// The gradients of query tokens from `begin` on, of sequences that lie one after another.
+inline FlashmlaGradients gradients_from(FlashmlaGradients all, FlashmlaDType dtype, int64_t begin) {
+  const int64_t size = dtype == FLASHMLA_F32 ? 4 : 2;
+  all.out = static_cast<const char*>(all.out) + begin * all.out_stride[1] * size;
+  all.dout = static_cast<const char*>(all.dout) + begin * all.dout_stride[1] * size;
+  all.lse += begin * all.lse_stride[2];
+  if (all.dlse) all.dlse += begin * all.dlse_stride[2];
+  if (all.dsink) all.dsink += begin * all.dsink_stride[2];
+  if (all.dq) all.dq = static_cast<char*>(all.dq) + begin * all.dq_stride[1] * size;
+  return all;
+}
+
 // Those that query row `row` of a KV head sees (bottom-right alignment). `end` is 0 or less where it sees none.
 inline Tokens visible(const FlashmlaDecode& call, const Item& item, int64_t row) {
   const int64_t end = call.causal ? item.length - call.s_q + row / group_size(call) + 1 : item.length;
@@ -59,8 +71,9 @@ struct BackwardKernels {
   // Gradients through an item's attention to the tokens [begin, end), which are all that it sees. Writes those of its
   // queries, and adds those of a token's row (value and key, then the rest of the key) to row t of `rows` [.., stride],
   // where t is the token, or its slot if the item has slots. Null: not wanted. False as of `attend`.
+  // `more`: they are tokens of another cache, beside those of the calls before, whose scratch it is.
   bool (*backward)(const FlashmlaDecode& call, const FlashmlaGradients& gradients, const Item& item, int64_t begin,
-                   int64_t end, float* rows, int64_t stride, char* scratch);
+                   int64_t end, float* rows, int64_t stride, char* scratch, bool more);
   // Writes d elements of row i < n to to + i * to_stride: the sum of all parts, whose rows are `stride` floats apart.
   void (*sum_rows)(FlashmlaDType dtype, const float* const* parts, int64_t n_parts, int64_t n, int64_t stride,
                    int64_t d, void* to, int64_t to_stride);

@@ -21,14 +21,15 @@ inline FlashmlaCache cache_of(const Tensor& tensor, int32_t row_format) {
   return cache;
 }
 
-// The call, but for its results, its levels and the format of its rows.
+// The call, but for its results, boundaries and levels and the format of its rows.
 template <class Arguments>
 FlashmlaDecode native_decode_call(const Arguments& a) {
   FlashmlaDecode call{};
   call.op = Arguments::kOp;
   call.dtype = dtype_of(a.q);
   call.causal = a.causal;
-  call.b = a.cache_seqlens.size(0), call.s_q = a.q.size(-3), call.h_q = a.q.size(-2), call.d_qk = a.q.size(-1);
+  call.b = a.cache_seqlens.size(0), (a.cu_seqlens_q ? call.t_q : call.s_q) = a.q.size(-3), call.h_q = a.q.size(-2),
+  call.d_qk = a.q.size(-1);
   call.h_kv = a.kv_cache.size(2), call.d_v = a.d_v, call.qk_start = a.qk_start;
   call.softmax_scale = float(a.softmax_scale ? *a.softmax_scale : 1 / std::sqrt(double(call.d_qk)));
   call.softcap = float(a.softcap), call.window = a.window;
@@ -54,7 +55,6 @@ template <class Arguments>
 FlashmlaDecode decode_call(const Arguments& a) {
   FlashmlaDecode call = native_decode_call(a);
   call.levels = int32_t(a.levels), call.batch_invariant = a.batch_invariant;
-  if (a.cu_seqlens_q) call.t_q = call.s_q, call.s_q = 0;
   call.row_format = number_of_format(a.row_format);
   call.kv = cache_of(a.kv_cache, call.row_format);
   return call;

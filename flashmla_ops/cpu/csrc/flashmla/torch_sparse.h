@@ -44,4 +44,32 @@ inline FlashmlaSource beside(const Tensor& kv, const Tensor& indices, const Tens
   return source;
 }
 
+// A source of sparse_decode, whose indices are the same for all KV heads.
+inline FlashmlaSource paged(const Tensor& kv_cache, const Tensor* k_cache, const Tensor& indices,
+                            const Tensor* topk_length, int32_t number) {
+  FlashmlaSource source{};
+  source.kv = cache_of(kv_cache, number), source.row_format = number;
+  if (k_cache) source.k = cache_of(*k_cache);
+  source.n_pages = kv_cache.size(0), source.page_size = kv_cache.size(1);
+  source.indices = indices.const_data_ptr<int32_t>(), source.topk = indices.size(2);
+  source.indices_stride[0] = indices.stride(0), source.indices_stride[1] = indices.stride(1);
+  source.indices_stride[3] = indices.stride(2);
+  if (topk_length) {
+    source.topk_length = topk_length->const_data_ptr<int32_t>();
+    source.topk_length_stride[0] = topk_length->stride(0);
+  }
+  return source;
+}
+
+// The sources of sparse_decode and of its backward.
+template <class Arguments>
+void set_sources(FlashmlaSparse& call, const Arguments& a) {
+  call.sources[call.n_sources++] =
+      paged(a.kv_cache, given(a.k_cache), a.indices, given(a.topk_length), number_of_format(a.row_format));
+  if (a.extra_kv_cache) {
+    call.sources[call.n_sources++] = paged(*a.extra_kv_cache, nullptr, *a.extra_indices, given(a.extra_topk_length),
+                                           number_of_format(a.extra_row_format));
+  }
+}
+
 }  // namespace flashmla
