@@ -2,8 +2,8 @@
 
 The official package has it as one kernel of one GPU, ``fused_norm_rope_attn_rope_cast``: RMSNorm of the queries (in V4
 alone), their rotary embedding, attention over two sources of rows, the rotary embedding undone on the output, and a
-cast of the output to e4m3 for the product that follows. Here a compiler puts the same together, for any device: what
-comes before `sparse_decode` is one generated kernel, and what comes after it another.
+cast of the output to e4m3 for the product that follows. Here a compiler puts the same together: compiled for the
+CPU, what comes before `sparse_decode` is one generated kernel, and what comes after it another.
 """
 
 from __future__ import annotations

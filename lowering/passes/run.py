@@ -16,6 +16,7 @@ from lowering.names import names_of_inputs
 from lowering.passes.absorb import absorb_latents
 from lowering.passes.attempt import internal_error
 from lowering.passes.attend import rewrite_attention
+from lowering.passes.complexes import write_out_complex
 from lowering.passes.products import serve_products
 from lowering.passes.queries import join_queries
 from lowering.passes.up import form_decode_up
@@ -25,7 +26,14 @@ from lowering.settings import Settings
 GraphPass = Callable[[Graph, Record], None]
 
 #: In the order in which they run.
-PASSES: list[GraphPass] = [absorb_latents, rewrite_attention, form_decode_up, serve_products, join_queries]
+PASSES: list[GraphPass] = [
+    write_out_complex,
+    absorb_latents,
+    rewrite_attention,
+    form_decode_up,
+    serve_products,
+    join_queries,
+]
 
 #: A copied node, and the node of the user's graph that it stands for.
 Origins = dict[Node, Node]

@@ -79,6 +79,46 @@ def test_a_kernel_before_and_a_kernel_after(case: BlockCase) -> None:
     assert_nothing_is_copied(program, inputs)
 
 
+def by_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding as DeepSeek publishes it."""
+    z = torch.view_as_complex(x[..., -64:].float().unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    return torch.cat([x[..., :-64], torch.view_as_real(z).flatten(-2).to(x.dtype)], dim=-1)
+
+
+def by_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding as transformers has it."""
+    cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+    halves = torch.stack([-x[..., -63::2], x[..., -64::2]], dim=-1).flatten(-2)
+    turned = x[..., -64:].float() * cos + halves.float() * sin
+    return torch.cat([x[..., :-64], turned.to(x.dtype)], dim=-1)
+
+
+def in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., -64:] = by_halves(x[..., -64:], cos, sin)
+    return x
+
+
+def by_hand(rope: Any, q: Tensor, cos: Tensor, sin: Tensor, window: RowSource, extra: RowSource, sink: Tensor) -> Any:
+    """The block in nobody's words: a norm, the embedding and a scale by logarithms, rounded after each step."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    q = (q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + 1e-6)).to(q.dtype)
+    first, second = (window.indices, 512, 0, None, "fp8_v41", sink, window.topk_length), (*extra[:3], extra[3])
+    out, _ = torch.ops.flashmla.sparse_decode(rope(q, cos, sin), window.cache, None, *first, *second)
+    groups = rope(out, cos, -sin).float().unflatten(-1, (-1, 32))
+    scales = torch.exp2((groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448).log2().ceil())
+    return (groups / scales).to(torch.float8_e4m3fn).flatten(-2), scales
+
+
+@pytest.mark.parametrize("rope", [by_complex, *(pytest.param(f, marks=SLOW) for f in (by_halves, in_place))])
+def test_a_block_by_hand_is_as_few_kernels(rope: Any) -> None:
+    inputs = inputs_of(CASES[0])
+    (source,) = generate(lambda *arguments: by_hand(rope, *arguments), *inputs.arguments).ours
+    program = Program.joined([source])
+    assert [each.kind for each in program.steps] == AROUND
+    assert max(buffer.nbytes for buffer in program.buffers) == inputs.q.nbytes
+
+
 @pytest.mark.parametrize("norm_eps", [None, pytest.param(1e-6, marks=SLOW)])
 def test_nothing_is_compiled_again_for_other_values(norm_eps: float | None) -> None:
     """Indices, lengths and slots change. New rows are written by the kernel that turns the queries."""
