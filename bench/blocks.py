@@ -21,7 +21,7 @@ EXACT = 4
 
 @dataclass(frozen=True)
 class BlockCase:
-    b: int = 4
+    b: int
     s_q: int = 1
     h_q: int = 64
     topk: int = 128  # of the window, fp8_v41
@@ -38,6 +38,10 @@ class BlockCase:
     @property
     def bytes(self) -> float:
         return float(self.b * self.s_q * (self.topk * FP8_V41.bytes + self.extra_topk * FP4_V41.bytes))
+
+
+#: The case of a quick run, whose programs are counted too.
+QUICK = BlockCase(4)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.blocks import BlockCase, make_inputs
+from bench.blocks import QUICK, make_inputs
 from bench.occupancy import OURS
 from cutlass_kernels.tables import markdown
 
@@ -40,7 +40,7 @@ def of_suite(suite: str) -> list[dict[str, Any]]:
         return []
     import lowering
 
-    inputs = make_inputs(BlockCase())
+    inputs = make_inputs(QUICK)
     explained, peer = (lowering.explain(block, *inputs.caches) for block in (inputs.block, inputs.plain))
     programs = {OURS: explained.after, f"{OURS} under stock Inductor": explained.before, "torch.compile": peer.before}
     rows = [

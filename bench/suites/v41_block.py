@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import torch
 
-from bench.blocks import BlockCase, BlockInputs, exact, make_inputs, read
+from bench.blocks import QUICK, BlockCase, BlockInputs, exact, make_inputs, read
 from bench.peers import no_compiler
 from bench.runner import Problem, Work
 from bench.suite import DTYPES, Bound, Peer, Suite, copies_of, describe, make_problem
@@ -47,7 +47,7 @@ def problem(case: BlockCase, peers: Sequence[Peer[BlockInputs]], cold_bytes: int
 
 def cases(quick: bool) -> list[BlockCase]:
     if quick:
-        return [BlockCase()]
+        return [QUICK]
     grid = [BlockCase(b) for b in (1, 4, 16, 64)]
     return [*grid, BlockCase(16, s_q=2), BlockCase(16, norm=True), BlockCase(16, extra_topk=2048)]
 

@@ -39,6 +39,7 @@ from bench.suites import (
 from flashmla_ops import reference
 from flashmla_ops.sparsity import Cached
 from flashmla_ops.sparsity import select as chosen_pages
+from tests.support.markdown import squeezed
 
 TINY = PagedCase(b=2, h_q=3, s_kv=11, dtype="fp32", page_size=4, d_qk=24, d_v=16)
 TINY_CASES = [
@@ -163,6 +164,8 @@ def test_views_are_no_calls_of_a_program() -> None:
     with programs.Allocations() as counted:
         (x.view(8, 4).t() + 1).add_(2)
     assert (counted.calls, counted.bytes) == (1, x.nbytes)
+    row = {"program": "one", "kernels": 2, "calls": counted.calls, "bytes": 16 * counted.bytes}
+    assert "| one | 2 | 1 | 2 |" in squeezed(programs.table([row]))
 
 
 @pytest.mark.parametrize("mode", ["certified", "estimate"])
