@@ -1,4 +1,4 @@
-"""Suite ``backward``: the gradients of dense attention of many query tokens, given what the forward returned."""
+"""Suite ``backward``: the gradients of attention of many query tokens, or over a cache, given what was returned."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from bench.dense import PrefillCase, PrefillInputs
 from bench.peers import torch_prefill
 from bench.runner import Problem, Work
 from bench.suite import DTYPES, TOLERANCE, Bound, Peer, Suite, describe, make_problem
+from bench.suites import backward_rows
+from bench.suites.backward_rows import RowsCase
 from flashmla_ops import reference
 
 NAME = "backward"
@@ -66,8 +68,10 @@ def exact(inputs: PrefillInputs) -> Tensor:
     return as_rows([torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)])
 
 
-def problem(case: BackwardCase, peers: Sequence[Peer[PrefillInputs]], cold_bytes: int) -> Problem:
+def problem(case: BackwardCase | RowsCase, peers: Sequence[Peer[PrefillInputs]], cold_bytes: int) -> Problem:
     """``cold_bytes`` does not matter: a backward computes far longer than it reads."""
+    if isinstance(case, RowsCase):
+        return backward_rows.problem(case, bool(peers))
     inputs = dense.make_inputs(case)
     work = Work(
         title=describe(case, NAME),
@@ -80,7 +84,7 @@ def problem(case: BackwardCase, peers: Sequence[Peer[PrefillInputs]], cold_bytes
     return make_problem(work, inputs, [()], bind_ours, peers, exact(inputs), as_rows)
 
 
-def cases(quick: bool) -> list[BackwardCase]:
+def cases(quick: bool) -> list[BackwardCase | RowsCase]:
     lengths = (256,) if quick else (1024, 4096)
     widths = WIDTHS[:1] if quick else WIDTHS
     ragged = (64, 192) if quick else (1024, 256, 2048, 768)
@@ -89,8 +93,9 @@ def cases(quick: bool) -> list[BackwardCase]:
         BackwardCase((lengths[-1],), *widths[0], False, "bf16"),
         BackwardCase(ragged, *widths[0], True, "bf16", group="ragged"),
         *(BackwardCase((lengths[-1],), 128, 128, True, "bf16", h_kv=h_kv, group="h_kv < h_q") for h_kv in (4, 1)),
+        *backward_rows.cases(quick),
     ]
 
 
 PEERS = (Peer("torch SDPA", "the backward of scaled_dot_product_attention, sequence by sequence", bind_sdpa),)
-SUITE = Suite(NAME, "gradients of dense attention", cases, problem, PEERS)
+SUITE = Suite(NAME, "gradients of attention", cases, problem, PEERS)
