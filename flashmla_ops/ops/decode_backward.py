@@ -40,17 +40,23 @@ from flashmla_ops.ops.decode import (
     check_table,
     of_heads,
 )
-from flashmla_ops.ops.operator import Operator, Static
+from flashmla_ops.ops.operator import Arguments, Operator, Static
 
 
 @dataclass
-class DecodeBackward(Cached):
-    """A call of `decode`, what it returned, and the gradients with respect to that."""
+class Answered(Cached):
+    """What `decode` returned, and the gradients with respect to that."""
 
     dout: Tensor  # [b, s_q, h_q, d_v], or [t_q, h_q, d_v] where sequences are ragged; so is out
     dlse: Tensor | None  # [b, h_q, s_q] float32, or [h_q, t_q]; so is lse
     out: Tensor
     lse: Tensor
+
+
+@dataclass
+class Weighing(Arguments):
+    """The options that gradients depend on."""
+
     d_v: int
     qk_start: int = 0
     softmax_scale: float | None = None
@@ -59,6 +65,12 @@ class DecodeBackward(Cached):
     window: int = 0
     softcap: float = 0.0
     cu_seqlens_q: Tensor | None = None  # [b + 1] int32 or int64
+
+
+@dataclass
+class DecodeBackward(Weighing, Answered):
+    """The fields of `Answered`, then those of `Weighing`."""
+
     wanted: Static = 15
 
 

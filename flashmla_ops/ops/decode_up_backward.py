@@ -41,19 +41,17 @@ NAME = "decode_up_backward"
 
 
 @dataclass
-class DecodeUpBackward(Weighted):
-    """A call of `decode_up`, and the gradients with respect to what it returned."""
+class Asked(Weighted):
+    """The gradients with respect to what `decode_up` returned."""
 
     dout: Tensor | None  # [b, s_q, h_q, d_up], or [t_q, h_q, d_up] where sequences are ragged
     dlse: Tensor | None  # [b, h_q, s_q] float32, or [h_q, t_q]
-    d_v: int
-    qk_start: int = 0
-    softmax_scale: float | None = None
-    causal: bool = False
-    attn_sink: Tensor | None = None  # [h_q] float32
-    window: int = 0
-    softcap: float = 0.0
-    cu_seqlens_q: Tensor | None = None  # [b + 1] int32 or int64
+
+
+@dataclass
+class DecodeUpBackward(decode_backward.Weighing, Asked):
+    """The fields of `Asked`, then those of `decode_backward.Weighing`."""
+
     wanted: Static = 31
 
 

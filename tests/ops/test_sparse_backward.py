@@ -17,8 +17,7 @@ from flashmla_ops.ops.sparse import SparsePrefill, prefill_reference
 from tests import strategies
 from tests.ops.test_opcheck import check as opcheck
 from tests.ops.test_sparse import prefill_arguments
-from tests.support.gradients import defined, largest, problem, score_size
-from tests.support.poison import strided
+from tests.support.gradients import answered, defined, largest, problem, score_size
 from tests.support.sparse import Rows, SparseCase
 
 ISAS = [name for name, supported in cpu.STATE.isas.items() if supported]
@@ -31,13 +30,8 @@ def call(case: SparseCase) -> dict[str, Any]:
     rows = replace(case.rows, row_format="native", lengths=case.rows.lengths and case.h_kv == 1)
     named = prefill_arguments(replace(case, rows=rows))
     del named["row_format"]
-    generator = torch.Generator().manual_seed(case.seed)
     out, _, lse = torch.ops.flashmla.sparse_prefill(**named)
-    dout = torch.randn(out.shape, generator=generator).to(out.dtype)
-    dlse = torch.randn(lse.shape, generator=generator) if case.seed % 2 else None
-    if case.strided:
-        dout, out, lse = (strided(x, generator, contiguous_rows=False) for x in (dout, out, lse))
-    return named | {"dout": dout, "dlse": dlse, "out": out, "lse": lse}
+    return answered(named, out, lse, case.seed, case.strided)
 
 
 def check(case: SparseCase) -> None:

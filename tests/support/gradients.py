@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.poison import strided
+
 #: What rounding may change, as a fraction of the size of what is summed.
 ROUNDING = {"float32": 4e-6, "float16": 1e-3, "bfloat16": 1e-2}
 #: What a difference of one in float32's last place of the log-sum-exp does to weights, for each unit of it.
@@ -19,6 +21,16 @@ def largest(x: Tensor | None) -> float:
     if x is None or x.numel() == 0:
         return 0.0
     return x.double().abs().nan_to_num(0, 0, 0).max().item()
+
+
+def answered(named: dict[str, Any], out: Tensor, lse: Tensor, seed: int, lay_out: bool) -> dict[str, Any]:
+    """The arguments of a backward, from those of the forward and what it returned; an odd seed has a dlse."""
+    generator = torch.Generator().manual_seed(seed)
+    dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+    dlse = torch.randn(lse.shape, generator=generator) if seed % 2 else None
+    if lay_out:
+        dout, out, lse = (strided(x, generator, contiguous_rows=False) for x in (dout, out, lse))
+    return named | {"dout": dout, "dlse": dlse, "out": out, "lse": lse}
 
 
 def score_size(arguments: dict[str, Any], values: Tensor, d_v: int) -> float:
