@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
@@ -83,7 +85,8 @@ class Writer:
 
         args, kwargs = pytree.tree_map_only(Node, value, (node.args, node.kwargs))
         assert self.fake_mode is not None
-        with self.fake_mode:
+        # Its cache asks of symbolic strides whether they are those of contiguous tensors, which fixes sizes of the graph.
+        with disable_fake_tensor_cache(self.fake_mode), self.fake_mode:
             if node.target in VIEWS:
                 return _view(args[0], node.meta["val"].shape if "val" in node.meta else args[1])
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -295,7 +298,8 @@ def _describe(node: Node, val: Any) -> None:
     """Enter the value of a node into its metadata, and what else the compiler keeps about values."""
     node.meta["val"] = val
     if isinstance(val, torch.Tensor):
-        node.meta["tensor_meta"] = _extract_tensor_metadata(val)
+        # Whether symbolic strides are those of contiguous tensors is not asked: the answer fixes sizes of the graph.
+        node.meta["tensor_meta"] = _extract_tensor_metadata(val, include_contiguity=not has_free_symbols(val))
 
 
 def _describe_inputs(node: Node) -> None:

@@ -185,6 +185,23 @@ def test_every_size_is_dynamic(name: str) -> None:
     assert len(compiled.graphs) == 1
 
 
+@pytest.mark.parametrize("last", [9, 127])
+def test_the_last_rows_of_transposed_keys_of_any_length(last: int) -> None:
+    """Strides that are as large as another size by chance fix no size: the next length needs no graph of its own."""
+
+    def newest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.mT[:, :, -last:].repeat_interleave(2, 1)
+        return torch.softmax(q @ keys.mT, -1) @ v
+
+    compiled = Rewritten(newest)
+    q, v = torch.randn(1, 2, last, 8), torch.randn(1, 1, last, 8)
+    for length in (last, last + 1, last + 40):
+        k = torch.randn(1, 1, 8, length)
+        torch._dynamo.mark_dynamic(k, 3)
+        assert_equal_to(compiled(q, k, v), newest(*(x.double() for x in (q, k, v))))
+    assert len(compiled.graphs) == 1
+
+
 @pytest.mark.parametrize("s", [9, 70])
 def test_a_size_that_the_graph_computes(s: int) -> None:
     """Half of a dimension is as wide as a value: an argument of the operator that is no input of the graph.
