@@ -77,15 +77,13 @@ def attend(
     scaled = (d_v, qk_start, softmax_scale)
     if are_short(cache.cache_seqlens, sparsity.min_context):
         out, lse = torch.ops.flashmla.decode(q, *cache[:4], *scaled, causal=True, levels=levels)
-        lost = torch.zeros_like(lse)
-        attended = cache.cache_seqlens.sum() * h_kv
+        lost, attended = torch.zeros_like(lse), None
     else:
         chosen = select(q, cache, sparsity, qk_start, softmax_scale)
         views = (chosen.heads.kv_cache, chosen.heads.k_cache, chosen.pages, chosen.lengths)
         heads, lse = torch.ops.flashmla.decode(queries_by_head(q, h_kv), *views, *scaled, causal=True, levels=levels)
         out, lse = results_together(heads, h_kv), lse.view(b, h_q, s_q)
-        lost = share_lost(chosen, lse)
-        attended = chosen.lengths.sum()
+        lost, attended = share_lost(chosen, lse), chosen.lengths
     if tally is not None:
         record(tally, q, cache, sparsity, attended, lost, d_v)
     return out, lse, lost
@@ -113,26 +111,27 @@ def record(
     q: Tensor,
     cache: Cached,
     sparsity: DynamicSparsity,
-    attended: Tensor,
+    attended: Tensor | None,
     lost: Tensor,
     d_v: int,
 ) -> None:
-    """Count a call that attended to so many rows of KV heads."""
+    """Count a call; ``attended`` has the rows of each KV head that it attended to, and None stands for all."""
     _, page_size, h_kv, d = cache.kv_cache.shape
     s_q, h_q, d_qk = q.shape[1:]
     row_bytes = (d + (0 if cache.k_cache is None else cache.k_cache.size(3))) * q.element_size()
     per_row = s_q * h_q // h_kv * (d_qk + d_v)
     lengths = cache.cache_seqlens.double()
-    rows, attended = lengths.sum() * h_kv, attended.double()
+    rows = lengths.sum() * h_kv
+    read = rows if attended is None else attended.sum().double()
     pages = (lengths / page_size).ceil().sum() * h_kv
     summary_bytes = 0 if cache.summaries is None else cache.summaries.size(2)
     scored = torch.where(lengths >= sparsity.min_context, (lengths / page_size).floor(), 0.0).sum() * h_kv
     per_page = 0 if sparsity.kind is None else SUMMARIES[sparsity.kind].multiply_adds(page_size, d_qk)
     tally.add(
         [
-            *(1.0, pages, rows, attended),
-            *(rows * row_bytes, attended * row_bytes, scored * summary_bytes),
-            *(rows * per_row, attended * per_row, scored * (per_page * s_q * h_q // h_kv)),
+            *(1.0, pages, rows, read),
+            *(rows * row_bytes, read * row_bytes, scored * summary_bytes),
+            *(rows * per_row, read * per_row, scored * (per_page * s_q * h_q // h_kv)),
         ],
         lost,
     )

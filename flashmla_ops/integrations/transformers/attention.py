@@ -196,7 +196,7 @@ def _absorbed(
         heads = (chosen.heads.kv_cache, chosen.heads.k_cache)
         out, lse = torch.ops.flashmla.decode_up(q, *heads, chosen.pages, chosen.lengths, up, d_c, **options)
         lost = share_lost(chosen, lse)
-        record(sparsity.tally(module.layer_idx), q, cached, sparsity, chosen.lengths.sum(), lost, d_c)
+        record(sparsity.tally(module.layer_idx), q, cached, sparsity, chosen.lengths, lost, d_c)
         return out
     caches = (rows.kv_cache, rows.k_cache, rows.block_table, seqlens)
     out, _ = torch.ops.flashmla.decode_up(q, *caches, up, d_c, **options)

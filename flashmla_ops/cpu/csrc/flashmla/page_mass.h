@@ -24,7 +24,7 @@ class PageMass {
   static constexpr int W = Isa::W;
   using Pairs = typename VectorOf<uint64_t, W / 2>::type;
   using HalfU = typename VectorOf<uint32_t, W / 2>::type;
-  static constexpr int64_t kLine = 64, kTokensAhead = 8;
+  static constexpr int64_t kLine = 64, kTokens = 4, kTokensAhead = 8;
   static constexpr int kRows = W == 16 ? 4 : 2;  // of a score tile, which is four vectors of tokens wide
   // Sums of a query row's weights, and rows of which they are added up at once.
   static constexpr int64_t kSums = 3, kWeighed = W / kSums;
@@ -44,7 +44,7 @@ public:
     about_ = scratch.take<About>(rows_);
     scores_ = scratch.take<float>((rows_ + 1) * (tokens_ + 4 * W));
     stride_ = tokens_ + 4 * W;
-    key_ = scratch.take<float>(padded_), sums_ = scratch.take<float>((rows_ + 1) * W * W);
+    keys_ = scratch.take<float>(kTokens * padded_), sums_ = scratch.take<float>((rows_ + 1) * W * W);
     signs_ = scratch.take<uint64_t>(rows_ * 2);
     bytes_ = scratch.used();
   }
@@ -358,17 +358,7 @@ private:
     const int64_t first = page * keys.page_size, n = std::min(keys.page_size, item_.length - first),
                   number = this->number(page);
     for (int64_t t = 0; t < n; t += W) {
-      const int64_t here = std::min<int64_t>(W, n - t);
-      for (int64_t i = 0; i < here; i++) {
-        widen(number, t + i);
-        if (t + i + kTokensAhead < n) fetch(number, t + i + kTokensAhead);
-        for (int64_t r = 0; r <= rows_; r++) {
-          const float* q = r < rows_ ? queries_ + r * padded_ : key_;
-          F sum{};
-          for (int64_t e = 0; e < padded_; e += W) sum = Isa::fma(Isa::load(q + e), Isa::load(key_ + e), sum);
-          Isa::store(sums_ + (r * W + i) * W, sum);
-        }
-      }
+      for (int64_t i = 0; i < std::min<int64_t>(W, n - t); i += kTokens) multiply(number, t, i, n);
       for (int64_t r = 0; r <= rows_; r++) Isa::store(scores_ + r * stride_ + t, Isa::sums(sums_ + r * W * W));
     }
     float square = 0;
@@ -378,6 +368,51 @@ private:
       const int64_t seen = std::min(n, item_.length - call_.s_q + r / group_ + 1 - first);
       const float mass = seen > 0 ? log_sum(scores_ + r * stride_, seen) : -INFINITY;
       put(r, page, mass, error_ * norms_[r] * std::sqrt(square) * (1 + error_));
+    }
+  }
+
+  // Products of kTokens keys of a page, from t + i on, with the query rows and with themselves: to sums, as vectors.
+  void multiply(int64_t page, int64_t t, int64_t i, int64_t n) {
+    for (int64_t k = 0; k < kTokens; k++) {
+      // After the last one it is taken again: its products are not looked at.
+      widen(page, std::min(t + i + k, n - 1), keys_ + k * padded_);
+      if (t + i + k + kTokensAhead < n) fetch(page, t + i + k + kTokensAhead);
+    }
+    int64_t r = 0;
+    for (; r + 2 <= rows_; r += 2) products<2>(r, i);
+    if (r < rows_) products<1>(r, i);
+    for (int64_t k = 0; k < kTokens; k++) {
+      F square{};
+      for (int64_t e = 0; e < padded_; e += W) {
+        const F key = Isa::load(keys_ + k * padded_ + e);
+        square = Isa::fma(key, key, square);
+      }
+      Isa::store(sums_ + (rows_ * W + i + k) * W, square);
+    }
+  }
+  template <int R>
+  void products(int64_t r, int64_t i) {
+    F sums[R][kTokens];
+#pragma GCC unroll 2
+    for (int a = 0; a < R; a++) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kTokens; k++) sums[a][k] = F{};
+    }
+    for (int64_t e = 0; e < padded_; e += W) {
+      F keys[kTokens];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTokens; k++) keys[k] = Isa::load(keys_ + k * padded_ + e);
+#pragma GCC unroll 2
+      for (int a = 0; a < R; a++) {
+        const F q = Isa::load(queries_ + (r + a) * padded_ + e);
+#pragma GCC unroll 4
+        for (int k = 0; k < kTokens; k++) sums[a][k] = Isa::fma(q, keys[k], sums[a][k]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < R; a++) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kTokens; k++) Isa::store(sums_ + ((r + a) * W + i + k) * W, sums[a][k]);
     }
   }
 
@@ -391,13 +426,13 @@ private:
     for (int64_t i = 0; i < (keys.kv.d - keys.qk_start) * int64_t(sizeof(T)); i += kLine)
       __builtin_prefetch(at + i, 0, 3);
   }
-  // The key of a token, in key_.
-  void widen(int64_t page, int64_t token) {
+  // The key of a token as floats, padded with zeros.
+  void widen(int64_t page, int64_t token, float* to) const {
     const FlashmlaKeys& keys = call_.keys;
     const int64_t first = keys.kv.d - keys.qk_start;
-    convert(row(keys.kv, page, token) + keys.qk_start, first, key_);
-    if (keys.k.d) convert(row(keys.k, page, token), keys.k.d, key_ + first);
-    for (int64_t i = d_; i < padded_; i++) key_[i] = 0;
+    convert(row(keys.kv, page, token) + keys.qk_start, first, to);
+    if (keys.k.d) convert(row(keys.k, page, token), keys.k.d, to + first);
+    for (int64_t i = d_; i < padded_; i++) to[i] = 0;
   }
   static void convert(const T* from, int64_t n, float* to) {
     int64_t i = 0;
@@ -409,7 +444,7 @@ private:
   const PageItem& item_;
   int64_t d_, padded_, group_, rows_, tokens_, stride_, bytes_;
   float error_;
-  float *queries_, *scaled_, *norms_, *most_, *low_, *step_, *scores_, *key_, *sums_;
+  float *queries_, *scaled_, *norms_, *most_, *low_, *step_, *scores_, *keys_, *sums_;
   Box box_{};
   uint32_t* weights_;
   About* about_;
