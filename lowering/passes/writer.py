@@ -85,7 +85,7 @@ class Writer:
 
         args, kwargs = pytree.tree_map_only(Node, value, (node.args, node.kwargs))
         assert self.fake_mode is not None
-        # Its cache asks of symbolic strides whether they are those of contiguous tensors, which fixes sizes of the graph.
+        # Its cache asks whether symbolic strides are those of contiguous tensors, which fixes sizes of the graph.
         with disable_fake_tensor_cache(self.fake_mode), self.fake_mode:
             if node.target in VIEWS:
                 return _view(args[0], node.meta["val"].shape if "val" in node.meta else args[1])
