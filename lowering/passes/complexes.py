@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from lowering.passes.attempt import attempt
 from lowering.passes.graph import VIEWS, aten, inputs, is_call, refuse_gradient, shape
+from lowering.passes.strides import is_returned_beside
 from lowering.passes.writer import Writer
 from lowering.record import Record, Refusal
 
@@ -67,6 +68,8 @@ def _is_product(node: Node) -> bool:
 
 def _rewrite(writer: Writer, node: Node, known: dict[Node, Parts]) -> str:
     refuse_gradient(writer.graph)
+    if is_returned_beside(node):
+        raise Refusal("two results share the product's memory")
     writer.before = node
     pieces = [writer.call(aten.unsqueeze.default, part, -1) for part in _parts(writer, inputs(node)[0], known)]
     writer.replace(node, writer.call(aten.cat.default, pieces, -1))

@@ -99,9 +99,22 @@ def _is_view(node: Node) -> bool:
 
 def memory_of(node: Node) -> Node:
     """The node that computes what ``node`` is a view of."""
-    while (source := _viewed(node)) is not None:
-        node = source
-    return node
+    return _views(node)[-1]
+
+
+def is_returned_beside(node: Node) -> bool:
+    """Whether the graph returns a view of ``node``, and something else in the same memory that is none."""
+    memory = memory_of(node)
+    views = [_views(x) for x in node.graph.output_node().all_input_nodes]
+    return len({node in each for each in views if each[-1] is memory}) == 2
+
+
+def _views(node: Node) -> list[Node]:
+    """The node, what it is a view of, what that is a view of, and so on."""
+    nodes = [node]
+    while (source := _viewed(nodes[-1])) is not None:
+        nodes.append(source)
+    return nodes
 
 
 def _viewed(node: Node) -> Node | None:

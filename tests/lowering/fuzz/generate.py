@@ -10,6 +10,7 @@ import torch
 
 from tests.lowering.fuzz.attention import attention, latents, sizes
 from tests.lowering.fuzz.builder import Builder
+from tests.lowering.fuzz.complexes import complexes
 from tests.lowering.fuzz.ordinary import ordinary, products
 from tests.lowering.fuzz.ours import ours
 from tests.lowering.fuzz.program import Program
@@ -18,8 +19,8 @@ from tests.lowering.fuzz.tails import behind
 #: Families of programs: the first three hold attention that the passes look at.
 ATTENTION = ("attention", "several", "latents")
 #: How often each is made; graph passes have little to do in the last ones, code generation has.
-PASSES = {"attention": 10, "several": 2, "latents": 2, "products": 1, "ours": 1, "ordinary": 0.5}
-WHOLE = {"attention": 6, "several": 2, "latents": 2, "products": 2, "ours": 3, "ordinary": 5}
+PASSES = {"attention": 10, "several": 2, "latents": 2, "products": 1, "ours": 1, "ordinary": 0.5, "complexes": 0.5}
+WHOLE = {"attention": 6, "several": 2, "latents": 2, "products": 2, "ours": 3, "ordinary": 5, "complexes": 1}
 
 #: Sizes that later calls may change together.
 VARYING = {
@@ -28,6 +29,7 @@ VARYING = {
     "products": (("m",),),
     "ours": (("n",), ("pages",), ("n", "pages"), ("b",), ("m",), ("s",)),
     "ordinary": (("n0",), ("n1",), ("n0", "n1")),
+    "complexes": (("s",), ("s", "d"), ("h",)),
 }
 VARYING["several"] = VARYING["attention"]
 
@@ -67,6 +69,8 @@ def _draw(rng: random.Random, family: str) -> Program:
 def _outputs(b: Builder, family: str) -> list[str]:
     if family == "ordinary":
         return ordinary(b)
+    if family == "complexes":
+        return complexes(b)
     if family == "products":
         return products(b)
     if family == "ours":

@@ -149,3 +149,14 @@ def test_inductor_generates_code_in_place_of_calls() -> None:
     assert "aten.mul" in generated.stock[0]
     assert "aten.mul" not in generated.ours[0]
     assert [decision.pattern for decision in generated.fired] == ["complex product -> real arithmetic"]
+
+
+def test_results_that_share_memory_go_on_doing_so() -> None:
+    def both(x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        z = complex_of(x) * turn
+        return torch.view_as_real(z), z.real
+
+    compiled = Rewritten(both)
+    one, other = compiled(*drawn())
+    assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    assert any("share" in refusal for refusal in compiled.refusals)
