@@ -21,7 +21,7 @@ from tests.lowering.fuzz.program import Program
 from tests.lowering.fuzz.wide import widened
 
 #: Multiples allowed of what a change of the inputs in their last place does, and of the rounding of the largest value.
-CONDITION, ROUNDING, HALF_ROUNDING = 8.0, 32.0, 6.0
+CONDITION, ROUNDING, HALF_ROUNDING = 8.0, 64.0, 6.0
 #: How often inputs are disturbed, and how often where numbers look wrong.
 FEW, MANY = 2, 12
 EPSILON, HALF_EPSILON = 2.0**-23, 2.0**-8
