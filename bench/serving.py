@@ -95,7 +95,10 @@ class Outcome:
 
 
 def simulate(requests: Sequence[Request], policy: Policy, watch: bool = False) -> Outcome:
-    """Serve all requests, first come first served; with ``watch``, look at memory in every step."""
+    """Serve all requests, first come first served; with ``watch``, look at memory in every step.
+
+    Raises ValueError for a request that all of the memory cannot hold.
+    """
     coming = deque(Request(each.arrival, each.prompt, each.output) for each in requests)
     waiting: deque[Request] = deque()
     running: list[Request] = []
@@ -105,7 +108,11 @@ def simulate(requests: Sequence[Request], policy: Policy, watch: bool = False) -
             waiting.append(coming.popleft())
         while waiting and policy.admit(waiting[0]):
             running.append(waiting.popleft())
+        if waiting and not running:
+            raise ValueError(f"a prompt of {len(waiting[0].prompt)} tokens does not fit into memory")
         while not policy.grow(running):
+            if len(running) == 1:
+                raise ValueError(f"{running[0].length + 1} tokens do not fit into memory")
             # The one that came last gives way, and begins anew.
             victim = running.pop()
             policy.release(victim)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,14 @@ def test_every_policy_serves_all(wheel: Path) -> None:
     assert figures["ours"]["context"] > 2 * figures["reserved"]["context"]
     assert figures["ours"]["context"] > figures["blocks"]["context"] > figures["growing"]["context"]
     assert figures["reserved"]["utilisation"] < 0.75
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(200, 1), (100, 60)])
+@pytest.mark.parametrize("policy", [lambda: serving.Ours(128, 16), lambda: serving.Growing(128)])
+def test_a_request_larger_than_memory_is_no_endless_wait(prompt: int, output: int, policy: Callable[[], Any]) -> None:
+    small = serving.Request(0, list(range(8)), 3)
+    with pytest.raises(ValueError, match="fit into memory"):
+        serving.simulate([small, serving.Request(1, list(range(prompt)), output)], policy())
 
 
 def test_mocks_are_gone(wheel: Path) -> None:
