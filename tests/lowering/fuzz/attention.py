@@ -55,7 +55,9 @@ def attend(b: Builder, q: str, cache: heads.Cache) -> str:
         k, v = heads.repeated(b, k, h), heads.repeated(b, v, h)
     if b.chance(0.02):
         v = b.let(f"{v}[:, :, :1]")
-    if gqa or b.chance(0.5):
+    written = not gqa and not b.chance(0.5)
+    # Torch's own attention reads past the end of keys that are fewer than the values, and writes there for gradients.
+    if not written and b.shape(k)[2] == b.shape(v)[2]:
         return _sdpa(b, q, k, v, at, gqa)
     return _written_out(b, q, k, v, at)
 
