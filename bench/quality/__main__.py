@@ -4,6 +4,7 @@
     python -m bench.quality run tiny_mla_lm --lengths 1024
     python -m bench.quality quant smollm2 --weights FOLDER --speed
     python -m bench.quality quant tiny_mla_lm
+    python -m bench.quality tiles smollm2 --weights FOLDER --length 8192
     python -m bench.quality table
 
 FOLDER holds SmolLM2-135M-Instruct as transformers saves it. Results go to bench/quality/results, one file a model, in
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import flashmla_ops
-from bench.quality import weights
+from bench.quality import tiles, weights
 from bench.quality.evaluate import evaluate
 from bench.quality.table import RESULTS, write
 from bench.quality.texts import documentation, haystacks
@@ -80,6 +81,12 @@ def run_quant(arguments: argparse.Namespace) -> None:
     weights.write_results(weights.measure(arguments.model, folder, ids[::2], ids[1::2], **options))
 
 
+def run_tiles(arguments: argparse.Namespace) -> None:
+    folder = folder_of(arguments)
+    ids = documentation(tokenizer_of(folder), 1, arguments.length)
+    tiles.write_results(tiles.measure(arguments.model, folder, ids))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -98,6 +105,10 @@ def main() -> None:
     quant.add_argument("--texts", type=int, default=8, help="to calibrate, and as many to measure")
     quant.add_argument("--tolerance", type=float, default=0.01, help="of perplexity, for the mix that is chosen")
     quant.add_argument("--speed", action="store_true", help="tokens/s too: keeps the model in every format in memory")
+    skipped = commands.add_parser("tiles", help="tiles of prefill's second product that no query gives weight to")
+    skipped.add_argument("model", choices=["smollm2", TINY.name])
+    skipped.add_argument("--weights", type=Path)
+    skipped.add_argument("--length", type=int, default=8192, help="a multiple of 64")
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "table":
@@ -106,6 +117,8 @@ def main() -> None:
         parser.error("smollm2 needs --weights")
     elif arguments.command == "quant":
         run_quant(arguments)
+    elif arguments.command == "tiles":
+        run_tiles(arguments)
     else:
         run(arguments)
 

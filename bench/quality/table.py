@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.quality import weights
+from bench.quality import tiles, weights
 from cutlass_kernels.tables import place
 
 HERE = Path(__file__).parent
@@ -31,8 +31,12 @@ def table() -> str:
 
 def write() -> None:
     """Put each table between the marks of its page."""
-    for page, made in ((PAGE, table()), (weights.PAGE, weights.table())):
-        place(page, MARK, made)
+    for page, mark, made in (
+        (PAGE, MARK, table()),
+        (weights.PAGE, MARK, weights.table()),
+        (PAGE, "tiles", tiles.table()),
+    ):
+        place(page, mark, made)
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:

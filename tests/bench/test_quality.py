@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bench.quality import table, weights
+from bench.quality import table, tiles, weights
 from bench.quality.evaluate import evaluate
 from bench.quality.texts import documentation, haystacks
 from flashmla_ops.sparsity import DynamicSparsity
@@ -78,3 +79,24 @@ def test_mixes_of_weights(tmp_path: Path) -> None:
         f"{native.perplexity:.3f}",
         "+0.00 %",
     )
+
+
+def test_tiles_that_no_query_gives_weight_to(tmp_path: Path) -> None:
+    tiny_grouped().save_pretrained(tmp_path)
+    rows = tiles.measure("tiny", tmp_path, torch.arange(2, 130)[None] % 200)
+    assert len(rows) == len(tiles.TILES) * len(tiles.LOST)
+    assert all(0 <= row.skipped <= 1 for row in rows)
+
+
+def test_tiles_are_counted_by_their_heaviest_query() -> None:
+    """Queries 0 to 63 see themselves alone, those behind see the first 64 tokens only, but for one."""
+    q, k = torch.zeros(128, 2), torch.zeros(128, 2)
+    q[64:, 0], k[:64, 0] = 40.0, 1.0
+    counts: Counter[tuple[int, int, float]] = Counter()
+    tiles._count(q, k, counts)
+    assert (counts[64, 64, 1.0], counts[64, 64, 1e-3]) == (3, 1)
+    q[100] = -q[100]
+    counts.clear()
+    tiles._count(q, k, counts)
+    assert (counts[64, 64, 1.0], counts[64, 64, 1e-3]) == (3, 0)
+    assert (counts[1, 64, 1.0], counts[1, 64, 1e-3]) == (64 + 2 * 64, 64)
