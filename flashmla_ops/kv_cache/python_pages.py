@@ -37,6 +37,7 @@ class PythonPages:
         self.n_pages, self.page_size = n_pages, page_size
         self._references = [0] * n_pages
         self._generations = [0] * n_pages
+        self._remembered = 0
         self._dropped = [0] * n_pages  # the last step when a sequence dropped rows of a page
         self._free = list(range(n_pages - 1, -1, -1))
         self._cached: set[int] = set()
@@ -75,7 +76,6 @@ class PythonPages:
             else:
                 page, behind = self._deferred.popleft()
             self._tell_freed(page)
-        self._generations[page] += 1
         self._references[page] = 1
         self._peak = max(self._peak, self._n_used)
         return page, behind
@@ -213,9 +213,7 @@ class PythonPages:
         for i, (each, count) in enumerate(zip(sequences, counts, strict=True)):
             if count and each.length % self.page_size:
                 tail = each.pages[each.length // self.page_size]
-                if tail in self._cached:
-                    self._cached.discard(tail)
-                    self._generations[tail] += 1
+                self._cached.discard(tail)
             positions = range(each.length, each.length + count)
             each.length += count
             while len(each.pages) < self._pages_for(each.length):
@@ -270,7 +268,9 @@ class PythonPages:
 
     def remember(self, page: int) -> int:
         self._cached.add(page)
-        return self._generations[page]
+        self._remembered += 1
+        self._generations[page] = self._remembered
+        return self._remembered
 
     def remembers(self, page: int, generation: int) -> bool:
         return page in self._cached and self._generations[page] == generation
@@ -278,7 +278,6 @@ class PythonPages:
     def forget(self, page: int) -> None:
         if page in self._cached:
             self._cached.discard(page)
-            self._generations[page] += 1
             if self._evictable.pop(page, None) is not None:
                 self._put(page, self._last_step)
 
@@ -296,8 +295,7 @@ class PythonPages:
             sequence.pages = [now.get(page, page) for page in sequence.pages]
         for source, target in moves:
             self._references[target], self._references[source] = self._references[source], 0
-            newest = max(self._generations[source], self._generations[target])
-            self._generations[target], self._generations[source] = self._generations[source], newest + 1
+            self._generations[target] = self._generations[source]
         self._cached = {now.get(page, page) for page in self._cached}
         self._evictable = OrderedDict((now.get(page, page), step) for page, step in self._evictable.items())
         self._free = sorted((set(self._free) | now.keys()) - set(now.values()), reverse=True)

@@ -327,6 +327,25 @@ def test_copies_go_their_own_ways() -> None:
     assert rows_of(pool, a)[:3].unique().tolist() == [1.0]
 
 
+def test_a_page_that_moves_is_not_what_was_cached_where_it_goes() -> None:
+    """Page 0 was cached as [1, 1], and handed out again since; then page 1, cached as [0, 0], moves there."""
+    pool = KVPool(n_pages=2, page_size=2, d=1, dtype=torch.float32)
+
+    def written(tokens: list[int]) -> Sequence:
+        sequence = pool.open(tokens)
+        pool.step([sequence], sequence.pending).close()
+        return sequence
+
+    pool.release(written([1, 1]))
+    sequence = written([0, 0, 0])
+    pool.truncate(sequence, 2)
+    assert sequence.pages == [1]
+    pool.compact_()
+    assert sequence.pages == [0]
+    assert pool.open([1, 1, 1]).length == 0
+    assert pool.open([0, 0, 0]).length == 2
+
+
 def test_compaction_leaves_used_pages_in_front() -> None:
     pool = small(n_pages=12)
     sequences = [filled(pool, 4, value=float(i)) for i in range(10)]

@@ -46,7 +46,6 @@ int32_t Pages::take(int64_t& behind) {
     }
     if (watched_) freed_.push_back(page);
   }
-  ++generations_[page];
   references_[page] = 1;
   peak_ = std::max(peak_, ++n_used_);
   return page;
@@ -272,7 +271,7 @@ Status Pages::step(BatchTables& tables, int64_t b, bool behind, Found& found) {
     Sequence& sequence = at(names[i]);
     if (counts[i] && sequence.length % page_size_) {
       const int32_t tail = sequence.pages[sequence.length / page_size_];
-      if (cached_[tail]) cached_[tail] = 0, ++generations_[tail];  // its rows change: it is no longer what was cached
+      cached_[tail] = 0;  // its rows change: it is no longer what was cached
     }
     sequence.length += counts[i];
     for (int64_t left = pages_for(sequence.length) - static_cast<int64_t>(sequence.pages.size()); left > 0; --left)
@@ -349,7 +348,7 @@ void Pages::close_step(int64_t step) {
 
 uint64_t Pages::remember(int32_t page) {
   cached_[page] = 1;
-  return generations_[page];
+  return generations_[page] = ++remembered_;
 }
 
 bool Pages::remembers(int32_t page, uint64_t generation) const {
@@ -358,7 +357,6 @@ bool Pages::remembers(int32_t page, uint64_t generation) const {
 
 void Pages::forget(int32_t page) {
   if (!std::exchange(cached_[page], 0)) return;
-  ++generations_[page];
   if (references_[page]) return;
   remove_evictable(page);
   put(page, last_step());
@@ -395,8 +393,7 @@ Status Pages::move(const int32_t* moves, int64_t count) {
     const int32_t from = moves[2 * i], to = moves[2 * i + 1];
     std::swap(references_[from], references_[to]);
     std::swap(cached_[from], cached_[to]);
-    // The generation that the prefix cache knows goes with the page; the page that it left gets another.
-    generations_[to] = std::exchange(generations_[from], std::max(generations_[from], generations_[to]) + 1);
+    generations_[to] = generations_[from];
     dropped_[to] = dropped_[from];
     if (references_[to] == 0) {  // evictable: the same place in their order
       next_[to] = next_[from], previous_[to] = previous_[from];

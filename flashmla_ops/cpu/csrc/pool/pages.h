@@ -87,7 +87,8 @@ public:
   int64_t open_step();
   void close_step(int64_t step);
 
-  // Marks a held page as one that the prefix cache knows, and returns its generation.
+  // Marks a held page as one that the prefix cache knows. Its generation, which is returned and goes with the page
+  // where it moves, is no other page's and no other time's: what was cached before is never taken for it.
   uint64_t remember(int32_t page);
   bool remembers(int32_t page, uint64_t generation) const;
   void forget(int32_t page);
@@ -146,7 +147,8 @@ private:
 
   int64_t n_pages_, page_size_;
   std::vector<int32_t> references_, free_, next_, previous_;
-  std::vector<uint64_t> generations_;
+  std::vector<uint64_t> generations_;  // of cached pages
+  uint64_t remembered_ = 0;
   std::vector<int64_t> dropped_;  // the last step that was open or before, when a sequence dropped rows of a page
   std::vector<uint8_t> cached_;
   int32_t oldest_ = kNone, newest_ = kNone;  // evictable pages
