@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmla_ops import cpu, reference
-from flashmla_ops.errors import ArgumentError, NotDifferentiableError, from_message
+from flashmla_ops.errors import ArgumentError, from_message
 from tests import strategies
 from tests.ops.test_exact import integer_case, live_rows
 from tests.ops.test_opcheck import check
@@ -245,19 +245,6 @@ def test_bad_lengths_and_pages_and_schedules_are_named_by_this_operator() -> Non
     plan = torch.ops.flashmla.decode_schedule(lengths[:1], 2, 6, 1, 2)
     with pytest.raises(RuntimeError, match=r"flashmla::decode_up: argument 'schedule'"):
         torch.ops.flashmla.decode_up(**arguments() | {"schedule": plan})
-
-
-@pytest.mark.parametrize("name", ["q", "kv_cache", "weight"])
-def test_a_gradient_is_refused(name: str) -> None:
-    kwargs = arguments()
-    kwargs[name].requires_grad_()  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError) as caught:
-        torch.ops.flashmla.decode_up(**kwargs)
-    error = from_message(str(caught.value))
-    assert isinstance(error, NotDifferentiableError)
-    assert (error.op, error.argument) == ("decode_up", name)
-    with torch.no_grad():
-        torch.ops.flashmla.decode_up(**kwargs)
 
 
 @pytest.mark.parametrize("strided", [False, True])

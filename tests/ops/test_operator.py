@@ -28,7 +28,7 @@ def test_an_argument_of_attention_is_declared_in_few_places() -> None:
     folders = ("flashmla_ops", "lowering", "cutlass_kernels")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h", ".cpp")]
     files = [path for path in files if "backward" not in path.name]
-    dense = [path for path in files if not {"api.py", "sparse.py", "integrations"} & {*path.parts}]
+    dense = [path for path in files if not {"api.py", "sparse.py", "v41.py", "integrations"} & {*path.parts}]
     code = ((path.name, line.partition("//")[0]) for path in dense for line in path.read_text().splitlines())
     lines = [f"{name}: {line.strip()}" for name, line in code]
     declared = [line for line in lines if DECLARED.search(line) and "call.attn_sink" not in line]

@@ -33,6 +33,7 @@ try:
 except RuntimeUnavailable as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("own_runtime")
 V = ctypes.c_void_p
 #: Reverses 128 words of each CTA through shared memory: two waits are needed, the third barrier is not.
 BODY = """mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mad.lo.u32 %r2, %r1, 128, %r0; mov.u32 %r3, tile;
