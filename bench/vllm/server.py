@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +105,9 @@ def served(words: Sequence[str], *, ours: bool = True, grpc: bool = False, threa
     try:
         if not any(line.startswith(last) for line in process.stdout):
             raise RuntimeError(f"no server: {' '.join(command)}")
+        # A server that writes a line for each request waits for ever where nobody reads them.
+        threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
         yield Server(port, grpc_port)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.wait(timeout=60)

@@ -40,3 +40,14 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def foreign_attention_in_batches() -> None:
+    """From some version on, transformers' manager of continuous batches accepts its own attention functions alone."""
+    from transformers.generation.continuous_batching import continuous_api
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    pytest.importorskip("psutil", reason="transformers sizes its paged cache by psutil")
+    if not hasattr(continuous_api, "PagedAttentionCache") or "paged|sdpa" not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        pytest.skip("this transformers has no attention functions for paged caches")

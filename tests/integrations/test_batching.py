@@ -18,26 +18,11 @@ from flashmla_ops.nn import convert
 from tests.integrations.grouped import tiny_grouped
 from tests.integrations.models import tiny_model, tokens
 
-pytest.importorskip("psutil", reason="transformers sizes its paged cache by psutil")
+pytestmark = pytest.mark.usefixtures("foreign_attention_in_batches")
 
 NEW_TOKENS = 16
 GROUPED = ("gemma", "gemma2", "gemma3_text", "gpt_oss", "llama", "qwen3", "smollm3")
 LENGTHS = (9, 70, 17, 5)
-
-
-@pytest.fixture(autouse=True)
-def takes_foreign_attention() -> None:
-    """From some version on, transformers' manager accepts its own attention functions alone."""
-    from transformers.generation.continuous_batching import continuous_api
-
-    if not hasattr(continuous_api, "PagedAttentionCache") or "paged|sdpa" not in _attention_names():
-        pytest.skip("this transformers has no attention functions for paged caches")
-
-
-def _attention_names() -> list[str]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return list(ALL_ATTENTION_FUNCTIONS.valid_keys())
 
 
 def make(model_type: str, **changes: Any) -> PreTrainedModel:

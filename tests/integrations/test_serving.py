@@ -53,6 +53,8 @@ def start(folder: Path, **options: Any) -> tuple[Any, str]:
 
 @pytest.fixture(params=["batches", "one by one"])
 def address(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    if request.param == "batches":
+        request.getfixturevalue("foreign_attention_in_batches")
     sizes = {"cb_block_size": 16, "cb_num_blocks": 64, "cb_max_batch_tokens": 64}
     options = {"continuous_batching": True, **sizes} if request.param == "batches" else {}
     server, address = start(folder, attn_implementation="absorbed_mla", **options)

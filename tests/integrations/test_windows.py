@@ -99,8 +99,8 @@ def test_static_compiled(model_type: str) -> None:
         assert torch.equal(generate(model, INPUTS[name], max_new_tokens=12), expected)
 
 
+@pytest.mark.usefixtures("foreign_attention_in_batches")
 def test_window_in_a_continuous_batch() -> None:
-    pytest.importorskip("psutil")
     for model_type in ("mistral", "qwen2"):
         plain, model = make(model_type), make(model_type)
         enable(model)
