@@ -85,16 +85,20 @@ def on_cpu(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     results = DECODE_UP_BACKWARD.results(a)
     call, wanted = attention_of(a), a.wanted % 16
     attended, lse = torch.ops.flashmla.decode(**call)
-    dattended, dweight = torch.zeros_like(attended), torch.zeros(results[4].shape, dtype=a.q.dtype)
+    dout = None
     if a.dout is not None and a.dout.numel():
         dout = a.dout.flatten(0, -3).transpose(0, 1)  # [h_q, tokens, d_up]
         dout = dout if dout.stride(2) == 1 else dout.contiguous()
-        if wanted:
-            dattended = torch.ops.flashmla.bmm(dout, a.weight.transpose(1, 2)).transpose(0, 1).view_as(attended)
-        if a.wanted & 16:
-            dweight = torch.ops.flashmla.bmm(attended.flatten(0, -3).permute(1, 2, 0).contiguous(), dout)
+    if dout is None or not a.wanted & 16:
+        dweight = torch.zeros(results[4].shape, dtype=a.q.dtype)
+    else:
+        dweight = torch.ops.flashmla.bmm(attended.flatten(0, -3).permute(1, 2, 0).contiguous(), dout)
     if not wanted:
         return *(a.q.new_empty(0, dtype=each.dtype) for each in results[:4]), dweight
+    if dout is None:
+        dattended = torch.zeros_like(attended)
+    else:
+        dattended = torch.ops.flashmla.bmm(dout, a.weight.transpose(1, 2)).transpose(0, 1).view_as(attended)
     given = {"dout": dattended, "dlse": a.dlse, "out": attended, "lse": lse}
     return *torch.ops.flashmla.decode_backward(**call, **given, wanted=wanted), dweight
 

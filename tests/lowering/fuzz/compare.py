@@ -121,9 +121,9 @@ class Expected:
         self.seen = observe(function, setup, program, call)
         self.epsilon = epsilon or _epsilon(program)
         self.disturbed: list[dict[str, Any]] = []
-        self._disturb(FEW)
+        self._observe_disturbed(FEW)
 
-    def _disturb(self, n: int) -> None:
+    def _observe_disturbed(self, n: int) -> None:
         """Have ``n`` observations with inputs changed in the last place."""
         setup, function = self.program.build()
         for seed in range(len(self.disturbed) + 1, n + 1):
@@ -140,7 +140,7 @@ class Expected:
         found = self._differences(actual)
         if any(each.kind.startswith("values") for each in found) and len(self.disturbed) < MANY:
             # Few changes of inputs reach scores of thousands, which are rounded coarsely: more show what rounding does.
-            self._disturb(MANY)
+            self._observe_disturbed(MANY)
             found = self._differences(actual)
         return found
 
